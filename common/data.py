@@ -1,0 +1,423 @@
+"""Data: sources and formats in, rows of prompt and response out; templates, tokens, batches.
+
+A demonstration is a dict with row, prompt, response (and rejected, where the source has one); prompt is a text or a list of
+messages {role, content}; row is its index in the source. A preference has row, prompt, chosen, rejected.
+
+Dims: B sequences, L prompt + response tokens, T response tokens.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import sysconfig
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import UserError
+
+DATASETS = {  # short name -> (hub id, configuration, training split, held-out split); a local path of the name wins
+    "ultrachat_200k": ("HuggingFaceH4/ultrachat_200k", None, "train_sft", "test_sft"),
+    "ultrafeedback_binarized": ("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", "test_prefs"),
+    "hh-rlhf": ("Anthropic/hh-rlhf", None, "train", "test"),
+    "tldr-sft": ("vwxyzjn/summarize_from_feedback_tldr_3_filtered", None, "train", "validation"),
+    "tldr-preferences": ("vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144", None, "train", "validation"),
+    "spin_iter0": ("UCLA-AGI/SPIN_iter0", None, "train", "test"),
+}
+FORMATS = (
+    "prompt/completion, prompt/response, messages, prompt/chosen/rejected, chosen/rejected (HH transcripts),"
+    " real/generated (SPIN), title/post/summary (TL;DR)"
+)
+PLAIN_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # RFT paper, App. C
+
+
+# ---- sources ----
+def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset") -> list[dict]:
+    """Rows of a data set. split: train, test, or all (for a source named as held-out data on its own).
+
+    name: pydoc, a .json/.jsonl/.parquet file, a folder, a short name or a hub id; a local path wins. Where the source has no
+    held-out split, a tenth of it is held out by a hash of the prompt, so that no prompt is on both sides.
+    UserError, in one line with the flag and the row, for anything that cannot be read.
+    """
+    path = Path(name)
+    if name == "pydoc" and not path.exists():
+        rows = pydoc_rows()
+        return [{"row": i, **row} for i, (test, row) in enumerate(rows) if split == "all" or test == (split == "test")]
+    if path.is_dir():
+        raw, own_split = read_folder(path, split, flag)
+    elif path.is_file():
+        raw, own_split = read_file(path, flag), False
+    elif path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/")):
+        raise UserError(f"{flag}: found no file {name}, expected a .json, .jsonl or .parquet file, a folder, or a name")
+    else:
+        raw, own_split = read_hub(name, split, flag)
+    if not raw:
+        raise UserError(f"{flag}: found no rows in {name}, expected at least one")
+    rows = [{"row": i, **parse_row(r, i, kind, f"{flag} {name}")} for i, r in enumerate(raw)]
+    if own_split or split == "all":
+        return rows
+    kept = [row for row in rows if held_out(row["prompt"]) == (split == "test")]
+    if not kept:
+        raise UserError(f"{flag}: found {len(rows)} rows in {name}, none in its {split} part; expected more rows")
+    return kept
+
+
+def held_out(prompt) -> bool:
+    """Whether a prompt belongs to the held-out tenth of a source without a split of its own."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10 == 0
+
+
+def read_file(path: Path, flag: str) -> list:
+    """Raw rows of a .json (a list, or a list under one key), .jsonl or .parquet file."""
+    if path.suffix == ".parquet":
+        return read_pairs(path)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise UserError(f"{flag}: {path} line {number}: found broken JSON ({error}), expected an object") from None
+        return rows
+    if path.suffix != ".json":
+        raise UserError(f"{flag}: found {path}, expected a .json, .jsonl or .parquet file")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{flag}: {path}: found broken JSON ({error}), expected a list of objects") from None
+    if isinstance(value, dict) and len(value) == 1:
+        (value,) = value.values()
+    if not isinstance(value, list):
+        raise UserError(f"{flag}: {path}: found a JSON {type(value).__name__}, expected a list of objects")
+    return value
+
+
+def read_folder(path: Path, split: str, flag: str) -> tuple[list, bool]:
+    """(raw rows, whether the folder has splits): a datasets folder (save_to_disk), or files whose names begin with a split."""
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        from datasets import DatasetDict, load_from_disk
+
+        loaded = load_from_disk(str(path))
+        if not isinstance(loaded, DatasetDict):
+            return loaded.to_list(), False
+        wanted = pick_split(list(loaded), split)
+        return ([] if wanted is None else loaded[wanted].to_list()), len(loaded) > 1
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl", ".parquet"))
+    if not files:
+        raise UserError(f"{flag}: found no .json, .jsonl or .parquet file in {path}, expected a data set folder")
+    tests = [p for p in files if p.name.startswith(("test", "validation", "eval"))]
+    trains = [p for p in files if p not in tests]
+    splits = bool(tests and trains)
+    chosen = files if split == "all" or not splits else tests if split == "test" else trains
+    return [row for p in chosen for row in read_file(p, flag)], splits
+
+
+def pick_split(names: list[str], split: str) -> str | None:
+    """The split of a data set that serves as train or test: train_sft for train, validation for test, and so on."""
+    wanted = ("train",) if split == "train" else ("test", "validation", "eval")
+    if len(names) == 1:
+        return names[0]
+    return next((n for w in wanted for n in sorted(names) if n.startswith(w)), None)
+
+
+def read_hub(name: str, split: str, flag: str) -> tuple[list, bool]:
+    """(raw rows, True) of a hub data set, or one line that says it cannot be had."""
+    hub, config, train, test = DATASETS.get(name, (name, None, "train", "test"))
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(hub, config, split=train if split == "train" else test)
+    except Exception as error:  # the hub client raises dozens of types; the user needs one line
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{flag}: found no local path {name}, and the hub ({hub}) could not provide it; expected pydoc, a local file or"
+            f" folder (./{name} would do), or a reachable hub. {reason}"
+        ) from None
+    return loaded.to_list(), True
+
+
+# ---- formats ----
+def parse_row(raw, index: int, kind: str, where: str) -> dict:
+    """One raw row -> prompt/response (with rejected, if there is one) or prompt/chosen/rejected. UserError names the row."""
+    where = f"{where} row {index}"
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: found a {type(raw).__name__}, expected an object")
+    prompt, response, rejected = split_columns(raw, where)
+    prompt = check_prompt(prompt, where)
+    response = check_response(response, "response", where)
+    if rejected is not None:
+        rejected = check_response(rejected, "rejected", where)
+    if kind == "preferences":
+        if rejected is None:
+            raise UserError(f"{where}: found columns {', '.join(raw)}, expected a preference: prompt/chosen/rejected")
+        return {"prompt": prompt, "chosen": response, "rejected": rejected}
+    return {"prompt": prompt, "response": response} | ({} if rejected is None else {"rejected": rejected})
+
+
+def split_columns(raw: dict, where: str) -> tuple:
+    """(prompt, response, rejected or None) by the columns that are there."""
+    columns = raw.keys()
+    if {"chosen", "rejected"} <= columns:
+        chosen, rejected = raw["chosen"], raw["rejected"]
+        if isinstance(chosen, list):  # messages, with the prompt as their common beginning or in a column of its own
+            prompt, chosen = split_messages(chosen, where)
+            rejected = split_messages(rejected, where)[1]
+            return prompt or raw.get("prompt"), chosen, rejected
+        if "prompt" in columns:
+            return raw["prompt"], chosen, rejected
+        prompt, response = split_transcript(chosen, where)
+        other, worse = split_transcript(rejected, where)
+        if other != prompt:  # HH: the two may part before the last turn; both then answer the shared beginning
+            raise UserError(f"{where}: found chosen and rejected with different prompts, expected the same")
+        return prompt, response, worse
+    if {"real", "generated"} <= columns:
+        prompt, real = split_messages(raw["real"], where)
+        return prompt, real, split_messages(raw["generated"], where)[1]
+    if "messages" in columns:
+        return *split_messages(raw["messages"], where), None
+    for answer in ("completion", "response"):
+        if {"prompt", answer} <= columns:
+            return raw["prompt"], raw[answer], None
+    if {"post", "summary"} <= columns:
+        subreddit = raw.get("subreddit") or raw.get("section") or ""
+        return (
+            f"SUBREDDIT: r/{subreddit}\n\nTITLE: {raw.get('title') or ''}\n\nPOST: {raw['post']}\n\nTL;DR:",
+            raw["summary"],
+            None,
+        )
+    raise UserError(f"{where}: found columns {', '.join(columns) or 'none'}, expected one of {FORMATS}")
+
+
+def split_messages(messages, where: str) -> tuple[list[dict], str]:
+    """Messages -> (those before the last assistant turn, its text)."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        raise UserError(f"{where}: found {type(messages).__name__}, expected a list of messages with role and content")
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise UserError(f"{where}: found messages without an assistant turn, expected one to learn from")
+    prompt = [{"role": m["role"], "content": m["content"]} for m in messages[:last]]
+    return prompt, messages[last]["content"]
+
+
+def split_transcript(text, where: str) -> tuple[list[dict], str]:
+    """Anthropic HH transcript (turns begin with Human: or Assistant:, two newlines before) -> (messages, last assistant text)."""
+    if not isinstance(text, str) or "\n\nAssistant:" not in text:
+        raise UserError(f"{where}: found no prompt column and no transcript with Human: and Assistant: turns, expected one of these")
+    head, _, response = text.rpartition("\n\nAssistant:")
+    messages = []
+    for turn in head.split("\n\nHuman:")[1:]:
+        human, *answers = turn.split("\n\nAssistant:")
+        messages.append({"role": "user", "content": human.strip()})
+        messages += [{"role": "assistant", "content": a.strip()} for a in answers]
+    return messages, response.strip()
+
+
+def check_prompt(prompt, where: str):
+    if isinstance(prompt, list):
+        if not prompt or not all(isinstance(m.get("content"), str) for m in prompt if isinstance(m, dict)):
+            raise UserError(f"{where}: found an empty or non-text prompt, expected messages with text")
+        return prompt
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: found {describe(prompt)} as prompt, expected text")
+    return prompt
+
+
+def check_response(response, name: str, where: str) -> str:
+    if isinstance(response, list):
+        response = split_messages(response, where)[1]
+    if not isinstance(response, str) or not response.strip():
+        raise UserError(f"{where}: found {describe(response)} as {name}, expected text")
+    return response
+
+
+def describe(value) -> str:
+    return "an empty text" if isinstance(value, str) else type(value).__name__
+
+
+# ---- the embedded data set ----
+def pydoc_rows() -> list[tuple[bool, dict]]:
+    """[(held out?, {prompt, response})]: documented functions and classes of the running interpreter's standard library.
+
+    prompt: the definition and the docstring after its summary, or, where there is no more, the first lines of the code.
+    response: the summary line. Modules are held out as a whole. Files are parsed, never imported.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    rows, seen_prompts, seen_responses = [], set(), {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if "site-packages" in parts or any(p.startswith(("test", "idle_test", "_test")) or p == "tests" for p in parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(source)
+        except (OSError, SyntaxError, ValueError):
+            continue
+        test = held_out("/".join(parts))
+        lines = source.splitlines()
+        for row in documented(tree, lines):
+            prompt, response = row["prompt"], row["response"]
+            count = seen_responses.get(response, 0)
+            if prompt in seen_prompts or count >= 3 or response in prompt:
+                continue
+            seen_prompts.add(prompt)
+            seen_responses[response] = count + 1
+            rows.append((test, row))
+    return rows
+
+
+def documented(tree: ast.AST, lines: list[str], limit: int = 360):
+    """{prompt, response} of every documented definition below a tree, methods under their class's name."""
+    stack = [(tree, "")]
+    while stack:
+        node, owner = stack.pop()
+        children = [c for c in ast.iter_child_nodes(node) if isinstance(c, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        inner = f"{owner}{node.name}." if isinstance(node, ast.ClassDef) else owner
+        stack += [(child, inner) for child in reversed(children)]
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        text = ast.get_docstring(node)
+        if not text:
+            continue
+        summary, _, body = text.strip().partition("\n\n")
+        summary = " ".join(summary.split())
+        if not 8 <= len(summary) <= 160:
+            continue
+        if isinstance(node, ast.ClassDef):
+            head = f"class {owner}{node.name}({', '.join(ast.unparse(b) for b in node.bases)})"
+        else:
+            head = f"def {owner}{node.name}({ast.unparse(node.args)})"
+        if not body.strip():
+            first = node.body[0].end_lineno
+            body = "\n".join(line.strip() for line in lines[first : min(node.end_lineno, first + 8)] if line.strip())
+        yield {"prompt": f"{head}\n{cut_lines(body.strip(), limit)}", "response": summary}
+
+
+def cut_lines(text: str, limit: int) -> str:
+    """The whole lines of text that fit in limit characters; the beginning of the first line if it alone does not."""
+    if len(text) <= limit:
+        return text
+    return text[:limit].rpartition("\n")[0] or text[:limit]
+
+
+# ---- templates and tokens ----
+def render_prompt(tokenizer, prompt) -> str:
+    """The text before the response: the tokenizer's chat template if it has one, else PLAIN_TEMPLATE.
+
+    The same text is used for generation and for training. Without a chat template several turns are written one below the
+    other with Human: and Assistant: before them.
+    """
+    if tokenizer.chat_template:
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if isinstance(prompt, list):
+        names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+        turns = [m["content"] if len(prompt) == 1 else f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt]
+        prompt = "\n\n".join(turns)
+    return PLAIN_TEMPLATE.format(prompt=prompt)
+
+
+def encode(rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset") -> list[dict]:
+    """Rows -> dicts with row, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
+
+    Prompt and response are tokenised apart, so that a sampled response meets the context it was sampled in. EOS ends every
+    response once; one cut at max_length has none. Rows whose prompt exceeds max_prompt_length are left out with one warning;
+    UserError if none is left.
+    """
+    texts = [render_prompt(tokenizer, row["prompt"]) for row in rows]
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][0] == bos and tokenizer.bos_token not in (texts or [""])[0]:
+        start = [bos]
+    else:
+        start = []
+    prompts = [start + ids for ids in tokenise(tokenizer, texts)]
+    responses = {"response": [row.get("response", row.get("chosen")) for row in rows]}
+    if rows and "rejected" in rows[0]:
+        responses["rejected"] = [row["rejected"] for row in rows]
+    encoded, long = [], []
+    ids = {name: tokenise(tokenizer, [strip_eos(t, tokenizer) for t in texts_]) for name, texts_ in responses.items()}
+    for i, row in enumerate(rows):
+        if len(prompts[i]) > max_prompt_length:
+            long.append((row["row"], len(prompts[i])))
+            continue
+        item = {"row": row["row"], "prompt_ids": prompts[i], "prompt_text": texts[i]}
+        for name in responses:
+            whole = [*ids[name][i], tokenizer.eos_token_id]
+            item |= {f"{name}_ids": whole[: max_length - len(prompts[i])], f"{name}_text": responses[name][i]}
+        encoded.append(item)
+    if long:
+        found = f"{flag}: found {len(long)} of {len(rows)} prompts longer than --max-prompt-length {max_prompt_length}"
+        detail = f"(row {long[0][0]} has {long[0][1]} tokens)"
+        if not encoded:
+            raise UserError(f"{found} {detail}: no row is left; expected shorter prompts or a larger window")
+        warnings.warn(f"{found} {detail}: left out", stacklevel=2)
+    return encoded
+
+
+def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def strip_eos(text: str, tokenizer) -> str:
+    return text.removesuffix(tokenizer.eos_token) if tokenizer.eos_token else text
+
+
+# ---- batches ----
+@dataclass
+class Batch:
+    """Right-padded sequences [prompt; response; padding]. Masks come from lengths, never from token ids: pad = eos is safe."""
+
+    input_ids: Tensor  # (B, L)
+    attention_mask: Tensor  # (B, L) 1 on prompt and response
+    response_ids: Tensor  # (B, T) right-padded
+    response_mask: Tensor  # (B, T) bool, True through EOS
+    response_start: Tensor  # (B,) index of the first response token in input_ids
+
+    def to(self, device) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def collate(sequences: list[tuple[list[int], list[int]]], pad_token_id: int) -> Batch:
+    """[(prompt_ids, response_ids)] -> Batch."""
+    starts = torch.tensor([len(prompt) for prompt, _ in sequences])
+    lengths = torch.tensor([len(response) for _, response in sequences])
+    return Batch(
+        pad_right([[*prompt, *response] for prompt, response in sequences], pad_token_id),
+        (torch.arange(int((starts + lengths).max())) < (starts + lengths)[:, None]).long(),
+        pad_right([response for _, response in sequences], pad_token_id),
+        torch.arange(int(lengths.max())) < lengths[:, None],
+        starts,
+    )
+
+
+def pad_right(rows: list[list[int]], value: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([list(row) + [value] * (width - len(row)) for row in rows])
+
+
+# ---- stored rows ----
+def write_pairs(path: Path, rows: list[dict]) -> None:
+    """Parquet, atomically: temporary name, fsync, rename."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    partial = path.with_name(f".partial_{path.name}")
+    with open(partial, "wb") as f:
+        pq.write_table(pa.Table.from_pylist(rows), f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def read_pairs(path: Path) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()

@@ -1,0 +1,571 @@
+"""What every run shares: flags, processes, run directory, metrics, progress, optimizer steps, checkpoints and resume."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common import UserError
+
+Auto = Literal["auto"]
+
+
+@dataclass
+class RunArgs:
+    """Flags that every script has. Those that default to auto are resolved from the SETTINGS table of the script."""
+
+    model: str = "tiny"
+    """model to start from: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
+    dataset: str = "auto"
+    """demonstrations: pydoc (embedded), a .json/.jsonl/.parquet file, a folder, a short name or a hub id."""
+    eval_dataset: str = "auto"
+    """held-out data; auto: the test split of --dataset, or a tenth of it, split by prompt."""
+    max_samples: int | Auto = "auto"
+    """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
+    eval_samples: int = 300
+    """held-out rows to measure on, > 0."""
+    max_length: int | Auto = "auto"
+    """window, prompt + response tokens. RFT paper: 1024 (1B), 2048 (7B)."""
+    max_prompt_length: int | Auto = "auto"
+    """longest prompt, tokens; rows above it are left out and counted. auto: --max-length minus --max-new-tokens."""
+    max_new_tokens: int | Auto = "auto"
+    """longest sampled response, tokens; one cut here has no EOS. Released code: 256."""
+    learning_rate: float | Auto = "auto"
+    """peak learning rate, > 0. RFT paper: 5e-7."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    """both without weight decay. RFT paper: rmsprop."""
+    warmup_ratio: float = 0.1
+    """part of the updates in which the learning rate rises linearly; then it falls linearly to 0. Released code: 0.1."""
+    max_grad_norm: float = 1.0
+    """gradient norm is clipped at this value, > 0."""
+    batch_size: int | Auto = "auto"
+    """rows (demonstrations or pairs) per optimizer step over all devices. SPIN: 64."""
+    per_device_train_batch_size: int | Auto = "auto"
+    """rows per forward pass: changes memory, never the gradient; accumulation steps follow from it."""
+    per_device_eval_batch_size: int | Auto = "auto"
+    """rows per forward pass without gradient, and per batch of generation."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """auto: bf16 where the device multiplies it natively, else no. RFT paper: bf16."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """type of the stored weights."""
+    attn_implementation: str = "sdpa"
+    """attention of transformers: sdpa, eager, flash_attention_2, ..."""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time."""
+    lora_r: int = 0
+    """rank of LoRA adapters on all linear layers; 0 trains all weights. RFT paper's LoRA variant: 64."""
+    lora_alpha: int = 16
+    """LoRA scale numerator. Released code: 16."""
+    trust_remote_code: bool = False
+    """run the Python code that a hub repository ships. Off unless you ask."""
+    seed: int = 1
+    """seed of data order and sampling."""
+    output_dir: str = "auto"
+    """run directory; auto: runs/<script>__<seed>__<time>. One that holds another run is refused."""
+    save_steps: int = 100
+    """optimizer steps between checkpoints inside a training phase, > 0; one is also written at the end of each phase."""
+    logging_steps: int = 1
+    """optimizer steps between rows of metrics.jsonl, > 0."""
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """tracker to send the metrics to as well."""
+    resume: str = ""
+    """run directory to continue; its own settings are used."""
+    dry_run: bool = False
+    """print the plan (steps, tokens to generate, memory) and exit."""
+
+    def check(self) -> None:
+        """UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
+        positive = ["eval_samples", "max_length", "max_prompt_length", "max_new_tokens", "learning_rate", "batch_size"]
+        positive += ["per_device_train_batch_size", "per_device_eval_batch_size", "max_grad_norm", "save_steps", "logging_steps"]
+        for name in positive:
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        for name in ["max_samples", "lora_r", "seed"]:
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "at least 0 and below 1")
+        require(
+            self.max_prompt_length < self.max_length, "max_prompt_length", self.max_prompt_length,
+            f"less than --max-length {self.max_length}",
+        )  # fmt: skip
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def require(ok: bool, name: str, found, expected: str) -> None:
+    """UserError `--flag: found X, expected Y` unless ok."""
+    if not ok:
+        raise UserError(f"{flag(name)}: found {found}, expected {expected}")
+
+
+def resolve_auto(args: RunArgs, settings: dict[str, dict]) -> str:
+    """Fill the flags that are still auto from the row of `settings` whose key begins the model's name. Returns the key."""
+    name = Path(args.model).name.lower()
+    key = next((k for k in settings if name.startswith(k)), "other")
+    for field, value in settings[key].items():
+        if getattr(args, field) == "auto":
+            setattr(args, field, value)
+    if args.max_prompt_length == "auto":
+        args.max_prompt_length = max(args.max_length - args.max_new_tokens, args.max_length // 2)
+    return key
+
+
+def parse_args(cls, description: str, settings: dict[str, dict]):
+    """Command line -> args with every auto resolved. With --resume the run's own args come back; others are refused."""
+    import tyro
+
+    args = tyro.cli(cls, description=description)
+    if args.resume:
+        path = Path(args.resume) / "args.json"
+        if not path.is_file():
+            raise UserError(f"--resume: found no args.json in {args.resume}, expected a run directory")
+        saved = json.loads(path.read_text())["args"]
+        default = cls()
+        for field in dataclasses.fields(cls):
+            given = getattr(args, field.name)
+            if field.name not in ("resume", "dry_run", "output_dir") and given not in (
+                getattr(default, field.name),
+                saved[field.name],
+            ):
+                raise UserError(
+                    f"{flag(field.name)}: found {given}, but the run in {args.resume} has {saved[field.name]};"
+                    " a resumed run keeps its settings"
+                )
+        args = cls(**{**saved, "resume": args.resume, "output_dir": args.resume, "dry_run": args.dry_run})
+    resolve_auto(args, settings)
+    args.check()
+    return args
+
+
+def main(script_main: Callable[[], None]) -> None:
+    """Run a script's main; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        script_main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)
+
+
+def expected_processes() -> int:
+    """How many processes the launcher was asked for: torchrun's WORLD_SIZE, or the words of `accelerate launch`."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    import psutil
+    import yaml
+
+    words = psutil.Process().parent().cmdline() if psutil.Process().parent() else []
+    if "launch" not in words or not any("accelerate" in w for w in words):
+        return 1
+    for name in ("--num_processes", "--num-processes"):
+        if name in words:
+            return int(words[words.index(name) + 1])
+    if "--config_file" in words:
+        return int(yaml.safe_load(Path(words[words.index("--config_file") + 1]).read_text()).get("num_processes") or 1)
+    return 1
+
+
+def native_bf16() -> bool:
+    """True where bf16 products are faster than float32 ones: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+@contextlib.contextmanager
+def progress(phase: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar with ETA on a terminal, a line every 15 s elsewhere. Yields advance(n)."""
+    from rich import progress as bars
+
+    if show and sys.stderr.isatty():
+        from rich.console import Console
+
+        columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()]
+        columns += [bars.TimeElapsedColumn(), bars.TextColumn("ETA"), bars.TimeRemainingColumn()]
+        with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(phase, total=total)
+            yield lambda n=1: bar.advance(task, n)
+        return
+    done, started, spoken = 0, time.time(), time.time()
+
+    def advance(n: int = 1) -> None:
+        nonlocal done, spoken
+        done += n
+        if show and time.time() - spoken > 15:
+            spoken = time.time()
+            eta = (spoken - started) * (total - done) / max(done, 1)
+            print(f"  {phase}: {done}/{total}, ETA {eta:.0f} s", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float) -> float:
+    """Linear warm-up to `peak` over the first warmup_ratio of `total` updates, then linear to 0. `step` counts from 0."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * (total - step) / max(total - warmup, 1)
+
+
+def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
+    """RMSprop (torch defaults) or AdamW, without weight decay. The learning rate is set at every step."""
+    trainable = [p for p in parameters if p.requires_grad]
+    if name == "rmsprop":
+        return torch.optim.RMSprop(trainable, lr=0.0)
+    return torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
+
+
+def data_order(n: int, *key: int) -> list[int]:
+    """A permutation of range(n) that is a function of the key alone: a resumed run needs no stream position."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Run:
+    """One run of one script: its processes, its directory, its log and its checkpoints."""
+
+    def __init__(self, args: RunArgs, script: str, metrics: dict[str, str]):
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        self.args, self.script, self.metrics = args, script, metrics
+        expected = expected_processes()
+        cpu = not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+        precision = ("bf16" if native_bf16() else "no") if args.mixed_precision == "auto" else args.mixed_precision
+        log_with = None if args.report_to == "none" else args.report_to
+        self.dir = Path(args.resume or args.output_dir)
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with)
+        if self.accelerator.num_processes != expected:
+            raise UserError(
+                f"launched for {expected} processes, but accelerate runs {self.accelerator.num_processes}: they would train"
+                f" apart. On CPU type: ACCELERATE_USE_CPU=true torchrun --nproc_per_node {expected} {script}.py ..."
+            )
+        self.rank, self.world, self.is_main = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.is_main_process,
+        )
+        if os.environ.get("OMP_NUM_THREADS") is None and cpu and self.world > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
+        set_seed(args.seed)
+        self._make_directory()
+        if log_with:
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.dir))
+            self.accelerator.project_configuration.set_directories(str(self.dir))
+            self.accelerator.init_trackers("cleanirl", config=flat_config(args))
+        self.stop_requested = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    # ---- directory ----
+    def _make_directory(self) -> None:
+        """Create (or, with --resume, reopen) the run directory; rank 0 decides its name, all ranks learn it."""
+        from accelerate.utils import broadcast_object_list
+
+        problem = None
+        if self.is_main:
+            if self.args.output_dir == "auto" and not self.args.resume:
+                stamp = time.strftime("%Y%m%d-%H%M%S")
+                self.dir = Path("runs") / f"{self.script}__{self.args.seed}__{stamp}"
+            if not self.args.resume and self.dir.exists() and any(self.dir.iterdir()):
+                problem = f"--output-dir: {self.dir} already holds files; expected a new or empty folder, or --resume {self.dir}"
+            else:
+                for name in ("samples", "generations", "evals", "checkpoint"):
+                    (self.dir / name).mkdir(parents=True, exist_ok=True)
+                if not self.args.resume:
+                    write_json(self.dir / "args.json", {"script": self.script, "args": dataclasses.asdict(self.args), **environment()})
+        message = broadcast_object_list([problem, str(self.dir)])
+        if message[0]:
+            raise UserError(message[0])
+        self.dir = Path(message[1])
+
+    def _on_sigterm(self, *_) -> None:
+        if self.stop_requested:
+            sys.exit(143)
+        self.stop_requested = True
+
+    def stop_if_asked(self, position: dict | None = None) -> None:
+        """After SIGTERM on any rank: write a checkpoint (if a position is given) and exit with status 143 on all ranks."""
+        asked = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        if self.accelerator.reduce(asked).item() == 0:
+            return
+        if position is not None:
+            self.save_checkpoint(position)
+        self.say(f"SIGTERM: stopped; continue with --resume {self.dir}")
+        sys.exit(143)
+
+    def finished(self) -> bool:
+        """True, and says so, if --resume names a run that has its final model."""
+        done = bool(self.args.resume) and (self.dir / "final").is_dir()
+        if done:
+            self.say(f"{self.dir} is finished: its model is in {self.dir / 'final'}")
+        return done
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+    # ---- metrics ----
+    def log(self, row: dict[str, float], **axis: int) -> None:
+        """Append one row to metrics.jsonl. KeyError on a name that METRICS does not describe."""
+        if unknown := row.keys() - self.metrics.keys():
+            raise KeyError(f"describe {sorted(unknown)} in METRICS")
+        if self.is_main:
+            with open(self.dir / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({**axis, **row}) + "\n")
+        if self.args.report_to != "none":
+            self.accelerator.log(row, step=axis.get("step"))
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int, **axis: int) -> Iterator[Callable[[int], None]]:
+        """Progress for one phase; its wall time goes to timing.jsonl, apart from the metrics, which a rerun repeats exactly."""
+        started = time.time()
+        with progress(name, total, self.is_main) as advance:
+            yield advance
+        if self.is_main:
+            with open(self.dir / "timing.jsonl", "a") as f:
+                f.write(json.dumps({**axis, "phase": name, "items": total, "seconds": round(time.time() - started, 3)}) + "\n")
+
+    # ---- sharing work ----
+    def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:
+        """work(indices) -> results on each rank's share of range(n), gathered in order on all ranks."""
+        from accelerate.utils import gather_object
+
+        mine = list(range(self.rank, n, self.world))
+        results = list(zip(mine, work(mine), strict=True))
+        if self.world > 1:
+            results = gather_object(results)
+        return [r for _, r in sorted(results, key=lambda pair: pair[0])]
+
+    def batches(self, n: int, *key: int) -> list[list[int]]:
+        """Global batches of one epoch over range(n), in the order of (seed, key); the last one may be smaller."""
+        order = data_order(n, self.args.seed, *key)
+        return [order[i : i + self.args.batch_size] for i in range(0, n, self.args.batch_size)]
+
+    def step(self, model, optimizer, rows: list, loss_fn: Callable, length: Callable, lr: float) -> dict[str, float]:
+        """One optimizer step on `rows`, the global batch; the same on any number of devices and micro-batches.
+
+        loss_fn(rows) -> (losses (b,), {name: (sum, count)}); the objective is the mean of all losses of the global batch.
+        Rows are sorted by length so that a micro-batch holds similar ones. Raises UserError on a loss that is not finite.
+        """
+        micro = self.args.per_device_train_batch_size
+        ordered = sorted(rows, key=length, reverse=True)
+        mine = ordered[self.rank :: self.world]
+        parts = [mine[i : i + micro] for i in range(0, len(mine), micro)]
+        weight = self.world / len(rows)  # DDP averages gradients over ranks
+        if not parts:  # fewer rows than ranks: take part in the collectives with weight 0
+            parts, weight = [ordered[:1]], 0.0
+        share = 1.0 if mine else 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        names, totals = [], 0.0
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses, stats = loss_fn(part)
+                self.accelerator.backward(losses.sum() * weight)
+            stats = {"loss": (losses.detach().sum(), losses.new_tensor(len(part))), **stats}
+            names = list(stats)
+            totals = totals + share * torch.stack([torch.stack([s.double(), c.double()]) for s, c in stats.values()])
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        row = {name: (s / c).item() for name, (s, c) in zip(names, totals, strict=True)}
+        row["grad_norm"] = float(self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm))
+        row["learning_rate"] = lr
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            found = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
+            raise UserError(
+                f"training diverged: found {found}, expected finite numbers; no update was made."
+                f" Lower --learning-rate; last good checkpoint: {self.last_checkpoint() or 'none yet'}"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return row
+
+    # ---- checkpoints ----
+    def last_checkpoint(self) -> Path | None:
+        found = sorted(p for p in (self.dir / "checkpoint").iterdir() if not p.name.startswith("."))
+        return found[-1] if found else None
+
+    def save_checkpoint(self, position: dict[str, int]) -> None:
+        """Model, optimizer, RNG and position under checkpoint/<iteration>_<step>; the two newest are kept.
+
+        Everything is written to a temporary folder, listed with its SHA-256, synced, then renamed: a reader sees a whole
+        checkpoint or none. A failed write leaves the earlier ones as they were and raises UserError.
+        """
+        folder = self.dir / "checkpoint"
+        final = folder / f"{position['outer_iteration']:04d}_{position['step']:08d}"
+        partial = folder / f".partial_{final.name}"
+        error = None
+        try:
+            if self.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(partial), safe_serialization=True)
+        except Exception as e:  # any failure to write: disk full, quota, permissions, a library's own wrapper of these
+            error = e
+        failed = self.accelerator.reduce(torch.tensor(float(error is not None), device=self.accelerator.device)).item()
+        if self.is_main and not failed:
+            try:
+                metrics = self.dir / "metrics.jsonl"
+                size = metrics.stat().st_size if metrics.exists() else 0
+                write_json(partial / "position.json", {**position, "metrics_bytes": size})
+                seal(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+                sync_path(folder)
+                for old in sorted(p for p in folder.iterdir() if not p.name.startswith("."))[:-2]:
+                    shutil.rmtree(old)
+            except OSError as e:
+                error = e
+        if self.is_main and (failed or error):
+            shutil.rmtree(partial, ignore_errors=True)
+        failed = self.accelerator.reduce(torch.tensor(float(error is not None), device=self.accelerator.device)).item()
+        if failed:
+            raise UserError(
+                f"checkpoint could not be written to {folder} ({error or 'on another rank'});"
+                f" last good checkpoint: {self.last_checkpoint() or 'none yet'}; free space, then --resume {self.dir}"
+            )
+
+    def load_checkpoint(self) -> dict[str, int] | None:
+        """Load the newest checkpoint that is whole; name and skip those that are not. Returns its position, or None.
+
+        metrics.jsonl is cut back to that position. UserError if checkpoints exist and none is whole.
+        """
+        self.accelerator.wait_for_everyone()
+        found = sorted((p for p in (self.dir / "checkpoint").iterdir() if not p.name.startswith(".")), reverse=True)
+        for path in found:
+            if problem := broken_seal(path):
+                self.say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
+                continue
+            self.accelerator.load_state(str(path))
+            position = json.loads((path / "position.json").read_text())
+            size = position.pop("metrics_bytes")
+            if self.is_main:
+                with contextlib.suppress(FileNotFoundError), open(self.dir / "metrics.jsonl", "r+b") as f:
+                    f.truncate(size)
+            self.say(f"resumed from {path}")
+            return position
+        if found:
+            raise UserError(f"--resume: none of the {len(found)} checkpoints in {self.dir / 'checkpoint'} is whole")
+        if self.is_main:
+            (self.dir / "metrics.jsonl").unlink(missing_ok=True)
+        return None
+
+    def model_card(self, method: str, paper: str) -> str:
+        """README.md of final/: front matter, how it was made, last measurements."""
+        args = self.args
+        rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()] if self.is_main else []
+        last = next((r for r in reversed(rows) if any(k.startswith("eval/") for k in r)), {})
+        measured = "\n".join(f"| {k} | {v:.4g} | {self.metrics.get(k, '')} |" for k, v in last.items() if k in self.metrics)
+        lora = f", LoRA r = {args.lora_r} merged" if args.lora_r else ""
+        return (
+            f"---\nlibrary_name: transformers\nbase_model: {args.model}\ndatasets:\n- {args.dataset}\n"
+            f"tags:\n- cleanirl\n- {self.script}\n---\n\n# {args.model} after {method}\n\n"
+            f"Trained with `{self.script}.py` of CleanIRL ({paper}) on `{args.dataset}`{lora}.\n\n"
+            f"```\n{' '.join(['python', *sys.argv])}\n```\n\nAll settings: `args.json` of the run.\n\n"
+            f"| held-out measure | value | meaning |\n|---|---|---|\n{measured}\n"
+        )
+
+    def save_final(self, model, tokenizer, card: str) -> Path:
+        """final/: weights (safetensors), tokenizer and model card, loadable with from_pretrained."""
+        self.accelerator.wait_for_everyone()
+        path, partial = self.dir / "final", self.dir / ".partial_final"
+        state = self.accelerator.get_state_dict(model)
+        model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if self.args.lora_r:
+            model, state = model.merge_and_unload(), None
+        if self.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial, state_dict=state)
+            tokenizer.save_pretrained(partial)
+            (partial / "README.md").write_text(card)
+            seal(partial)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def end(self) -> None:
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def write_json(path: Path, value) -> None:
+    """Atomically: temporary name, fsync, rename."""
+    partial = path.with_name(f".partial_{path.name}")
+    with open(partial, "w") as f:
+        f.write(json.dumps(value, indent=2) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def sync_path(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write manifest.json: size and SHA-256 of every file below, all synced to disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    for path in files:
+        sync_path(path)
+    manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": digest(p)} for p in files}
+    write_json(folder / "manifest.json", manifest)
+
+
+def broken_seal(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, or None: file missing, cut short, or changed."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "manifest.json missing or unreadable"
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}"
+        if digest(path) != entry["sha256"]:
+            return f"{name} differs from its checksum"
+    return None
+
+
+def environment() -> dict:
+    """Versions and commit, for args.json."""
+    from importlib.metadata import version
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    names = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+    return {
+        "versions": {"python": sys.version.split()[0], **{n: version(n) for n in names}},
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": sys.argv,
+    }
+
+
+def flat_config(args) -> dict:
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(args).items()}

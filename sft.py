@@ -1,0 +1,167 @@
+"""SFT: supervised fine-tuning on demonstrations, the warm start and the baseline of every method here.
+
+Paper: Getting More Juice Out of the SFT Data, arXiv:2405.17888, Eq. 1: max_theta E_(x,y)~D [log pi(y|x; theta)].
+
+The loss is the negative log-likelihood of the response tokens, EOS included and trained exactly once; prompt tokens
+carry no loss. Flags, data, evaluation and checkpoints are those of irft.py: `diff sft.py irft.py` shows the method.
+
+Not the paper: D1 the mean is taken over the response tokens of the whole update (paper silent; --loss-reduction).
+
+Dims: B demonstrations, T response tokens.
+
+Laptop CPU, a minute:   python sft.py
+
+At scale:               accelerate launch sft.py --model zephyr-7b-sft-full
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from common import evals, models
+from common.data import collate
+from common.generation import Generator
+from common.logprobs import masked_sum, response_logprobs
+from common.run import Run, RunArgs, learning_rate_at, main, make_optimizer, parse_args, require
+
+SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=2000, max_length=256, max_new_tokens=48, learning_rate=2e-4, batch_size=32,
+        per_device_train_batch_size=32, per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # batch and window of irft.py, so that updates can be compared; 2e-5 is alignment-handbook's SFT rate
+        dataset="ultrachat_200k", max_samples=50_000, max_length=1024, max_new_tokens=256, learning_rate=2e-5,
+        batch_size=64, per_device_train_batch_size=8, per_device_eval_batch_size=32,
+    ),
+    "other": dict(
+        dataset="ultrachat_200k", max_samples=50_000, max_length=2048, max_new_tokens=256, learning_rate=2e-5,
+        batch_size=64, per_device_train_batch_size=4, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args(RunArgs):
+    num_train_epochs: int = 2
+    """passes over the demonstrations, >= 1. RFT paper: 2."""
+    loss_reduction: Literal["token", "sequence"] = "token"
+    """mean over all response tokens of the update, or over responses of their summed NLL (Eq. 1 as written)."""
+    beta: float = 0.1
+    """scale of the implicit reward beta log pi/pi_ref in the evaluation; no part of the loss. > 0."""
+
+    def check(self) -> None:
+        super().check()
+        require(self.num_train_epochs >= 1, "num_train_epochs", self.num_train_epochs, "1 or more")
+        require(self.beta > 0, "beta", self.beta, "a number above 0")
+
+
+METRICS = {  # name -> meaning, unit, range
+    "loss": "NLL, nats per response token (--loss-reduction token) or per response (sequence)",
+    "nll": "-log pi of the demonstration, nats per response",
+    "entropy": "of the next-token distribution, exact, nats per response token",
+    "mean_token_accuracy": "share of response tokens that are the model's most likely one",
+    "num_tokens": "prompt and response tokens trained on so far",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    "epoch": "passes over the demonstrations so far",
+    **evals.EVAL_METRICS,
+}
+
+
+# ---- the maths ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
+
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
+
+
+def demonstration_loss(policy, rows: list[dict], device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """nll_loss of demonstrations -> ((B,), {metric: (sum, count)})."""
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch)
+    losses = nll_loss(scores.logprobs, batch.response_mask)
+    count, tokens = losses.new_tensor(len(rows)), batch.response_mask.sum()
+    return losses, {
+        "nll": (losses.detach().sum(), count),
+        "entropy": (scores.entropy.sum(), tokens),
+        "mean_token_accuracy": (scores.correct.sum(), tokens),
+        "num_tokens": (batch.attention_mask.sum(), count),
+    }
+
+
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+    demonstrations = evals.load_demonstrations(args, tokenizer)
+    updates = -(-len(demonstrations) // args.batch_size)  # in one epoch
+    total = updates * args.num_train_epochs
+    if args.dry_run:
+        print(f"sft --dry-run: model {args.model}, data {args.dataset}, {len(demonstrations)} demonstrations")
+        print(f"  {total} updates of {args.batch_size} demonstrations, {args.num_train_epochs} epoch(s)")
+        models.print_memory_plan(args, sequences_per_row=1)
+        return
+    held_rows = evals.load_held_out(args, tokenizer)
+
+    run = Run(args, "sft", METRICS)
+    if run.finished():
+        return
+    model = models.prepare_policy(args, tokenizer)
+    policy, optimizer = run.accelerator.prepare(model, make_optimizer(args.optimizer, model.parameters()))
+    bare = run.accelerator.unwrap_model(policy)
+    generator = Generator(bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    run.say(f"sft: {len(demonstrations)} demonstrations, {total} updates, {run.world} process(es), {run.dir}")
+
+    start = run.load_checkpoint() if args.resume else None
+    position = start or {"outer_iteration": 0, "step": 0, "num_tokens": 0}
+    held = evals.prepare_held_out(run, bare, generator, held_rows)
+
+    def measure(iteration: int) -> None:
+        reference = models.reference_policy(run, policy, tokenizer, is_initial=iteration == 0)
+        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
+        run.log(row, step=position["step"], outer_iteration=iteration)
+
+    if start is None:
+        measure(0)
+    for epoch in range(position["outer_iteration"], args.num_train_epochs):
+        policy.train()
+        with run.phase(f"epoch {epoch}", updates, outer_iteration=epoch) as advance:
+            for k, batch in enumerate(run.batches(len(demonstrations), 0, epoch)):
+                step = epoch * updates + k
+                if step < position["step"]:
+                    advance(1)
+                    continue
+                rows = [demonstrations[i] for i in batch]
+                tokens = sum(len(r["response_ids"]) for r in rows)
+                scale = len(rows) / tokens if args.loss_reduction == "token" else 1.0  # D1
+
+                def loss_fn(part, scale=scale):
+                    losses, stats = demonstration_loss(policy, part, run.accelerator.device)
+                    return losses * scale, stats
+
+                lr = learning_rate_at(step, total, args.learning_rate, args.warmup_ratio)
+                row = run.step(policy, optimizer, rows, loss_fn, row_length, lr)
+                position["num_tokens"] += round(row["num_tokens"] * len(batch))
+                position.update(outer_iteration=epoch, step=step + 1)
+                row.update(num_tokens=position["num_tokens"], epoch=(step + 1) / updates)
+                if (step + 1) % args.logging_steps == 0:
+                    run.log(row, step=step + 1, outer_iteration=epoch)
+                if (k + 1) % args.save_steps == 0 or k + 1 == updates:
+                    run.save_checkpoint(position)
+                run.stop_if_asked(position)
+                advance(1)
+        measure(epoch + 1)
+    evals.print_table(run)
+    path = run.save_final(policy, tokenizer, run.model_card("SFT", "arXiv:2405.17888, Eq. 1"))
+    run.say(f"model: {path}")
+    run.end()
+
+
+def row_length(row: dict) -> int:
+    return len(row["prompt_ids"]) + len(row["response_ids"])
+
+
+if __name__ == "__main__":
+    main(lambda: train(parse_args(Args, __doc__, SETTINGS)))

@@ -1,0 +1,104 @@
+"""Small models, tokenizers and data made locally, and a way to run a script as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_tokenizer(vocab_size: int = 300, chat_template: str | None = None):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["</s>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(["return the number of items in the list", "open the file and read it"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")  # pad = eos
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+ZEPHYR_TEMPLATE = (  # the shape of zephyr's template: role tags, EOS after every turn
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def make_model(folder: Path, architecture: str = "gpt_neox", tokenizer=None, window: int = 128, **overrides) -> Path:
+    """A random model of a real architecture with its tokenizer, written by save_pretrained."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = tokenizer or make_tokenizer()
+    eos = tokenizer.eos_token_id
+    shared = dict(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=window, bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
+    ) | overrides  # fmt: skip
+    if architecture == "mistral":
+        model = MistralForCausalLM(MistralConfig(num_key_value_heads=2, head_dim=8, sliding_window=None, **shared))
+    else:
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**shared))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_data(path: Path, n: int = 24, preference: bool = False) -> Path:
+    """n prompt/completion (or prompt/chosen/rejected) rows of uneven length, as JSONL."""
+    words = "return the number of items in list open file and read it".split()
+    rows = []
+    for i in range(n):
+        text = " ".join(words[(i * 3 + j) % len(words)] for j in range(2 + i % 5))
+        row = {"prompt": f"say {i}: " + text, "completion": text + "."}
+        if preference:
+            row = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no " * (1 + i % 4)}
+        rows.append(json.dumps(row))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def command(script: str, model: Path, data: Path, out: Path, *flags: str) -> list[str]:
+    """A run of a script small enough for a test."""
+    small = "--max-length 96 --max-new-tokens 8 --max-prompt-length 64 --batch-size 4 --per-device-train-batch-size 2"
+    small += " --per-device-eval-batch-size 8 --learning-rate 1e-3 --eval-samples 4 --save-steps 2 --max-samples 0"
+    words = [sys.executable, script, "--model", str(model), "--dataset", str(data), "--eval-dataset", str(data)]
+    words += ["--output-dir", str(out), *small.split()]
+    names = {f for f in flags if f.startswith("--")}
+    kept = []
+    skip = False
+    for i, word in enumerate(words):  # a flag given by the test replaces the default one
+        if skip:
+            skip = False
+        elif word in names and i > 1:
+            skip = True
+        else:
+            kept.append(word)
+    return [*kept, *flags]
+
+
+def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float = 240, **env: str):
+    """Run a command offline with one thread; returns the finished process."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.update({"PYTHONPATH": str(ROOT), **env})
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(map(str, words))}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "final" / "model.safetensors")

@@ -1,0 +1,172 @@
+"""A run killed anywhere and resumed ends with the bytes of the run that was left alone; damaged checkpoints are noticed."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import ROOT, command, make_data, make_model, metrics, run, weights
+
+POINTS = [  # (script, function, n-th call): one or more in every phase
+    ("irft.py", "common.evals.sequence_logprobs", 2),  # reference on held-out rows
+    ("irft.py", "common.evals.evaluate", 1),
+    ("irft.py", "common.evals.sample_rows", 3),  # answers of iteration 0
+    ("irft.py", "irft.write_pairs", 1),  # pairs scored, not yet on disk
+    ("irft.py", "common.run.Run.step", 1),
+    ("irft.py", "common.run.Run.step", 4),  # between checkpoints
+    ("irft.py", "common.run.seal", 1),  # first checkpoint written but not sealed
+    ("irft.py", "common.run.seal", 3),
+    ("irft.py", "common.evals.evaluate", 2),  # after iteration 0
+    ("irft.py", "common.models.reference_policy", 4),  # iteration 1, the reference is another model now
+    ("irft.py", "common.run.Run.step", 9),  # iteration 1
+    ("irft.py", "common.evals.save_evaluation", 3),
+    ("irft.py", "common.run.Run.save_final", 1),
+    ("sft.py", "common.run.Run.step", 1),
+    ("sft.py", "common.run.Run.step", 8),
+    ("sft.py", "common.evals.evaluate", 2),
+]
+FLAGS = {
+    "irft.py": ["--T", "2", "--num-train-epochs", "2", "--replay", "all", "--lora-r", "0"],
+    "sft.py": ["--num-train-epochs", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    make_model(folder / "model")
+    make_data(folder / "data.jsonl", 24)
+    return folder
+
+
+def drive(scenarios: list[dict]) -> list[int]:
+    done = run([sys.executable, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], timeout=500)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def argv(script: str, place, out, *flags: str) -> list[str]:
+    return command(script, place / "model", place / "data.jsonl", out, *FLAGS[script], *flags)[1:]
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """{name: folder} of undisturbed runs, and of runs that were killed at each point and resumed."""
+    scenarios, statuses = [], []
+    for script in ("irft.py", "sft.py"):
+        scenarios.append({"argv": argv(script, place, place / f"whole_{script}")})
+        statuses.append(0)
+    for i, (script, at, n) in enumerate(POINTS):
+        out = place / f"killed_{i}"
+        scenarios.append({"argv": argv(script, place, out), "at": at, "n": n})
+        scenarios.append({"argv": [script, "--resume", str(out)]})
+        statuses += [-signal.SIGKILL, 0]
+    assert drive(scenarios) == statuses
+    return place
+
+
+@pytest.mark.parametrize("i", range(len(POINTS)), ids=lambda i: "-".join(map(str, POINTS[i])))
+def test_killed_and_resumed_equals_left_alone(runs, i):
+    script = POINTS[i][0]
+    whole, resumed = runs / f"whole_{script}", runs / f"killed_{i}"
+    expected, found = weights(whole), weights(resumed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
+    for name in ("samples", "evals"):
+        assert sorted(p.name for p in (whole / name).iterdir()) == sorted(p.name for p in (resumed / name).iterdir())
+    for path in (whole / "samples").iterdir():
+        assert path.read_bytes() == (resumed / "samples" / path.name).read_bytes()
+
+
+def test_training_moved_the_weights(runs):
+    """Guards the tests above against comparing runs that did nothing."""
+    from safetensors.torch import load_file
+
+    before = load_file(runs / "model" / "model.safetensors")
+    after = weights(runs / "whole_irft.py")
+    assert max((before[k] - after[k]).abs().max() for k in before) > 1e-3
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
+def test_damaged_checkpoint_is_noticed_and_the_one_before_used(runs, place, damage):
+    out = place / f"damaged_{damage}"
+    scenario = {"argv": argv("irft.py", place, out), "at": "common.run.Run.step", "n": 6}
+    assert drive([scenario]) == [-signal.SIGKILL]
+    kept = sorted((out / "checkpoint").iterdir())
+    assert [p.name for p in kept] == ["0000_00000002", "0000_00000004"]
+    victim = kept[-1] / "model.safetensors"
+    content = victim.read_bytes()
+    if damage == "cut":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        victim.unlink()
+    done = run([sys.executable, "irft.py", "--resume", str(out)])
+    assert "0000_00000004 is damaged (model.safetensors" in done.stdout
+    assert "resumed from" in done.stdout and "0000_00000002" in done.stdout
+    expected, found = weights(runs / "whole_irft.py"), weights(out)
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(place):
+    """The kernel refuses to write past a file size limit, as a full disk would, once the first checkpoint stands."""
+    out = place / "full"
+    words = command("irft.py", place / "model", place / "data.jsonl", out, *FLAGS["irft.py"])
+    assert drive([{"argv": words[1:], "at": "common.run.Run.step", "n": 4}]) == [-signal.SIGKILL]
+    assert [p.name for p in (out / "checkpoint").iterdir()] == ["0000_00000002"]
+    before = {p.name: p.read_bytes() for p in (out / "checkpoint" / "0000_00000002").iterdir()}
+    limit = os.path.getsize(out / "checkpoint" / "0000_00000002" / "model.safetensors") // 2
+    done = subprocess.run(
+        [sys.executable, "irft.py", "--resume", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and "checkpoint could not be written" in error[0] and "0000_00000002" in error[0]
+    assert [p.name for p in (out / "checkpoint").iterdir()] == ["0000_00000002"]
+    assert before == {p.name: p.read_bytes() for p in (out / "checkpoint" / "0000_00000002").iterdir()}
+    run([sys.executable, "irft.py", "--resume", str(out)])
+    assert (out / "final" / "model.safetensors").is_file()
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(runs, place):
+    out = place / "sigterm"
+    words = command("irft.py", place / "model", place / "data.jsonl", out, *FLAGS["irft.py"], "--save-steps", "1000")
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while time.time() < deadline and not (
+        (out / "metrics.jsonl").exists() and any("loss" in row for row in metrics(out) if row)
+    ):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run ended before the signal reached it")
+    assert process.returncode == 143 and f"--resume {out}" in stdout
+    assert any((out / "checkpoint").iterdir())
+    run([sys.executable, "irft.py", "--resume", str(out)])
+    expected, found = weights(runs / "whole_irft.py"), weights(out)
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_resume_refuses_other_settings_and_says_when_finished(runs):
+    out = runs / "whole_irft.py"
+    done = run([sys.executable, "irft.py", "--resume", str(out), "--beta", "0.3"], check=False)
+    assert done.returncode == 2 and "--beta: found 0.3" in done.stderr and "has 0.1" in done.stderr
+    done = run([sys.executable, "irft.py", "--resume", str(out)])
+    assert "is finished" in done.stdout
+
+
+def test_only_two_checkpoints_are_kept_and_nothing_partial(runs):
+    names = sorted(p.name for p in (runs / "whole_irft.py" / "checkpoint").iterdir())
+    assert len(names) == 2 and not any(n.startswith(".") for n in names)
+    assert not list((runs / "whole_irft.py").rglob(".partial*"))
+    shutil.rmtree(runs / "killed_0")
