@@ -32,15 +32,15 @@ from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, m
 
 SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
     "tiny": dict(
-        dataset="pydoc", max_samples=2000, max_length=256, max_new_tokens=48, learning_rate=2e-5, later_learning_rate=4e-6,
+        dataset="pydoc", max_samples=1500, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=5e-5, later_learning_rate=1e-5,
         batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # RFT paper, Sec. 5.1 and App. C, pythia-1.4b
-        dataset="ultrachat_200k", max_samples=50_000, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
+        dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
         later_learning_rate=1e-7, batch_size=64, per_device_train_batch_size=8, per_device_eval_batch_size=32,
     ),
     "other": dict(  # RFT paper, zephyr-7b-sft-full; batch 64 from SPIN
-        dataset="ultrachat_200k", max_samples=50_000, max_length=2048, max_new_tokens=256, learning_rate=5e-7,
+        dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=2048, max_new_tokens=256, learning_rate=5e-7,
         later_learning_rate=1e-7, batch_size=64, per_device_train_batch_size=2, per_device_eval_batch_size=16,
     ),
 }  # fmt: skip
@@ -125,7 +125,9 @@ def irft_loss(
 
 def pair_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """irft_loss of stored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
-    sequences = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs] + [(p["prompt_ids"], p["rejected_ids"]) for p in pairs]
+    sequences = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs] + [
+        (p["prompt_ids"], p["rejected_ids"]) for p in pairs
+    ]
     batch = collate(sequences, pad_token_id=0).to(device)
     scores = response_logprobs(policy, batch)
     chosen, rejected = masked_sum(scores.logprobs, batch.response_mask).chunk(2)  # D1
@@ -155,7 +157,9 @@ class Plan:
     chunks: list[list[int]]  # indices into the demonstrations
     pairs: list[int]  # pairs trained on in outer iteration t
     K: list[int]  # updates in outer iteration t
-    schedule: list[tuple[int, int, float]]  # (first step, steps, peak) of the schedule that outer iteration t belongs to
+    schedule: list[
+        tuple[int, int, float]
+    ]  # (first step, steps, peak) of the schedule that outer iteration t belongs to
 
     @property
     def steps(self) -> int:
@@ -176,7 +180,11 @@ def make_plan(n: int, args: Args) -> Plan:
     schedule = []
     for t in range(args.T):
         p = t // args.num_chunks  # D3
-        span = range(t, t + 1) if args.optimizer_state == "restart" else range(p * args.num_chunks, min((p + 1) * args.num_chunks, args.T))
+        span = (
+            range(t, t + 1)
+            if args.optimizer_state == "restart"
+            else range(p * args.num_chunks, min((p + 1) * args.num_chunks, args.T))
+        )
         peak = args.learning_rate if p == 0 else args.later_learning_rate
         schedule.append((sum(K[: span.start]), sum(K[i] for i in span), peak))
     return Plan(chunks, pairs, K, schedule)
@@ -250,7 +258,9 @@ def train(args: Args) -> None:
     policy, optimizer = run.accelerator.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.accelerator.unwrap_model(policy)
     generator = Generator(bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
-    run.say(f"irft: {len(demonstrations)} demonstrations, T = {args.T}, K = {plan.K}, {run.world} process(es), {run.dir}")
+    run.say(
+        f"irft: {len(demonstrations)} demonstrations, T = {args.T}, K = {plan.K}, {run.world} process(es), {run.dir}"
+    )
 
     start = run.load_checkpoint() if args.resume else None
     position = start or {"outer_iteration": 0, "step": 0, "num_tokens": 0}

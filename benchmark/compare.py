@@ -96,7 +96,9 @@ def figure(methods: dict[str, list[Path]], path: Path, title: str) -> None:
         if name == "eval/completions/mean_length":
             truth = load(next(iter(methods.values()))[0])[0]["eval/lengths/demonstrations"].mean()
             ax.axhline(truth, color="#888888", ls="--", lw=1)
-            ax.text(0.02, truth, "demonstrations", transform=ax.get_yaxis_transform(), color="#666666", va="bottom", size=8)
+            ax.text(
+                0.02, truth, "demonstrations", transform=ax.get_yaxis_transform(), color="#666666", va="bottom", size=8
+            )
         if name.startswith("eval/rewards"):
             ax.axhline(0.5, color="#888888", ls="--", lw=1)
         ax.set_title(f"{column} ({BETTER[name]})" if name in BETTER else column, size=9)
@@ -137,7 +139,9 @@ def show(table: dict, rows: int, seeds: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    view = Table(title=f"{rows} held-out rows, {seeds} seed(s); mean and 95% bootstrap interval over rows", show_lines=True)
+    view = Table(
+        title=f"{rows} held-out rows, {seeds} seed(s); mean and 95% bootstrap interval over rows", show_lines=True
+    )
     view.add_column("")
     for column in TABLE:
         view.add_column(column, justify="right")

@@ -15,7 +15,10 @@ once() { # once NAME SCRIPT FLAGS...
     python "$script" --output-dir "$out/$name" "$@"
   fi
 }
-once sft sft.py
-once spin irft.py --T 1
-once irft irft.py --T 5
+python irft.py --T 5 --dry-run # makes the embedded model on first use, and prints the plan
+export OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 )) # two lanes, half of the cores each
+(once sft sft.py && once spin irft.py --T 1) 2>&1 | sed -u 's/^/[sft, spin] /' &
+lane=$!
+once irft irft.py --T 5 2>&1 | sed -u 's/^/[irft] /'
+wait "$lane"
 python benchmark/compare.py --runs "SFT=$out/sft" "SPIN=$out/spin" "IRFT=$out/irft" --output "$out"

@@ -8,8 +8,10 @@ Dims: B sequences, L prompt + response tokens, T response tokens.
 
 import ast
 import hashlib
+import inspect
 import json
 import os
+import sys
 import sysconfig
 import warnings
 from dataclasses import dataclass, fields
@@ -35,6 +37,10 @@ FORMATS = (
 PLAIN_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # RFT paper, App. C
 
 
+class EmptyText(UserError):
+    """A row without any text to learn from: left out and counted, since real data sets have some."""
+
+
 # ---- sources ----
 def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset") -> list[dict]:
     """Rows of a data set. split: train, test, or all (for a source named as held-out data on its own).
@@ -57,7 +63,16 @@ def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "
         raw, own_split = read_hub(name, split, flag)
     if not raw:
         raise UserError(f"{flag}: found no rows in {name}, expected at least one")
-    rows = [{"row": i, **parse_row(r, i, kind, f"{flag} {name}")} for i, r in enumerate(raw)]
+    rows, empty = [], []
+    for i, r in enumerate(raw):
+        try:
+            rows.append({"row": i, **parse_row(r, i, kind, f"{flag} {name}")})
+        except EmptyText as error:
+            empty.append(str(error))
+    if not rows:
+        raise UserError(f"{empty[0]}; all {len(raw)} rows are like this")
+    if empty:
+        warnings.warn(f"{empty[0]}; {len(empty)} of {len(raw)} rows are like this and were left out", stacklevel=2)
     if own_split or split == "all":
         return rows
     kept = [row for row in rows if held_out(row["prompt"]) == (split == "test")]
@@ -84,7 +99,9 @@ def read_file(path: Path, flag: str) -> list:
                 try:
                     rows.append(json.loads(line))
                 except ValueError as error:
-                    raise UserError(f"{flag}: {path} line {number}: found broken JSON ({error}), expected an object") from None
+                    raise UserError(
+                        f"{flag}: {path} line {number}: found broken JSON ({error}), expected an object"
+                    ) from None
         return rows
     if path.suffix != ".json":
         raise UserError(f"{flag}: found {path}, expected a .json, .jsonl or .parquet file")
@@ -197,7 +214,9 @@ def split_columns(raw: dict, where: str) -> tuple:
 
 def split_messages(messages, where: str) -> tuple[list[dict], str]:
     """Messages -> (those before the last assistant turn, its text)."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+    ):
         raise UserError(f"{where}: found {type(messages).__name__}, expected a list of messages with role and content")
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
     if last is None:
@@ -209,7 +228,9 @@ def split_messages(messages, where: str) -> tuple[list[dict], str]:
 def split_transcript(text, where: str) -> tuple[list[dict], str]:
     """Anthropic HH transcript (turns begin with Human: or Assistant:, two newlines before) -> (messages, last assistant text)."""
     if not isinstance(text, str) or "\n\nAssistant:" not in text:
-        raise UserError(f"{where}: found no prompt column and no transcript with Human: and Assistant: turns, expected one of these")
+        raise UserError(
+            f"{where}: found no prompt column and no transcript with Human: and Assistant: turns, expected one of these"
+        )
     head, _, response = text.rpartition("\n\nAssistant:")
     messages = []
     for turn in head.split("\n\nHuman:")[1:]:
@@ -224,25 +245,41 @@ def check_prompt(prompt, where: str):
         if not prompt or not all(isinstance(m.get("content"), str) for m in prompt if isinstance(m, dict)):
             raise UserError(f"{where}: found an empty or non-text prompt, expected messages with text")
         return prompt
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where}: found {describe(prompt)} as prompt, expected text")
-    return prompt
+    return check_text(prompt, "prompt", where)
 
 
 def check_response(response, name: str, where: str) -> str:
     if isinstance(response, list):
         response = split_messages(response, where)[1]
-    if not isinstance(response, str) or not response.strip():
-        raise UserError(f"{where}: found {describe(response)} as {name}, expected text")
-    return response
+    return check_text(response, name, where)
 
 
-def describe(value) -> str:
-    return "an empty text" if isinstance(value, str) else type(value).__name__
+def check_text(value, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: found {type(value).__name__} as {name}, expected text")
+    if not value.strip():
+        raise EmptyText(f"{where}: found an empty {name}, expected text")
+    return value
 
 
 # ---- the embedded data set ----
+def cache_folder() -> Path:
+    """$CLEANIRL_CACHE, else cleanirl/ in the user's cache folder."""
+    base = os.environ.get("CLEANIRL_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanirl"
+
+
 def pydoc_rows() -> list[tuple[bool, dict]]:
+    """harvest_pydoc, from the user's cache folder after the first time."""
+    key = hashlib.sha256(repr((sys.version, sys.prefix, inspect.getsource(sys.modules[__name__]))).encode()).hexdigest()
+    path = cache_folder() / f"pydoc-{key[:12]}.parquet"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_pairs(path, [{"test": test, **row} for test, row in harvest_pydoc()])
+    return [(r["test"], {"prompt": r["prompt"], "response": r["response"]}) for r in read_pairs(path)]
+
+
+def harvest_pydoc() -> list[tuple[bool, dict]]:
     """[(held out?, {prompt, response})]: documented functions and classes of the running interpreter's standard library.
 
     prompt: the definition and the docstring after its summary, or, where there is no more, the first lines of the code.
@@ -274,12 +311,16 @@ def pydoc_rows() -> list[tuple[bool, dict]]:
     return rows
 
 
-def documented(tree: ast.AST, lines: list[str], limit: int = 360):
+def documented(tree: ast.AST, lines: list[str], limit: int = 240):
     """{prompt, response} of every documented definition below a tree, methods under their class's name."""
     stack = [(tree, "")]
     while stack:
         node, owner = stack.pop()
-        children = [c for c in ast.iter_child_nodes(node) if isinstance(c, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        children = [
+            c
+            for c in ast.iter_child_nodes(node)
+            if isinstance(c, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        ]
         inner = f"{owner}{node.name}." if isinstance(node, ast.ClassDef) else owner
         stack += [(child, inner) for child in reversed(children)]
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -320,7 +361,9 @@ def render_prompt(tokenizer, prompt) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if isinstance(prompt, list):
         names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-        turns = [m["content"] if len(prompt) == 1 else f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt]
+        turns = [
+            m["content"] if len(prompt) == 1 else f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt
+        ]
         prompt = "\n\n".join(turns)
     return PLAIN_TEMPLATE.format(prompt=prompt)
 
@@ -409,7 +452,7 @@ def write_pairs(path: Path, rows: list[dict]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    partial = path.with_name(f".partial_{path.name}")
+    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
     with open(partial, "wb") as f:
         pq.write_table(pa.Table.from_pylist(rows), f)
         f.flush()

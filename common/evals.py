@@ -67,7 +67,9 @@ def load_held_out(args, tokenizer) -> list[dict]:
     return encode([rows[i] for i in picked], tokenizer, args.max_length, args.max_prompt_length, flag="--eval-dataset")
 
 
-def sequence_logprobs(run, model, sequences, temperature: float = 1.0, advance=lambda n: None) -> list[tuple[float, list]]:
+def sequence_logprobs(
+    run, model, sequences, temperature: float = 1.0, advance=lambda n: None
+) -> list[tuple[float, list]]:
     """[(log pi of the response, its token log-probs)] without gradient, shared over ranks, in length-sorted batches."""
     size = run.args.per_device_eval_batch_size
     pad = 0  # never read: masks come from lengths
@@ -168,11 +170,16 @@ def save_evaluation(folder: Path, iteration: int, rows, texts, table) -> None:
     """evals/<iteration>.parquet: a row per held-out row; samples/<iteration>.md: the same eight prompts every time."""
     write_pairs(
         folder / "evals" / f"{iteration:04d}.parquet",
-        [{"row": r["row"], "sample": t, **{k: float(v[i]) for k, v in table.items()}} for i, (r, t) in enumerate(zip(rows, texts))],
+        [
+            {"row": r["row"], "sample": t, **{k: float(v[i]) for k, v in table.items()}}
+            for i, (r, t) in enumerate(zip(rows, texts))
+        ],
     )
     lines = [f"# Samples after outer iteration {iteration}\n"]
     for row, text in list(zip(rows, texts, strict=True))[:SHOWN]:
-        lines.append(f"## Row {row['row']}\n\n```\n{row['prompt_text'].strip()}\n```\n\nDemonstration: {row['response_text']}\n\nSample: {text}\n")
+        lines.append(
+            f"## Row {row['row']}\n\n```\n{row['prompt_text'].strip()}\n```\n\nDemonstration: {row['response_text']}\n\nSample: {text}\n"
+        )
     (folder / "samples" / f"{iteration:04d}.md").write_text("\n".join(lines))
 
 
@@ -190,7 +197,9 @@ def rouge_l(candidate: str, reference: str) -> float:
     return rouge_l.scorer.score(reference, candidate)["rougeL"].fmeasure
 
 
-def bootstrap_interval(values: np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of values (n,), resampling rows."""
     values = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))

@@ -51,7 +51,9 @@ class Generator:
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
                 uniforms = torch.stack([self._stream(seed, rows[i]) for i in part])
-                for i, response in zip(part, self._batch([prompts[i] for i in part], uniforms, temperature), strict=True):
+                for i, response in zip(
+                    part, self._batch([prompts[i] for i in part], uniforms, temperature), strict=True
+                ):
                     done[i] = response
                 advance(len(part))
         finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common import UserError
-from common.data import encode, load_rows
+from common.data import cache_folder, encode, load_rows
 from common.run import data_order, learning_rate_at, progress
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
@@ -30,14 +30,14 @@ MODELS = {  # short name -> hub id; a local folder of the same name wins
 }
 
 TINY = {  # Pythia's architecture, small enough for a laptop; trained on the pydoc training rows on first use
-    "vocab_size": 2048,
-    "hidden_size": 128,
+    "vocab_size": 1024,
+    "hidden_size": 144,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "intermediate_size": 512,
+    "intermediate_size": 576,
     "max_position_embeddings": 512,
 }
-TINY_TRAINING = {"epochs": 4, "batch_size": 32, "learning_rate": 3e-3, "max_length": 256, "seed": 0}
+TINY_TRAINING = {"epochs": 1, "batch_size": 16, "learning_rate": 5e-3, "max_length": 224, "seed": 0}
 
 
 def resolve_model(name: str) -> str:
@@ -54,7 +54,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     with one_line_error(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: found a tokenizer without an EOS token, expected one: responses could not end")
+        raise UserError(
+            f"--model {name}: found a tokenizer without an EOS token, expected one: responses could not end"
+        )
     return tokenizer
 
 
@@ -102,7 +104,9 @@ def one_line_error(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         target = resolve_model(name) if name != "tiny" else name
-        where = f"the hub ({target}) could not provide it" if not Path(name).is_dir() else "the folder could not be read"
+        where = (
+            f"the hub ({target}) could not provide it" if not Path(name).is_dir() else "the folder could not be read"
+        )
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(
             f"--model {name}: found no local folder ./{name} and {where}; expected a folder made by save_pretrained, or a"
@@ -153,12 +157,6 @@ def reference_policy(run, policy, tokenizer, is_initial: bool) -> Iterator[torch
 
 
 # ---- the embedded model ----
-def cache_folder() -> Path:
-    """$CLEANIRL_CACHE, else cleanirl/ in the user's cache folder."""
-    base = os.environ.get("CLEANIRL_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanirl"
-
-
 def tiny_path() -> Path:
     """Folder of the embedded model; made on first use by the first process that asks, others wait for it."""
     key = json.dumps([TINY, TINY_TRAINING, sys.version, torch.__version__])
@@ -202,24 +200,30 @@ def train_tiny(path: Path) -> None:
         warnings.simplefilter("ignore")
         encoded = encode(rows, tokenizer, setting["max_length"], setting["max_length"] - 32)
     texts = [torch.tensor(r["prompt_ids"] + r["response_ids"]) for r in encoded]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, fused=True)
     size = setting["batch_size"]
     total = setting["epochs"] * (len(texts) // size)
     print(f"training the embedded model tiny once ({total} steps on {len(texts)} docstrings)", file=sys.stderr)
     with progress("tiny", total) as advance:
         for epoch in range(setting["epochs"]):
             order = data_order(len(texts), setting["seed"], epoch)
-            blocks = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]  # similar lengths share a batch
+            blocks = [
+                order[i : i + 16 * size] for i in range(0, len(order), 16 * size)
+            ]  # similar lengths share a batch
             by_length = [sorted(block, key=lambda i: len(texts[i])) for block in blocks]
             batches = [b[i : i + size] for b in by_length for i in range(0, len(b) - size + 1, size)]
             for step, j in enumerate(data_order(len(batches), setting["seed"], epoch, 1)):
-                ids = torch.nn.utils.rnn.pad_sequence([texts[i] for i in batches[j]], batch_first=True, padding_value=-100)
+                ids = torch.nn.utils.rnn.pad_sequence(
+                    [texts[i] for i in batches[j]], batch_first=True, padding_value=-100
+                )
                 logits = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long()).logits[:, :-1]
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 done = epoch * len(batches) + step
-                optimizer.param_groups[0]["lr"] = learning_rate_at(min(done, total - 1), total, setting["learning_rate"], 0.05)
+                optimizer.param_groups[0]["lr"] = learning_rate_at(
+                    min(done, total - 1), total, setting["learning_rate"], 0.05
+                )
                 optimizer.step()
                 optimizer.zero_grad()
                 advance(1)
@@ -240,7 +244,11 @@ def memory_plan(config, args, sequences_per_row: int) -> dict[str, dict[str, flo
         model = AutoModelForCausalLM.from_config(config)
     gib = 2**30
     count = sum(p.numel() for p in model.parameters())
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n and "embed_out" not in n]
+    linear = [
+        m
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "head" not in n and "embed_out" not in n
+    ]
     trained = sum(args.lora_r * (m.in_features + m.out_features) for m in linear) if args.lora_r else count
     width = 2 if args.dtype == "bfloat16" else 4
     layers, hidden = config.num_hidden_layers, config.hidden_size
@@ -266,7 +274,11 @@ def memory_plan(config, args, sequences_per_row: int) -> dict[str, dict[str, flo
             "weights": weights,
             "reference": 0 if args.lora_r else weights,
             "optimizer": trained * width * states,
-            "logits": args.per_device_eval_batch_size * 2 * (args.max_length - args.max_prompt_length) * config.vocab_size * 4,
+            "logits": args.per_device_eval_batch_size
+            * 2
+            * (args.max_length - args.max_prompt_length)
+            * config.vocab_size
+            * 4,
         },
     }
     return {phase: {part: value / gib for part, value in parts.items()} for phase, parts in plan.items()}

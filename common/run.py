@@ -35,7 +35,7 @@ class RunArgs:
     """held-out data; auto: the test split of --dataset, or a tenth of it, split by prompt."""
     max_samples: int | Auto = "auto"
     """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
-    eval_samples: int = 300
+    eval_samples: int | Auto = "auto"
     """held-out rows to measure on, > 0."""
     max_length: int | Auto = "auto"
     """window, prompt + response tokens. RFT paper: 1024 (1B), 2048 (7B)."""
@@ -89,7 +89,13 @@ class RunArgs:
     def check(self) -> None:
         """UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
         positive = ["eval_samples", "max_length", "max_prompt_length", "max_new_tokens", "learning_rate", "batch_size"]
-        positive += ["per_device_train_batch_size", "per_device_eval_batch_size", "max_grad_norm", "save_steps", "logging_steps"]
+        positive += [
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "max_grad_norm",
+            "save_steps",
+            "logging_steps",
+        ]
         for name in positive:
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ["max_samples", "lora_r", "seed"]:
@@ -239,7 +245,9 @@ class Run:
     def __init__(self, args: RunArgs, script: str, metrics: dict[str, str]):
         from accelerate import Accelerator
         from accelerate.utils import set_seed
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()  # ours speak for the phases
         self.args, self.script, self.metrics = args, script, metrics
         expected = expected_processes()
         cpu = not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
@@ -284,7 +292,10 @@ class Run:
                 for name in ("samples", "generations", "evals", "checkpoint"):
                     (self.dir / name).mkdir(parents=True, exist_ok=True)
                 if not self.args.resume:
-                    write_json(self.dir / "args.json", {"script": self.script, "args": dataclasses.asdict(self.args), **environment()})
+                    write_json(
+                        self.dir / "args.json",
+                        {"script": self.script, "args": dataclasses.asdict(self.args), **environment()},
+                    )
         message = broadcast_object_list([problem, str(self.dir)])
         if message[0]:
             raise UserError(message[0])
@@ -335,7 +346,10 @@ class Run:
             yield advance
         if self.is_main:
             with open(self.dir / "timing.jsonl", "a") as f:
-                f.write(json.dumps({**axis, "phase": name, "items": total, "seconds": round(time.time() - started, 3)}) + "\n")
+                f.write(
+                    json.dumps({**axis, "phase": name, "items": total, "seconds": round(time.time() - started, 3)})
+                    + "\n"
+                )
 
     # ---- sharing work ----
     def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:
@@ -465,9 +479,13 @@ class Run:
     def model_card(self, method: str, paper: str) -> str:
         """README.md of final/: front matter, how it was made, last measurements."""
         args = self.args
-        rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()] if self.is_main else []
+        rows = (
+            [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()] if self.is_main else []
+        )
         last = next((r for r in reversed(rows) if any(k.startswith("eval/") for k in r)), {})
-        measured = "\n".join(f"| {k} | {v:.4g} | {self.metrics.get(k, '')} |" for k, v in last.items() if k in self.metrics)
+        measured = "\n".join(
+            f"| {k} | {v:.4g} | {self.metrics.get(k, '')} |" for k, v in last.items() if k in self.metrics
+        )
         lora = f", LoRA r = {args.lora_r} merged" if args.lora_r else ""
         return (
             f"---\nlibrary_name: transformers\nbase_model: {args.model}\ndatasets:\n- {args.dataset}\n"

@@ -140,7 +140,9 @@ def test_full_disk_leaves_the_last_good_checkpoint(place):
 def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(runs, place):
     out = place / "sigterm"
     words = command("irft.py", place / "model", place / "data.jsonl", out, *FLAGS["irft.py"], "--save-steps", "1000")
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.time() + 120
     while time.time() < deadline and not (
         (out / "metrics.jsonl").exists() and any("loss" in row for row in metrics(out) if row)
