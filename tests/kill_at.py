@@ -59,6 +59,8 @@ def child(scenario: dict) -> int:
 
 def main() -> None:
     import accelerate  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import rouge_score.rouge_scorer  # noqa: F401
     import safetensors.torch  # noqa: F401
     import transformers
     import tyro  # noqa: F401

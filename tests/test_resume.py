@@ -24,11 +24,11 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("irft.py", "common.run.seal", 3),
     ("irft.py", "common.evals.evaluate", 2),  # after iteration 0
     ("irft.py", "common.models.reference_policy", 4),  # iteration 1, the reference is another model now
-    ("irft.py", "common.run.Run.step", 9),  # iteration 1
+    ("irft.py", "common.run.Run.step", 8),  # iteration 1
     ("irft.py", "common.evals.save_evaluation", 3),
     ("irft.py", "common.run.Run.save_final", 1),
     ("sft.py", "common.run.Run.step", 1),
-    ("sft.py", "common.run.Run.step", 8),
+    ("sft.py", "common.run.Run.step", 6),
     ("sft.py", "common.evals.evaluate", 2),
 ]
 FLAGS = {
@@ -41,13 +41,14 @@ FLAGS = {
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     make_model(folder / "model")
-    make_data(folder / "data.jsonl", 24)
+    make_data(folder / "data.jsonl", 18)
     return folder
 
 
-def drive(scenarios: list[dict]) -> list[int]:
+def drive(scenarios: list[dict]) -> tuple[list[int], str]:
+    """(exit statuses, what the children printed) of scenarios for kill_at.py."""
     done = run([sys.executable, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], timeout=500)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 def argv(script: str, place, out, *flags: str) -> list[str]:
@@ -66,7 +67,7 @@ def runs(place):
         scenarios.append({"argv": argv(script, place, out), "at": at, "n": n})
         scenarios.append({"argv": [script, "--resume", str(out)]})
         statuses += [-signal.SIGKILL, 0]
-    assert drive(scenarios) == statuses
+    assert drive(scenarios)[0] == statuses
     return place
 
 
@@ -93,33 +94,38 @@ def test_training_moved_the_weights(runs):
     assert max((before[k] - after[k]).abs().max() for k in before) > 1e-3
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
-def test_damaged_checkpoint_is_noticed_and_the_one_before_used(runs, place, damage):
-    out = place / f"damaged_{damage}"
-    scenario = {"argv": argv("irft.py", place, out), "at": "common.run.Run.step", "n": 6}
-    assert drive([scenario]) == [-signal.SIGKILL]
-    kept = sorted((out / "checkpoint").iterdir())
-    assert [p.name for p in kept] == ["0000_00000002", "0000_00000004"]
-    victim = kept[-1] / "model.safetensors"
-    content = victim.read_bytes()
-    if damage == "cut":
-        victim.write_bytes(content[: len(content) // 2])
-    elif damage == "flip":
-        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+def damage(file, how: str) -> None:
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
     else:
-        victim.unlink()
-    done = run([sys.executable, "irft.py", "--resume", str(out)])
-    assert "0000_00000004 is damaged (model.safetensors" in done.stdout
-    assert "resumed from" in done.stdout and "0000_00000002" in done.stdout
-    expected, found = weights(runs / "whole_irft.py"), weights(out)
-    assert all(torch.equal(expected[k], found[k]) for k in expected)
+        file.write_bytes(content[: len(content) // 2] if how == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_damaged_checkpoint_is_noticed_and_the_one_before_used(runs, place):
+    kinds = ("cut", "flip", "missing")
+    outs = [place / f"damaged_{kind}" for kind in kinds]
+    killed = [{"argv": argv("irft.py", place, out), "at": "common.run.Run.step", "n": 5} for out in outs]
+    assert drive(killed)[0] == [-signal.SIGKILL] * 3
+    for out, kind in zip(outs, kinds, strict=True):
+        kept = sorted(p.name for p in (out / "checkpoint").iterdir())
+        assert kept == ["0000_00000002", "0000_00000004"]
+        damage(out / "checkpoint" / kept[-1] / "model.safetensors", kind)
+    statuses, printed = drive([{"argv": ["irft.py", "--resume", str(out)]} for out in outs])
+    assert statuses == [0, 0, 0]
+    assert printed.count("0000_00000004 is damaged (model.safetensors") == 3
+    expected = weights(runs / "whole_irft.py")
+    for out in outs:
+        assert f"resumed from {out}/checkpoint/0000_00000002" in printed
+        found = weights(out)
+        assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
 def test_full_disk_leaves_the_last_good_checkpoint(place):
     """The kernel refuses to write past a file size limit, as a full disk would, once the first checkpoint stands."""
     out = place / "full"
     words = command("irft.py", place / "model", place / "data.jsonl", out, *FLAGS["irft.py"])
-    assert drive([{"argv": words[1:], "at": "common.run.Run.step", "n": 4}]) == [-signal.SIGKILL]
+    assert drive([{"argv": words[1:], "at": "common.run.Run.step", "n": 4}])[0] == [-signal.SIGKILL]
     assert [p.name for p in (out / "checkpoint").iterdir()] == ["0000_00000002"]
     before = {p.name: p.read_bytes() for p in (out / "checkpoint" / "0000_00000002").iterdir()}
     limit = os.path.getsize(out / "checkpoint" / "0000_00000002" / "model.safetensors") // 2
@@ -133,7 +139,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(place):
     assert len(error) == 1 and "checkpoint could not be written" in error[0] and "0000_00000002" in error[0]
     assert [p.name for p in (out / "checkpoint").iterdir()] == ["0000_00000002"]
     assert before == {p.name: p.read_bytes() for p in (out / "checkpoint" / "0000_00000002").iterdir()}
-    run([sys.executable, "irft.py", "--resume", str(out)])
+    assert drive([{"argv": ["irft.py", "--resume", str(out)]}])[0] == [0]
     assert (out / "final" / "model.safetensors").is_file()
 
 
@@ -169,10 +175,12 @@ def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(place):
 
 def test_resume_refuses_other_settings_and_says_when_finished(runs):
     out = runs / "whole_irft.py"
-    done = run([sys.executable, "irft.py", "--resume", str(out), "--beta", "0.3"], check=False)
-    assert done.returncode == 2 and "--beta: found 0.3" in done.stderr and "has 0.1" in done.stderr
-    done = run([sys.executable, "irft.py", "--resume", str(out)])
-    assert "is finished" in done.stdout
+    statuses, printed = drive(
+        [{"argv": ["irft.py", "--resume", str(out), *extra]} for extra in (["--beta", "0.3"], [])]
+    )
+    assert statuses == [2, 0]
+    assert "error: --beta: found 0.3, but the run in" in printed and "has 0.1" in printed
+    assert "is finished" in printed
 
 
 def test_only_two_checkpoints_are_kept_and_nothing_partial(runs):
