@@ -145,7 +145,7 @@ def evaluate(run, policy, generator: Generator, held: HeldOut, tokenizer, beta: 
         ours = sequence_logprobs(run, policy, sequences, advance=advance)
     with reference as ref_policy:
         theirs = sequence_logprobs(run, ref_policy, sequences)
-    logratio = [np.array(a) - np.array(b) for (_, a), (_, b) in zip(ours, theirs, strict=True)]
+    kl_k1, kl_k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
     reward = {kind: beta * (logp[kind] - np.array(held.ref[kind])) for kind in logp}
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rollout.response_ids]
     table = {
@@ -157,13 +157,22 @@ def evaluate(run, policy, generator: Generator, held: HeldOut, tokenizer, beta: 
         "rouge_l": np.array([rouge_l(t, r["response_text"]) for t, r in zip(texts, rows, strict=True)]),
         "completions/mean_length": np.array([float(len(ids)) for ids in rollout.response_ids]),
         "completions/clipped_ratio": 1.0 - np.array(rollout.finished, dtype=float),
-        "kl_k1": np.array([u.sum() for u in logratio]),
-        "kl_k3": np.array([(np.exp(-u) - 1 + u).sum() for u in logratio]),
+        "kl_k1": kl_k1,
+        "kl_k3": kl_k3,
         "lengths/demonstrations": np.array([float(len(r["response_ids"])) for r in rows]),
     }
     if run.is_main:
         save_evaluation(run.dir, iteration, rows, texts, table)
     return {f"eval/{name}": float(values.mean()) for name, values in table.items()}
+
+
+def kl_estimates(policy: list[list[float]], ref: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """(k1, k3) of KL(pi || pi_ref) for each response sampled from pi, from its token log-probs; each (B,), nats.
+
+    With u = log pi/pi_ref of a token: k1 sums u, k3 sums exp(-u) - 1 + u, which is never negative. Both are unbiased.
+    """
+    logratio = [np.array(a) - np.array(b) for a, b in zip(policy, ref, strict=True)]
+    return np.array([u.sum() for u in logratio]), np.array([(np.exp(-u) - 1 + u).sum() for u in logratio])
 
 
 def save_evaluation(folder: Path, iteration: int, rows, texts, table) -> None:

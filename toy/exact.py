@@ -192,7 +192,9 @@ def identities() -> dict[str, tuple[float, float]]:
             worst["lower"] = max(
                 worst["lower"], float((inner - minimax_value(expert, logp, ref, rewards, beta)).detach())
             )
-            worst["tabular"] = max(worst["tabular"], float((exact - (expert - optimum.detach().exp()) / beta).abs().max()))
+            worst["tabular"] = max(
+                worst["tabular"], float((exact - (expert - optimum.detach().exp()) / beta).abs().max())
+            )
         out[f"{architecture}: probabilities of all {len(RESPONSES)} responses sum to 1"] = (worst["sum"], 1e-12)
         out[f"{architecture}: Lemma 3.1, inner minimum = likelihood - E log pi_ref"] = (worst["value"], 1e-10)
         out[f"{architecture}: Lemma 3.1, another policy is not lower"] = (worst["lower"], 0.0)
