@@ -218,7 +218,7 @@ def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, genera
     is_reference = args.ref == "previous" or t == 0
     with (
         run.phase(f"iteration {t}: reference", 2 * len(pairs), outer_iteration=t) as advance,
-        models.reference_policy(run, policy, tokenizer, is_reference) as ref_policy,
+        models.reference_policy(run, policy, is_reference) as ref_policy,
     ):
         for kind in ("chosen", "rejected"):
             sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
@@ -243,7 +243,7 @@ def check_first_loss(run, row: dict[str, float]) -> None:
 
 
 def train(args: Args) -> None:
-    tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = models.load_tokenizer(args)
     demonstrations = evals.load_demonstrations(args, tokenizer)
     plan = make_plan(len(demonstrations), args)
     if args.dry_run:
@@ -254,7 +254,7 @@ def train(args: Args) -> None:
     run = Run(args, "irft", METRICS)
     if run.finished():
         return
-    model = models.prepare_policy(args, tokenizer)
+    model = models.prepare_policy(args)
     policy, optimizer = run.accelerator.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.accelerator.unwrap_model(policy)
     generator = Generator(bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
@@ -267,7 +267,7 @@ def train(args: Args) -> None:
     held = evals.prepare_held_out(run, bare, generator, held_rows)
 
     def measure(iteration: int) -> None:
-        reference = models.reference_policy(run, policy, tokenizer, is_initial=iteration == 0)
+        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
         row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
         run.log(row, step=position["step"], outer_iteration=iteration, episodes=sum(plan.pairs[:iteration]))
 

@@ -94,7 +94,7 @@ def demonstration_loss(policy, rows: list[dict], device) -> tuple[Tensor, dict[s
 
 
 def train(args: Args) -> None:
-    tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = models.load_tokenizer(args)
     demonstrations = evals.load_demonstrations(args, tokenizer)
     updates = -(-len(demonstrations) // args.batch_size)  # in one epoch
     total = updates * args.num_train_epochs
@@ -108,7 +108,7 @@ def train(args: Args) -> None:
     run = Run(args, "sft", METRICS)
     if run.finished():
         return
-    model = models.prepare_policy(args, tokenizer)
+    model = models.prepare_policy(args)
     policy, optimizer = run.accelerator.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.accelerator.unwrap_model(policy)
     generator = Generator(bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
@@ -119,7 +119,7 @@ def train(args: Args) -> None:
     held = evals.prepare_held_out(run, bare, generator, held_rows)
 
     def measure(iteration: int) -> None:
-        reference = models.reference_policy(run, policy, tokenizer, is_initial=iteration == 0)
+        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
         row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
         run.log(row, step=position["step"], outer_iteration=iteration)
 

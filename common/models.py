@@ -47,15 +47,27 @@ def resolve_model(name: str) -> str:
     return str(tiny_path()) if name == "tiny" else MODELS.get(name, name)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """Tokenizer of a model. UserError in one line if it cannot be had, or has no EOS token."""
+def load_tokenizer(args):
+    """Tokenizer of --model. UserError in one line if it cannot be had, has no EOS token, or does not fit model and window."""
     from transformers import AutoTokenizer
 
+    name = args.model
     with one_line_error(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=args.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"--model {name}: found a tokenizer without an EOS token, expected one: responses could not end"
+        )
+    config = load_config(name, args.trust_remote_code)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"--model {name}: found a tokenizer of {len(tokenizer)} tokens but {config.vocab_size} embeddings in the model;"
+            " expected a tokenizer made for this model"
+        )
+    window = getattr(config, "max_position_embeddings", None)
+    if window and args.max_length > window:
+        raise UserError(
+            f"--max-length: found {args.max_length}, expected at most {window}, the window of --model {name}"
         )
     return tokenizer
 
@@ -67,34 +79,22 @@ def load_config(name: str, trust_remote_code: bool = False):
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
 
 
-def load_model(name: str, tokenizer, args):
-    """Causal language model with dropout off. UserError if its vocabulary or window does not fit tokenizer and flags."""
+def load_model(args):
+    """Causal language model of --model with dropout off."""
     from transformers import AutoModelForCausalLM
 
-    with one_line_error(name):
+    with one_line_error(args.model):
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name),
+            resolve_model(args.model),
             dtype=getattr(torch, args.dtype),
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
         )
-    check_fit(name, model.config, model.get_input_embeddings().num_embeddings, tokenizer, args.max_length)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model.config.use_cache = False
     return model
-
-
-def check_fit(name: str, config, embeddings: int, tokenizer, max_length: int) -> None:
-    if len(tokenizer) > embeddings:
-        raise UserError(
-            f"--model {name}: found a tokenizer of {len(tokenizer)} tokens but {embeddings} embeddings in the model;"
-            " expected a tokenizer made for this model"
-        )
-    window = getattr(config, "max_position_embeddings", None)
-    if window and max_length > window:
-        raise UserError(f"--max-length: found {max_length}, expected at most {window}, the window of --model {name}")
 
 
 @contextlib.contextmanager
@@ -116,9 +116,9 @@ def one_line_error(name: str) -> Iterator[None]:
         ) from error
 
 
-def prepare_policy(args, tokenizer):
+def prepare_policy(args):
     """The model to train: loaded, with LoRA and gradient checkpointing where asked."""
-    model = load_model(args.model, tokenizer, args)
+    model = load_model(args)
     if args.lora_r:
         model = add_lora(model, args)
     if args.gradient_checkpointing:
@@ -136,7 +136,7 @@ def add_lora(model, args):
 
 
 @contextlib.contextmanager
-def reference_policy(run, policy, tokenizer, is_initial: bool) -> Iterator[torch.nn.Module]:
+def reference_policy(run, policy, is_initial: bool) -> Iterator[torch.nn.Module]:
     """The initial model, without gradient, for as long as the context lasts.
 
     The policy itself while it has not moved (`is_initial`); with LoRA the policy with its adapter off; else a second copy,
@@ -150,7 +150,7 @@ def reference_policy(run, policy, tokenizer, is_initial: bool) -> Iterator[torch
         with policy.disable_adapter():
             yield policy
     else:
-        model = load_model(args.model, tokenizer, args).to(run.accelerator.device).eval()
+        model = load_model(args).to(run.accelerator.device).eval()
         if run.accelerator.mixed_precision == "bf16":
             model.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(model.forward)
         yield model

@@ -244,7 +244,7 @@ class Run:
 
     def __init__(self, args: RunArgs, script: str, metrics: dict[str, str]):
         from accelerate import Accelerator
-        from accelerate.utils import set_seed
+        from accelerate.utils import ProjectConfiguration, set_seed
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # ours speak for the phases
@@ -254,7 +254,8 @@ class Run:
         precision = ("bf16" if native_bf16() else "no") if args.mixed_precision == "auto" else args.mixed_precision
         log_with = None if args.report_to == "none" else args.report_to
         self.dir = Path(args.resume or args.output_dir)
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with)
+        project = ProjectConfiguration(logging_dir=str(self.dir))  # the directory is settled below, by rank 0
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_config=project)
         if self.accelerator.num_processes != expected:
             raise UserError(
                 f"launched for {expected} processes, but accelerate runs {self.accelerator.num_processes}: they would train"
@@ -270,8 +271,7 @@ class Run:
         set_seed(args.seed)
         self._make_directory()
         if log_with:
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.dir))
-            self.accelerator.project_configuration.set_directories(str(self.dir))
+            project.logging_dir = str(self.dir)
             self.accelerator.init_trackers("cleanirl", config=flat_config(args))
         self.stop_requested = False
         signal.signal(signal.SIGTERM, self._on_sigterm)

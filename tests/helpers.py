@@ -102,3 +102,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "final" / "model.safetensors")
+
+
+def drive(scenarios: list[dict], cwd: Path = ROOT) -> tuple[list[int], str]:
+    """(exit statuses, what the children printed) of scenarios for kill_at.py."""
+    done = run([sys.executable, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], cwd=cwd, timeout=500)
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -73,6 +73,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.dup2(2, 1)
+            print(f"=== {scenario.get('mark', '')}", flush=True)
             status = 1
             try:
                 status = child(scenario)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, command, make_data, make_model, metrics, run, weights
+from helpers import ROOT, command, drive, make_data, make_model, metrics, run, weights
 
 POINTS = [  # (script, function, n-th call): one or more in every phase
     ("irft.py", "common.evals.sequence_logprobs", 2),  # reference on held-out rows
@@ -43,12 +43,6 @@ def place(tmp_path_factory):
     make_model(folder / "model")
     make_data(folder / "data.jsonl", 18)
     return folder
-
-
-def drive(scenarios: list[dict]) -> tuple[list[int], str]:
-    """(exit statuses, what the children printed) of scenarios for kill_at.py."""
-    done = run([sys.executable, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], timeout=500)
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 def argv(script: str, place, out, *flags: str) -> list[str]:

@@ -12,9 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
+ROUNDING = 1e-12
+"""what an identity between probabilities may miss at a computed solution."""
 
-class FordError(Exception):
-    """The likelihood has no finite maximiser: some actions never lose to, or never win over, the others."""
+
+class InputError(Exception):
+    """A mistake in the user's input, in one line."""
+
+
+class FordError(InputError):
+    """The likelihood has no finite maximiser; the message names the actions at fault."""
 
 
 def softmax(rewards: np.ndarray) -> np.ndarray:
@@ -22,91 +29,115 @@ def softmax(rewards: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
+def win_probability(rewards: np.ndarray) -> np.ndarray:
+    """(n, n) sigmoid(R_i - R_j), the chance that i is preferred to j."""
+    return 1 / (1 + np.exp(rewards[None, :] - rewards[:, None]))
+
+
 def log_likelihood(rewards: np.ndarray, demonstrations: np.ndarray, preferences: np.ndarray) -> float:
-    """sum_i d_i log pi_i + sum_ij p_ij log sigmoid(R_i - R_j), nats; concave in the rewards. AIHF Eq. 12, 14, 15."""
+    """sum_i d_i log pi_i + sum_ij p_ij log sigmoid(R_i - R_j), nats; concave in the rewards. AIHF Eq. 23, 28."""
     log_z = np.logaddexp.reduce(rewards)
     pairs = np.logaddexp(rewards[:, None], rewards[None, :])
     return float(demonstrations @ (rewards - log_z) + (preferences * (rewards[:, None] - pairs)).sum())
 
 
 def gradient(rewards: np.ndarray, demonstrations: np.ndarray, preferences: np.ndarray) -> np.ndarray:
-    """(n,) d_i + sum_j p_ij - |D| pi_i - sum_j n_ij sigmoid(R_i - R_j): AIHF's stationarity condition (before Eq. 36)."""
+    """(n,) d_i + sum_j p_ij - |D| pi_i - sum_j n_ij sigmoid(R_i - R_j): zero is AIHF's stationarity. Eq. 24, 30, 35."""
     n = preferences + preferences.T
-    wins = 1 / (1 + np.exp(rewards[None, :] - rewards[:, None]))
-    return demonstrations + preferences.sum(1) - demonstrations.sum() * softmax(rewards) - (n * wins).sum(1)
+    expected = demonstrations.sum() * softmax(rewards) + (n * win_probability(rewards)).sum(1)
+    return demonstrations + preferences.sum(1) - expected
+
+
+def curvature(rewards: np.ndarray, demonstrations: np.ndarray, preferences: np.ndarray) -> np.ndarray:
+    """(n, n) minus the Hessian of log_likelihood; its null space is the constant vector."""
+    policy, wins = softmax(rewards), win_probability(rewards)
+    pair = (preferences + preferences.T) * wins * wins.T
+    np.fill_diagonal(pair, 0)
+    return demonstrations.sum() * (np.diag(policy) - np.outer(policy, policy)) + np.diag(pair.sum(1)) - pair
 
 
 def newton(demonstrations: np.ndarray, preferences: np.ndarray, tolerance: float = 1e-10) -> np.ndarray:
-    """(n,) maximiser of log_likelihood with mean 0, by damped Newton; gradient at most tolerance times the counts.
+    """(n,) maximiser of log_likelihood with mean 0. FordError if there is no finite one.
 
-    FordError if there is no finite maximiser.
+    Damped Newton: a step whose entries range over s is shortened to log(1 + s) / s of itself. Along it the curvature
+    grows at most like e^(s t), so the likelihood rises all the way there and no line search is needed. Once the norm of
+    the gradient is below tolerance times the counts, one more step takes it to rounding.
     """
-    check_ford(demonstrations, preferences)
-    size = len(demonstrations)
-    total = demonstrations.sum() + preferences.sum()
-    n = preferences + preferences.T
+    if fault := ford_fault(demonstrations, preferences):
+        raise FordError(f"no finite reward maximises this likelihood (Ford's condition): {fault}")
+    size, total = len(demonstrations), demonstrations.sum() + preferences.sum()
+    gauge = np.full((size, size), total / size**2)  # makes the matrix invertible; the step keeps mean 0
     rewards = np.zeros(size)
-    for _ in range(100):
+    for _ in range(200):
         slope = gradient(rewards, demonstrations, preferences)
-        if np.abs(slope).max() <= tolerance * total:
+        step = np.linalg.solve(curvature(rewards, demonstrations, preferences) + gauge, slope)
+        spread = np.ptp(step)
+        rewards = rewards + step * (np.log1p(spread) / spread if spread > 0 else 1)
+        if np.linalg.norm(slope) <= tolerance * total:
             return rewards - rewards.mean()
-        policy = softmax(rewards)
-        wins = 1 / (1 + np.exp(rewards[None, :] - rewards[:, None]))
-        pair = n * wins * wins.T
-        curvature = demonstrations.sum() * (np.diag(policy) - np.outer(policy, policy)) + np.diag(pair.sum(1)) - pair
-        step = np.linalg.solve(curvature + np.ones((size, size)), slope)  # the ones fix the constant
-        scale, value = 1.0, log_likelihood(rewards, demonstrations, preferences)
-        gain = slope @ step
-        while (
-            scale > 1e-8
-            and log_likelihood(rewards + scale * step, demonstrations, preferences) < value + 1e-4 * scale * gain
-        ):
-            if gain < 1e-12 * abs(value):  # at rounding: the likelihood no longer resolves the step, the gradient does
-                break
-            scale /= 2
-        rewards = rewards + scale * step
-    raise RuntimeError(f"newton did not converge: gradient {np.abs(slope).max():.2e}")
+    raise RuntimeError(f"newton did not converge: gradient {np.linalg.norm(slope):.2e} for {total:.0f} counts")
 
 
-def check_ford(demonstrations: np.ndarray, preferences: np.ndarray) -> None:
-    """Ford's condition: the graph `i was preferred to j, or demonstrated when j could have been` is strongly connected.
-
-    FordError names the actions (counted from 1) whose reward would run to plus or minus infinity.
-    """
-    size = len(demonstrations)
-    reach = (preferences > 0) | (demonstrations > 0)[:, None] | np.eye(size, dtype=bool)
-    for k in range(size):  # transitive closure
+# ---- Ford's condition ----
+def reachable(demonstrations: np.ndarray, preferences: np.ndarray) -> np.ndarray:
+    """(n, n) whether a chain of `beats` leads from i to j. i beats j if it was once preferred to j; an action that was
+    demonstrated beats all the others, since each of them could have been demonstrated in its place."""
+    reach = (preferences > 0) | (demonstrations > 0)[:, None] | np.eye(len(demonstrations), dtype=bool)
+    for k in range(len(demonstrations)):
         reach |= reach[:, k : k + 1] & reach[k : k + 1, :]
+    return reach
+
+
+def strong_components(reach: np.ndarray) -> list[list[int]]:
+    """Groups of actions that reach each other, ordered by their first action."""
     mutual = reach & reach.T
-    never_win = [i for i in range(size) if (reach[i] == mutual[i]).all() and not mutual[i].all()]
-    never_lose = [i for i in range(size) if (reach[:, i] == mutual[i]).all() and not mutual[i].all()]
-    if never_win or never_lose:
-        parts = []
-        if never_win:
-            parts.append(
-                f"actions {spans(never_win)} never win over an action outside their group (reward to minus infinity)"
-            )
-        if never_lose:
-            parts.append(
-                f"actions {spans(never_lose)} never lose to an action outside their group (reward to plus infinity)"
-            )
-        raise FordError("no finite reward fits these counts (Ford's condition): " + "; ".join(parts))
+    return [np.flatnonzero(row).tolist() for i, row in enumerate(mutual) if row.argmax() == i]
+
+
+def ford_fault(demonstrations: np.ndarray, preferences: np.ndarray) -> str:
+    """Empty if a finite maximiser exists, that is if the graph `beats` is strongly connected; else who breaks it.
+
+    Actions are counted from 1. A group that beats nobody outside it has rewards that run to minus infinity against the
+    rest, a group that nobody outside beats to plus infinity.
+    """
+    reach = reachable(demonstrations, preferences)
+    groups = strong_components(reach)
+    if len(groups) == 1:
+        return ""
+    alone, losers, winners = [], [], []
+    for group in groups:
+        outside = np.setdiff1d(np.arange(len(reach)), group)
+        wins, loses = reach[np.ix_(group, outside)].any(), reach[np.ix_(outside, group)].any()
+        if not wins and not loses:
+            alone += group
+        elif not wins:
+            losers += group
+        elif not loses:
+            winners += group
+    found = [
+        (alone, "neither won nor lost against another group (not comparable)"),
+        (losers, "never won against another group (reward to minus infinity)"),
+        (winners, "never lost to another group (reward to plus infinity)"),
+    ]
+    listed = ": " + " | ".join(map(spans, groups)) if len(groups) <= 6 else ""
+    named = "; ".join(f"{'actions' if len(a) > 1 else 'action'} {spans(a)} {what}" for a, what in found if a)
+    return f"{named}; {len(groups)} groups{listed}"
 
 
 def spans(actions: list[int]) -> str:
     """[0, 1, 2, 6] -> '1-3, 7'."""
-    groups: list[list[int]] = []
-    for a in actions:
-        if groups and a == groups[-1][-1] + 1:
-            groups[-1].append(a)
+    runs: list[list[int]] = []
+    for a in sorted(actions):
+        if runs and a == runs[-1][-1] + 1:
+            runs[-1].append(a)
         else:
-            groups.append([a])
-    return ", ".join(f"{g[0] + 1}" if len(g) == 1 else f"{g[0] + 1}-{g[-1] + 1}" for g in groups)
+            runs.append([a])
+    return ", ".join(f"{r[0] + 1}" if len(r) == 1 else f"{r[0] + 1}-{r[-1] + 1}" for r in runs)
 
 
 # ---- the four policies ----
 def sft_policy(demonstrations: np.ndarray) -> np.ndarray:
-    """pi_i = d_i / |D|. AIHF Eq. 12, 26."""
+    """pi_i = d_i / |D|; an action without demonstrations gets exactly 0. AIHF Eq. 12, 26."""
     return demonstrations / demonstrations.sum()
 
 
@@ -116,7 +147,7 @@ def btl_rewards(preferences: np.ndarray) -> np.ndarray:
 
 
 def rlhf_policy(demonstrations: np.ndarray, preferences: np.ndarray) -> np.ndarray:
-    """pi_i proportional to pi_i^SFT exp(R_i^BTL): the softmax of the sum of two separately learned rewards. AIHF Eq. 33."""
+    """pi_i ~ pi_i^SFT exp(R_i^BTL): the best policy for the BTL reward at KL weight 1 to the SFT policy. AIHF Eq. 33."""
     weights = sft_policy(demonstrations) * np.exp(btl_rewards(preferences))
     return weights / weights.sum()
 
@@ -133,26 +164,24 @@ def expected_draws(policy: np.ndarray) -> np.ndarray:
 
 
 def residuals(demonstrations: np.ndarray, preferences: np.ndarray) -> dict[str, float]:
-    """{identity: largest violation, as a probability or relative to the counts} at the computed solutions."""
-    n = preferences + preferences.T
-    shown = demonstrations > 0
-    sft = sft_policy(demonstrations)
-    fitted = newton(demonstrations[shown], np.zeros((shown.sum(), shown.sum())))
+    """{identity: its largest violation, in probability, nats or relative to the counts} at the computed solutions."""
+    n, shown = preferences + preferences.T, demonstrations > 0
+    r_sft = newton(demonstrations[shown], np.zeros((shown.sum(), shown.sum())))
     r_btl, r_aihf = btl_rewards(preferences), newton(demonstrations, preferences)
-    btl, aihf = softmax(r_btl), softmax(r_aihf)
-    with np.errstate(divide="ignore"):
-        rlhf = softmax(np.log(sft) + r_btl)
-    joint = (demonstrations + preferences.sum(1)) / (demonstrations.sum() + (n * expected_draws(aihf)).sum(1))
+    sft, btl, aihf = sft_policy(demonstrations), softmax(r_btl), softmax(r_aihf)
+    rlhf = rlhf_policy(demonstrations, preferences)
+    implied_btl = preferences.sum(1) / (n * expected_draws(btl)).sum(1)
+    implied_aihf = (demonstrations + preferences.sum(1)) / (demonstrations.sum() + (n * expected_draws(aihf)).sum(1))
+    advantage = r_btl[shown] - np.log(rlhf[shown] / sft[shown])
+    slope = gradient(r_aihf, demonstrations, preferences)
     return {
-        "SFT, Eq. 12: the counts maximise the demonstration likelihood": np.abs(softmax(fitted) - sft[shown]).max(),
-        "BTL, Eq. 14: pi_i = sum_j p_ij / sum_j n_ij rho_ij": np.abs(
-            preferences.sum(1) / (n * expected_draws(btl)).sum(1) - btl
-        ).max(),
-        "RLHF, Eq. 33: product form = softmax of the summed rewards": np.abs(
-            rlhf_policy(demonstrations, preferences) - rlhf
-        ).max(),
-        "AIHF, Eq. 15: pi_i = (d_i + sum_j p_ij) / (|D| + sum_j n_ij rho_ij)": np.abs(joint - aihf).max(),
-        "AIHF, stationarity (relative to the counts)": np.abs(gradient(r_aihf, demonstrations, preferences)).max()
+        "SFT   Eq. 12, 26  softmax(R^SFT) = d_i / |D|": np.abs(softmax(r_sft) - sft[shown]).max(),
+        "BTL   Eq. 14, 32  pi_i = sum_j p_ij / sum_j n_ij rho_ij": np.abs(implied_btl - btl).max(),
+        "RLHF  Eq. 33      pi = softmax(R^SFT + R^BTL)": np.abs(softmax(r_sft + r_btl[shown]) - rlhf[shown]).max(),
+        "RLHF  Eq. 33      R^BTL - log(pi / pi^SFT) is constant (KKT)": np.ptp(advantage),
+        "RLHF  Eq. 33      no mass where SFT has none": rlhf[~shown].sum(),
+        "AIHF  Eq. 15, 36  pi_i = (d_i + sum_j p_ij) / (|D| + sum_j n_ij rho_ij)": np.abs(implied_aihf - aihf).max(),
+        "AIHF  Eq. 35      gradient = 0 (relative to the counts)": np.linalg.norm(slope)
         / (demonstrations.sum() + preferences.sum()),
     }
 
@@ -170,10 +199,10 @@ def report(checks: dict[str, tuple[float, float]]) -> bool:
 
 
 def run(example: Callable[[], bool]) -> None:
-    """Exit 0 if all checks passed, 1 if one failed, 2 with one line if the data admit no solution."""
+    """Exit 0 if all checks passed, 1 if one failed, 2 with one line if the input admits no solution."""
     try:
         sys.exit(0 if example() else 1)
-    except FordError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -186,14 +215,15 @@ def save_figure(fig, output_dir: str, name: str) -> Path:
     return path
 
 
-def new_figure(width: float, height: float, columns: int = 1):
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1, **keywords):
+    """(figure, axes) as matplotlib's subplots gives them, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **keywords)
 
 
-COLORS = {"truth": "#222222", "SFT": "#ee6677", "BTL": "#ccbb44", "RLHF": "#4477aa", "AIHF": "#228833"}
+COLORS = {"truth": "#222222", "SFT": "#ee6677", "BTL": "#c9a600", "RLHF": "#4477aa", "AIHF": "#228833"}

@@ -1,8 +1,9 @@
 """Two actions: RLHF adds two rewards, AIHF pools the counts.
 
-Paper: AIHF, arXiv:2406.06874, A.2.3 (its numbers did not survive in the text we have; the counts here are ours). The truth
-is (1/2, 1/2). (a) many demonstrations, few preferences: the demonstrations are nearly balanced, the preferences are not.
-(b) roles exchanged. Then, over many draws, the variance of each estimate against its exact binomial value.
+Paper: AIHF, arXiv:2406.06874, A.2.3. Its numbers did not survive in the text we have: the counts here are ours. The truth
+is (1/2, 1/2). (a) many demonstrations that happen to be balanced, few preferences that are not; (b) roles exchanged. There
+RLHF follows the wrong source alone. (a') and (b'): the good source is slightly off to the same side, and RLHF is worse than
+either source. Then, over many draws, the variance of each estimate beside its exact binomial value.
 """
 
 from dataclasses import dataclass
@@ -13,24 +14,31 @@ import tyro
 
 TRUTH = 0.5
 CASES = {  # demonstrations (d1, d2), preferences (p12, p21)
-    "(a) 20 demonstrations, 4 preferences": ((11, 9), (3, 1)),
-    "(b) 4 demonstrations, 20 preferences": ((3, 1), (11, 9)),
+    "(a)": ((10, 10), (3, 1)),
+    "(b)": ((3, 1), (10, 10)),
+    "(a')": ((11, 9), (3, 1)),
+    "(b')": ((3, 1), (11, 9)),
 }
+SETTINGS = ((0.5, 20, 4), (0.5, 4, 20), (0.5, 20, 20), (0.8, 20, 20))  # truth, |D|, |P|
 
 
 @dataclass
 class Args:
     draws: int = 20_000
-    """data sets drawn for the variances."""
+    """data sets drawn for the variances, >= 1000."""
     seed: int = 0
     """of the draws."""
     output_dir: str = "runs/toy"
     """folder of the figure."""
 
 
+def arrays(d: tuple[int, int], p: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(d, float), np.array([[0, p[0]], [p[1], 0]], float)
+
+
 def estimates(d: tuple[int, int], p: tuple[int, int]) -> dict[str, float]:
     """Probability of action 1 under each method, from the general solver."""
-    demonstrations, preferences = np.array(d, float), np.array([[0, p[0]], [p[1], 0]], float)
+    demonstrations, preferences = arrays(d, p)
     return {
         "SFT": bandit.sft_policy(demonstrations)[0],
         "BTL": bandit.softmax(bandit.btl_rewards(preferences))[0],
@@ -39,76 +47,92 @@ def estimates(d: tuple[int, int], p: tuple[int, int]) -> dict[str, float]:
     }
 
 
-def closed_forms(d: tuple[int, int], p: tuple[int, int]) -> dict[str, float]:
-    """The same with n = 2 worked out: shares, normalised product, pooled share."""
+def closed_forms(d, p) -> dict[str, float | np.ndarray]:
+    """The same with n = 2 worked out: shares, normalised product, pooled share. AIHF A.2.3."""
     product = d[0] * p[0], d[1] * p[1]
     return {
-        "SFT": d[0] / sum(d),
-        "BTL": p[0] / sum(p),
-        "RLHF": product[0] / sum(product),
-        "AIHF": (d[0] + p[0]) / (sum(d) + sum(p)),
+        "SFT": d[0] / (d[0] + d[1]),
+        "BTL": p[0] / (p[0] + p[1]),
+        "RLHF": product[0] / (product[0] + product[1]),
+        "AIHF": (d[0] + p[0]) / (d[0] + d[1] + p[0] + p[1]),
     }
 
 
-def variances(
-    truth: float, demonstrations: int, preferences: int, draws: int, seed: int
-) -> dict[str, tuple[float, float, float]]:
-    """{estimate: (variance over draws, its standard error, exact binomial variance)} of the probability of action 1."""
+def variances(truth: float, size_d: int, size_p: int, draws: int, seed: int) -> dict[str, tuple[float, float, float]]:
+    """{estimate: (variance over draws, its standard error, truth (1 - truth) / counts)} of the probability of action 1."""
     rng = np.random.default_rng(seed)
-    d = rng.binomial(demonstrations, truth, draws)
-    p = rng.binomial(preferences, truth, draws)  # with two actions, sigmoid(R1 - R2) is pi_1 itself
-    both = demonstrations + preferences
-    samples = {
-        "SFT": (d / demonstrations, demonstrations),
-        "BTL": (p / preferences, preferences),
-        "AIHF": ((d + p) / both, both),
-    }
+    d = rng.binomial(size_d, truth, draws)
+    p = rng.binomial(size_p, truth, draws)  # with two actions, sigmoid(R1 - R2) is pi_1 itself
+    with np.errstate(invalid="ignore"):  # the product rule has no value for d = (0, |D|), p = (|P|, 0); it is not used
+        drawn = closed_forms((d, size_d - d), (p, size_p - p))
     out = {}
-    for name, (x, n) in samples.items():
-        centred = (x - x.mean()) ** 2
-        out[name] = (centred.mean(), centred.std() / np.sqrt(draws), truth * (1 - truth) / n)
+    for name, counts in (("SFT", size_d), ("BTL", size_p), ("AIHF", size_d + size_p)):
+        square = (drawn[name] - drawn[name].mean()) ** 2
+        out[name] = (square.sum() / (draws - 1), square.std() / np.sqrt(draws), truth * (1 - truth) / counts)
     return out
 
 
 def example(args: Args) -> bool:
-    checks = {}
-    found = {}
+    if args.draws < 1000:
+        raise bandit.InputError(f"--draws is {args.draws}; a variance with a standard error needs at least 1000")
+    checks, identities, found = {}, [], {}
+    print("probability of action 1 (truth 0.5)")
+    print(f"  {'':<5}{'d':>9} {'p12, p21':>10} {'SFT':>8} {'BTL':>8} {'RLHF':>8} {'AIHF':>8}")
     for case, (d, p) in CASES.items():
         found[case] = estimates(d, p)
+        print(f"  {case:<5}{d!s:>9} {p!s:>10} " + " ".join(f"{v:8.4f}" for v in found[case].values()))
+        distance = {k: abs(v - TRUTH) for k, v in found[case].items()}
         exact = closed_forms(d, p)
-        print(f"{case}: d = {d}, p12, p21 = {p}")
-        for name, value in found[case].items():
-            print(f"    {name:<5} {value:.4f}   distance from the truth {abs(value - TRUTH):.4f}")
-        checks[f"{case[:3]} solver = closed form"] = (max(abs(exact[k] - v) for k, v in found[case].items()), 1e-10)
-        others = max(abs(v - TRUTH) for k, v in found[case].items() if k != "RLHF")
-        checks[f"{case[:3]} RLHF is the farthest (excess of the others)"] = (
-            others - abs(found[case]["RLHF"] - TRUTH),
-            0.0,
+        checks[f"{case} solver = closed form"] = (
+            max(abs(exact[k] - v) for k, v in found[case].items()),
+            bandit.ROUNDING,
         )
-    print(f"variance of the estimate of action 1 over {args.draws} draws")
-    for n_d, n_p in ((20, 4), (4, 20), (20, 20)):
-        result = variances(TRUTH, n_d, n_p, args.draws, args.seed)
+        farther = distance["RLHF"] - max(v for k, v in distance.items() if k != "RLHF")
+        checks[f"{case} RLHF is the farthest from the truth (others minus RLHF)"] = (-farther, bandit.ROUNDING)
+        checks[f"{case} AIHF is closer than RLHF (AIHF minus RLHF)"] = (distance["AIHF"] - distance["RLHF"], -0.1)
+        identities.append(bandit.residuals(*arrays(d, p)))
+    for name in identities[0]:
+        checks[name] = (max(r[name] for r in identities), bandit.ROUNDING)
+
+    print(f"variance of the estimate of action 1 over {args.draws} draws ± standard error, and the exact value")
+    simulated = {}
+    for setting in SETTINGS:
+        truth, size_d, size_p = setting
+        where = f"truth {truth}, |D| = {size_d}, |P| = {size_p}"
+        result = simulated[setting] = variances(truth, size_d, size_p, args.draws, args.seed)
         for name, (measured, error, exact) in result.items():
-            print(f"    |D| = {n_d:<3} |P| = {n_p:<3} {name:<5} {measured:.5f} ± {error:.5f}   exact {exact:.5f}")
-            checks[f"|D| = {n_d}, |P| = {n_p}: {name} variance, in standard errors"] = (
-                abs(measured - exact) / error,
-                4.0,
-            )
-        best = min(result["SFT"][0], result["BTL"][0])
-        checks[f"|D| = {n_d}, |P| = {n_p}: AIHF below both sources (ratio)"] = (result["AIHF"][0] / best, 0.99)
+            print(f"  {where:<29} {name:<5} {measured:.5f} ± {error:.5f}   {exact:.5f}")
+        off = max(abs(measured - exact) / error for measured, error, exact in result.values())
+        checks[f"{where}: off the exact variances, standard errors"] = (off, 4.0)
+        for source in ("SFT", "BTL"):
+            gap = (result["AIHF"][0] - result[source][0]) / np.hypot(result["AIHF"][1], result[source][1])
+            checks[f"{where}: AIHF minus {source}, standard errors"] = (gap, -3.0)
     ok = bandit.report(checks)
 
-    fig, axes = bandit.new_figure(8, 3.2, 2)
-    for ax, (case, values) in zip(axes, found.items(), strict=True):
-        ax.barh(
-            list(values), [v - TRUTH for v in values.values()], left=TRUTH, color=[bandit.COLORS[k] for k in values]
-        )
-        ax.axvline(TRUTH, color=bandit.COLORS["truth"], lw=1.5)
-        for i, v in enumerate(values.values()):
-            ax.text(v + 0.006, i, f"{v:.3f}", va="center", size=8)
-        ax.set(xlim=(0.48, 0.85), xlabel="estimated probability of action 1 (truth 0.5)")
-        ax.invert_yaxis()
-        ax.set_title(case, loc="left", size=9)
+    fig, (left, right) = bandit.new_figure(9.6, 4.3, 2, width_ratios=[1.25, 1])
+    names, height = list(bandit.COLORS)[1:], 0.19
+    for row, (case, values) in enumerate(found.items()):
+        for i, name in enumerate(names):
+            y = row + (i - 1.5) * height
+            left.barh(y, values[name] - TRUTH, height * 0.9, left=TRUTH, color=bandit.COLORS[name],
+                      label=name if row == 0 else None)  # fmt: skip
+            left.text(max(values[name], TRUTH) + 0.005, y, f"{values[name]:.3f}", va="center", size=7.5)
+    left.axvline(TRUTH, color=bandit.COLORS["truth"], lw=1.5)
+    left.set_yticks(range(len(CASES)), [f"{c}  d = {d[0]}, {d[1]}\np = {p[0]}, {p[1]}" for c, (d, p) in CASES.items()])
+    left.invert_yaxis()
+    left.set(xlim=(0.485, 0.85), xlabel="estimated probability of action 1 (black line: truth 0.5)")
+    left.set_title("RLHF is the farthest from the truth", loc="left", size=10)
+    sources, width = ("SFT", "BTL", "AIHF"), 0.26
+    for i, name in enumerate(sources):
+        x = np.arange(len(SETTINGS)) + (i - 1) * width
+        measured, error, exact = np.array([simulated[s][name] for s in SETTINGS]).T
+        right.bar(x, measured, width * 0.9, color=bandit.COLORS[name])
+        right.errorbar(x, measured, 2 * error, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        right.hlines(exact, x - width * 0.45, x + width * 0.45, color="white", lw=1.2, ls=(0, (2, 1.5)))
+    right.set_xticks(range(len(SETTINGS)), [f"truth {t}\n|D| = {n}\n|P| = {m}" for t, n, m in SETTINGS])
+    right.set_ylabel("variance of the estimate")
+    right.set_title(f"{args.draws:,} draws, ±2 SE; dashed: exact", loc="left", size=10)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
     bandit.save_figure(fig, args.output_dir, "two_actions.png")
     return ok
 
