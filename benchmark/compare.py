@@ -53,7 +53,7 @@ def steps_of(directory: Path) -> dict[int, int]:
 
 
 def summarise(seeds: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
-    """{metric: mean, low, high, sd over seeds} of per-row values from one evaluation of each seed."""
+    """{metric: mean, low, high, sd over seeds} of per-row values, one evaluation a seed."""
     out = {}
     for name, _ in TABLE.values():
         values = np.stack([s[name] for s in seeds])  # (seeds, rows)
@@ -61,6 +61,11 @@ def summarise(seeds: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]
         spread = float(values.mean(1).std(ddof=1)) if len(seeds) > 1 else float("nan")
         out[name] = {"mean": float(values.mean()), "low": low, "high": high, "seed_sd": spread}
     return out
+
+
+def differences(seeds: list[dict[str, np.ndarray]], base: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """The same of value minus base, row by row: what changed, without the spread between rows."""
+    return summarise([{name: s[name] - base[name] for name, _ in TABLE.values()} for s in seeds])
 
 
 def markdown(table: dict[str, dict], seeds: int) -> str:
@@ -125,13 +130,15 @@ def compare(args: Args) -> None:
             raise UserError(f"--runs: {label} was evaluated on other rows than the first run; expected the same ones")
     table = {"base": summarise([next(iter(loaded.values()))[0][0]])}
     table |= {label: summarise([run[max(run)] for run in runs]) for label, runs in loaded.items()}
+    base = next(iter(loaded.values()))[0][0]
+    change = {f"{label} - base": differences([run[max(run)] for run in runs], base) for label, runs in loaded.items()}
     seeds = max(map(len, methods.values()))
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(markdown(table, seeds))
-    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    (out / "table.md").write_text(markdown(table, seeds) + "\n" + markdown(change, seeds))
+    (out / "table.json").write_text(json.dumps(table | change, indent=2) + "\n")
     figure(methods, out / "figure.png", args.title)
-    show(table, len(reference), seeds)
+    show(table | change, len(reference), seeds)
     print(f"table: {out / 'table.md'}   figure: {out / 'figure.png'}")
 
 

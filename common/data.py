@@ -1,7 +1,7 @@
 """Data: sources and formats in, rows of prompt and response out; templates, tokens, batches.
 
-A demonstration is a dict with row, prompt, response (and rejected, where the source has one); prompt is a text or a list of
-messages {role, content}; row is its index in the source. A preference has row, prompt, chosen, rejected.
+A demonstration is a dict with row, prompt, response (and rejected, where the source has one); prompt is a text or a
+list of messages {role, content}; row is its index in the source. A preference has row, prompt, chosen, rejected.
 
 Dims: B sequences, L prompt + response tokens, T response tokens.
 """
@@ -30,6 +30,7 @@ DATASETS = {  # short name -> (hub id, configuration, training split, held-out s
     "tldr-preferences": ("vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144", None, "train", "validation"),
     "spin_iter0": ("UCLA-AGI/SPIN_iter0", None, "train", "test"),
 }
+HELD_OUT_NAMES = ("test", "validation", "val", "eval")
 FORMATS = (
     "prompt/completion, prompt/response, messages, prompt/chosen/rejected, chosen/rejected (HH transcripts),"
     " real/generated (SPIN), title/post/summary (TL;DR)"
@@ -37,16 +38,16 @@ FORMATS = (
 PLAIN_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # RFT paper, App. C
 
 
-class EmptyText(UserError):
-    """A row without any text to learn from: left out and counted, since real data sets have some."""
+class UnusableRow(UserError):
+    """A row of a known format with nothing to learn from: left out and counted, since real data sets have some."""
 
 
 # ---- sources ----
 def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset") -> list[dict]:
-    """Rows of a data set. split: train, test, or all (for a source named as held-out data on its own).
+    """Rows of a data set. split: train, test, or all (a source named as held-out data: its test split, else every row).
 
-    name: pydoc, a .json/.jsonl/.parquet file, a folder, a short name or a hub id; a local path wins. Where the source has no
-    held-out split, a tenth of it is held out by a hash of the prompt, so that no prompt is on both sides.
+    name: pydoc, a .json/.jsonl/.parquet file, a folder, a short name or a hub id; a local path wins. Where the source
+    has no held-out split, a tenth of it is held out by a hash of the prompt, so that no prompt is on both sides.
     UserError, in one line with the flag and the row, for anything that cannot be read.
     """
     path = Path(name)
@@ -63,16 +64,18 @@ def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "
         raw, own_split = read_hub(name, split, flag)
     if not raw:
         raise UserError(f"{flag}: found no rows in {name}, expected at least one")
-    rows, empty = [], []
+    rows, unusable = [], []
     for i, r in enumerate(raw):
         try:
             rows.append({"row": i, **parse_row(r, i, kind, f"{flag} {name}")})
-        except EmptyText as error:
-            empty.append(str(error))
+        except UnusableRow as error:
+            unusable.append(str(error))
     if not rows:
-        raise UserError(f"{empty[0]}; all {len(raw)} rows are like this")
-    if empty:
-        warnings.warn(f"{empty[0]}; {len(empty)} of {len(raw)} rows are like this and were left out", stacklevel=2)
+        raise UserError(f"{unusable[0]}; all {len(raw)} rows are like this")
+    if unusable:
+        warnings.warn(
+            f"{unusable[0]}; {len(unusable)} of {len(raw)} rows are like this and were left out", stacklevel=2
+        )
     if own_split or split == "all":
         return rows
     kept = [row for row in rows if held_out(row["prompt"]) == (split == "test")]
@@ -89,12 +92,18 @@ def held_out(prompt) -> bool:
 
 def read_file(path: Path, flag: str) -> list:
     """Raw rows of a .json (a list, or a list under one key), .jsonl or .parquet file."""
-    if path.suffix == ".parquet":
-        return read_pairs(path)
-    text = path.read_text(encoding="utf-8")
+    if path.suffix not in (".json", ".jsonl", ".parquet"):
+        raise UserError(f"{flag}: found {path}, expected a .json, .jsonl or .parquet file")
+    try:
+        if path.suffix == ".parquet":
+            return read_pairs(path)
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these types
+        kind = "readable Parquet" if path.suffix == ".parquet" else "UTF-8 text"
+        raise UserError(f"{flag}: found {path}, expected {kind} ({' '.join(str(error).split())[:160]})") from None
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -103,8 +112,6 @@ def read_file(path: Path, flag: str) -> list:
                         f"{flag}: {path} line {number}: found broken JSON ({error}), expected an object"
                     ) from None
         return rows
-    if path.suffix != ".json":
-        raise UserError(f"{flag}: found {path}, expected a .json, .jsonl or .parquet file")
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -117,52 +124,71 @@ def read_file(path: Path, flag: str) -> list:
 
 
 def read_folder(path: Path, split: str, flag: str) -> tuple[list, bool]:
-    """(raw rows, whether the folder has splits): a datasets folder (save_to_disk), or files whose names begin with a split."""
+    """(raw rows, whether test rows are held apart) of a datasets folder (save_to_disk), or of files named by split."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         from datasets import DatasetDict, load_from_disk
 
         loaded = load_from_disk(str(path))
-        if not isinstance(loaded, DatasetDict):
-            return loaded.to_list(), False
-        wanted = pick_split(list(loaded), split)
-        return ([] if wanted is None else loaded[wanted].to_list()), len(loaded) > 1
+        return read_splits(loaded, split) if isinstance(loaded, DatasetDict) else (loaded.to_list(), False)
     files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl", ".parquet"))
     if not files:
         raise UserError(f"{flag}: found no .json, .jsonl or .parquet file in {path}, expected a data set folder")
-    tests = [p for p in files if p.name.startswith(("test", "validation", "eval"))]
-    trains = [p for p in files if p not in tests]
-    splits = bool(tests and trains)
-    chosen = files if split == "all" or not splits else tests if split == "test" else trains
-    return [row for p in chosen for row in read_file(p, flag)], splits
+    names = {}
+    for p in files:
+        places = (p.stem, p.relative_to(path).parent.name)
+        names[p] = next((s.split("-")[0] for s in places if s.startswith(("train", *HELD_OUT_NAMES))), p.stem)
+    wanted, own_split = pick_splits(sorted(set(names.values())), split)
+    return [row for p in files if names[p] in wanted for row in read_file(p, flag)], own_split
 
 
-def pick_split(names: list[str], split: str) -> str | None:
-    """The split of a data set that serves as train or test: train_sft for train, validation for test, and so on."""
-    wanted = ("train",) if split == "train" else ("test", "validation", "eval")
-    if len(names) == 1:
-        return names[0]
-    return next((n for w in wanted for n in sorted(names) if n.startswith(w)), None)
+def read_splits(loaded, split: str) -> tuple[list, bool]:
+    """(raw rows, whether test rows are held apart) of a DatasetDict."""
+    wanted, own_split = pick_splits(list(loaded), split)
+    return [row for name in wanted for row in loaded[name].to_list()], own_split
+
+
+def pick_splits(names: list[str], split: str) -> tuple[list[str], bool]:
+    """(the splits that serve as train, or else as test; whether the source has both).
+
+    train_prefs goes before train_sft before others, as in DATASETS: a local copy of a hub set gives the same rows.
+    """
+
+    def begin_with(*words: str) -> list[str]:
+        for word in words:
+            for exact in (word, f"{word}_prefs", f"{word}_sft"):
+                if exact in names:
+                    return [exact]
+            if found := [n for n in names if n.startswith(word)]:
+                return found
+        return []
+
+    train, test = begin_with("train"), begin_with(*HELD_OUT_NAMES)
+    if train and test:
+        return (train if split == "train" else test), True
+    return train or test or names, False
 
 
 def read_hub(name: str, split: str, flag: str) -> tuple[list, bool]:
-    """(raw rows, True) of a hub data set, or one line that says it cannot be had."""
-    hub, config, train, test = DATASETS.get(name, (name, None, "train", "test"))
+    """(raw rows, whether test rows are held apart) of a hub data set, or one line that says it cannot be had."""
     from datasets import load_dataset
 
+    hub = DATASETS[name][0] if name in DATASETS else name
     try:
-        loaded = load_dataset(hub, config, split=train if split == "train" else test)
+        if name not in DATASETS:
+            return read_splits(load_dataset(hub), split)
+        _, config, train, test = DATASETS[name]
+        return load_dataset(hub, config, split=train if split == "train" else test).to_list(), True
     except Exception as error:  # the hub client raises dozens of types; the user needs one line
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{flag}: found no local path {name}, and the hub ({hub}) could not provide it; expected pydoc, a local file or"
-            f" folder (./{name} would do), or a reachable hub. {reason}"
+            f"{flag}: found no local path {name}, and the hub ({hub}) could not provide it; expected pydoc, a local"
+            f" file or folder (./{name} would do), or a reachable hub. {reason}"
         ) from None
-    return loaded.to_list(), True
 
 
 # ---- formats ----
 def parse_row(raw, index: int, kind: str, where: str) -> dict:
-    """One raw row -> prompt/response (with rejected, if there is one) or prompt/chosen/rejected. UserError names the row."""
+    """One raw row -> prompt/response (and rejected, if there is one) or prompt/chosen/rejected. Errors name the row."""
     where = f"{where} row {index}"
     if not isinstance(raw, dict):
         raise UserError(f"{where}: found a {type(raw).__name__}, expected an object")
@@ -185,18 +211,20 @@ def split_columns(raw: dict, where: str) -> tuple:
         chosen, rejected = raw["chosen"], raw["rejected"]
         if isinstance(chosen, list):  # messages, with the prompt as their common beginning or in a column of its own
             prompt, chosen = split_messages(chosen, where)
-            rejected = split_messages(rejected, where)[1]
+            other, rejected = split_messages(rejected, where)
+            check_same(prompt, other, where)
             return prompt or raw.get("prompt"), chosen, rejected
         if "prompt" in columns:
             return raw["prompt"], chosen, rejected
         prompt, response = split_transcript(chosen, where)
         other, worse = split_transcript(rejected, where)
-        if other != prompt:  # HH: the two may part before the last turn; both then answer the shared beginning
-            raise UserError(f"{where}: found chosen and rejected with different prompts, expected the same")
+        check_same(prompt, other, where)
         return prompt, response, worse
     if {"real", "generated"} <= columns:
         prompt, real = split_messages(raw["real"], where)
-        return prompt, real, split_messages(raw["generated"], where)[1]
+        other, generated = split_messages(raw["generated"], where)
+        check_same(prompt, other, where)
+        return prompt, real, generated
     if "messages" in columns:
         return *split_messages(raw["messages"], where), None
     for answer in ("completion", "response"):
@@ -212,11 +240,15 @@ def split_columns(raw: dict, where: str) -> tuple:
     raise UserError(f"{where}: found columns {', '.join(columns) or 'none'}, expected one of {FORMATS}")
 
 
+def check_same(prompt: list[dict], other: list[dict], where: str) -> None:
+    """UnusableRow where two responses do not answer the same prompt: a few HH pairs part before the last turn."""
+    if prompt != other:
+        raise UnusableRow(f"{where}: found two responses to different prompts, expected the same prompt")
+
+
 def split_messages(messages, where: str) -> tuple[list[dict], str]:
     """Messages -> (those before the last assistant turn, its text)."""
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
+    if not is_messages(messages):
         raise UserError(f"{where}: found {type(messages).__name__}, expected a list of messages with role and content")
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
     if last is None:
@@ -226,12 +258,13 @@ def split_messages(messages, where: str) -> tuple[list[dict], str]:
 
 
 def split_transcript(text, where: str) -> tuple[list[dict], str]:
-    """Anthropic HH transcript (turns begin with Human: or Assistant:, two newlines before) -> (messages, last assistant text)."""
+    """Anthropic HH transcript, its turns begun by "\\n\\nHuman:" or "\\n\\nAssistant:" -> (messages, last answer)."""
     if not isinstance(text, str) or "\n\nAssistant:" not in text:
         raise UserError(
             f"{where}: found no prompt column and no transcript with Human: and Assistant: turns, expected one of these"
         )
     head, _, response = text.rpartition("\n\nAssistant:")
+    response = response.partition("\n\nHuman:")[0]
     messages = []
     for turn in head.split("\n\nHuman:")[1:]:
         human, *answers = turn.split("\n\nAssistant:")
@@ -240,9 +273,13 @@ def split_transcript(text, where: str) -> tuple[list[dict], str]:
     return messages, response.strip()
 
 
+def is_messages(value) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+
+
 def check_prompt(prompt, where: str):
     if isinstance(prompt, list):
-        if not prompt or not all(isinstance(m.get("content"), str) for m in prompt if isinstance(m, dict)):
+        if not prompt or not is_messages(prompt) or not all(isinstance(m["content"], str) for m in prompt):
             raise UserError(f"{where}: found an empty or non-text prompt, expected messages with text")
         return prompt
     return check_text(prompt, "prompt", where)
@@ -258,7 +295,7 @@ def check_text(value, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: found {type(value).__name__} as {name}, expected text")
     if not value.strip():
-        raise EmptyText(f"{where}: found an empty {name}, expected text")
+        raise UnusableRow(f"{where}: found an empty {name}, expected text")
     return value
 
 
@@ -280,7 +317,7 @@ def pydoc_rows() -> list[tuple[bool, dict]]:
 
 
 def harvest_pydoc() -> list[tuple[bool, dict]]:
-    """[(held out?, {prompt, response})]: documented functions and classes of the running interpreter's standard library.
+    """[(held out?, {prompt, response})]: documented functions and classes of the interpreter's standard library.
 
     prompt: the definition and the docstring after its summary, or, where there is no more, the first lines of the code.
     response: the summary line. Modules are held out as a whole. Files are parsed, never imported.
@@ -353,8 +390,8 @@ def cut_lines(text: str, limit: int) -> str:
 def render_prompt(tokenizer, prompt) -> str:
     """The text before the response: the tokenizer's chat template if it has one, else PLAIN_TEMPLATE.
 
-    The same text is used for generation and for training. Without a chat template several turns are written one below the
-    other with Human: and Assistant: before them.
+    The same text is used for generation and for training. Without a chat template several turns are written one below
+    the other with Human: and Assistant: before them.
     """
     if tokenizer.chat_template:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -371,33 +408,32 @@ def render_prompt(tokenizer, prompt) -> str:
 def encode(rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset") -> list[dict]:
     """Rows -> dicts with row, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
-    Prompt and response are tokenised apart, so that a sampled response meets the context it was sampled in. EOS ends every
-    response once; one cut at max_length has none. Rows whose prompt exceeds max_prompt_length are left out with one warning;
-    UserError if none is left.
+    Prompt and response are tokenised apart, so that a sampled response meets the context it was sampled in. EOS ends
+    every response once; one cut at max_length has none. Rows whose prompt exceeds max_prompt_length are left out with
+    one warning; UserError if none is left.
     """
+    longest = min(max_prompt_length, max_length - 1)  # room for one token of response
     texts = [render_prompt(tokenizer, row["prompt"]) for row in rows]
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][0] == bos and tokenizer.bos_token not in (texts or [""])[0]:
-        start = [bos]
-    else:
-        start = []
-    prompts = [start + ids for ids in tokenise(tokenizer, texts)]
     responses = {"response": [row.get("response", row.get("chosen")) for row in rows]}
-    if rows and "rejected" in rows[0]:
-        responses["rejected"] = [row["rejected"] for row in rows]
+    responses["rejected"] = [row.get("rejected") for row in rows]
+    prompts = tokenise(tokenizer, texts)
+    ids = {k: tokenise(tokenizer, [without_eos(t or "", tokenizer) for t in ts]) for k, ts in responses.items()}
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     encoded, long = [], []
-    ids = {name: tokenise(tokenizer, [strip_eos(t, tokenizer) for t in texts_]) for name, texts_ in responses.items()}
     for i, row in enumerate(rows):
-        if len(prompts[i]) > max_prompt_length:
-            long.append((row["row"], len(prompts[i])))
+        prompt_ids = [bos, *prompts[i]] if adds_bos and not texts[i].startswith(tokenizer.bos_token) else prompts[i]
+        if len(prompt_ids) > longest:
+            long.append((row["row"], len(prompt_ids)))
             continue
-        item = {"row": row["row"], "prompt_ids": prompts[i], "prompt_text": texts[i]}
+        item = {"row": row["row"], "prompt_ids": prompt_ids, "prompt_text": texts[i]}
         for name in responses:
-            whole = [*ids[name][i], tokenizer.eos_token_id]
-            item |= {f"{name}_ids": whole[: max_length - len(prompts[i])], f"{name}_text": responses[name][i]}
+            if responses[name][i] is not None:
+                whole = [*ids[name][i], tokenizer.eos_token_id]
+                item |= {f"{name}_ids": whole[: max_length - len(prompt_ids)], f"{name}_text": responses[name][i]}
         encoded.append(item)
     if long:
-        found = f"{flag}: found {len(long)} of {len(rows)} prompts longer than --max-prompt-length {max_prompt_length}"
+        found = f"{flag}: found {len(long)} of {len(rows)} prompts longer than --max-prompt-length {longest}"
         detail = f"(row {long[0][0]} has {long[0][1]} tokens)"
         if not encoded:
             raise UserError(f"{found} {detail}: no row is left; expected shorter prompts or a larger window")
@@ -409,14 +445,15 @@ def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def strip_eos(text: str, tokenizer) -> str:
-    return text.removesuffix(tokenizer.eos_token) if tokenizer.eos_token else text
+def without_eos(text: str, tokenizer) -> str:
+    """The text without EOS written out, as some data sets have it: EOS is added once, as a token, at the end."""
+    return text.replace(tokenizer.eos_token, "").rstrip() if tokenizer.eos_token in text else text
 
 
 # ---- batches ----
 @dataclass
 class Batch:
-    """Right-padded sequences [prompt; response; padding]. Masks come from lengths, never from token ids: pad = eos is safe."""
+    """Right-padded [prompt; response; padding]. Masks come from lengths, never from token ids: pad = eos is safe."""
 
     input_ids: Tensor  # (B, L)
     attention_mask: Tensor  # (B, L) 1 on prompt and response
@@ -443,7 +480,7 @@ def collate(sequences: list[tuple[list[int], list[int]]], pad_token_id: int) -> 
 
 def pad_right(rows: list[list[int]], value: int) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor([list(row) + [value] * (width - len(row)) for row in rows])
+    return torch.tensor([list(row) + [value] * (width - len(row)) for row in rows], dtype=torch.long)
 
 
 # ---- stored rows ----

@@ -1,13 +1,16 @@
 """Every format, every kind of bad input, templates, EOS and masks."""
 
 import json
+import sysconfig
 import warnings
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import ZEPHYR_TEMPLATE, make_tokenizer
 
-from common import UserError
+from common import UserError, data
 from common.data import collate, encode, harvest_pydoc, load_rows, read_pairs, render_prompt, write_pairs
 
 USER, ASSISTANT = {"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}
@@ -220,3 +223,440 @@ def test_pairs_survive_parquet(tmp_path):
             "parquet", data_files=str(tmp_path / "p.parquet"), cache_dir=str(tmp_path / "c"), split="train"
         )
     assert {"prompt", "chosen", "rejected", "row"} <= set(loaded.column_names)  # what a DPO trainer reads
+
+
+# ---- sources and formats in detail ----
+def turns(*contents: str) -> list[dict]:
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def pairs(n: int, tag: str = "") -> list[dict]:
+    return [{"prompt": f"{tag} question {i}", "completion": f"{tag} answer {i}"} for i in range(n)]
+
+
+def write(path, rows: list[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+def one(tmp_path, row: dict, kind: str = "demonstrations") -> dict:
+    """The row that a source holding only this one gives."""
+    (parsed,) = load_rows(write(tmp_path / "one.jsonl", [row]), "all", kind)
+    return parsed
+
+
+def error_of(name, split: str = "all", kind: str = "demonstrations", flag: str = "--dataset") -> str:
+    with pytest.raises(UserError) as caught:
+        load_rows(str(name), split, kind, flag)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(flag), message
+    return message
+
+
+def encode_one(row: dict, tokenizer, max_length: int = 200, max_prompt_length: int = 150) -> dict:
+    (encoded,) = encode([{"row": 0, **row}], tokenizer, max_length, max_prompt_length)
+    return encoded
+
+
+def test_jsonl_with_byte_order_mark_blank_lines_and_line_separators(tmp_path):
+    path = tmp_path / "data.jsonl"
+    row = json.dumps({"prompt": "a\u2028b\x85c", "completion": "d"}, ensure_ascii=False)
+    path.write_text(f"\ufeff{row}\r\n\n{row}", encoding="utf-8", newline="")
+    assert [r["prompt"] for r in load_rows(str(path), "all")] == ["a\u2028b\x85c"] * 2
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train.jsonl", "test.jsonl"),
+        ("train.json", "validation.json"),
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+        ("train_sft-00000.parquet", "test_sft-00000.parquet"),
+        ("train/part.jsonl", "test/part.jsonl"),
+    ],
+)
+def test_folder_with_splits(tmp_path, train, test):
+    write(tmp_path / "set" / train, pairs(30, "seen"))
+    write(tmp_path / "set" / test, pairs(3, "unseen"))
+    name = str(tmp_path / "set")
+    assert {r["prompt"].split()[0] for r in load_rows(name, "train")} == {"seen"}
+    for split in ("test", "all"):  # named as held-out data, a source gives none of its training rows
+        assert {r["prompt"].split()[0] for r in load_rows(name, split)} == {"unseen"}
+    assert len(load_rows(name, "train")) == 30
+
+
+def test_folder_without_splits_reads_every_file(tmp_path):
+    write(tmp_path / "set" / "a.jsonl", pairs(60, "a"))
+    write(tmp_path / "set" / "b.parquet", pairs(60, "b"))
+    train, test = (load_rows(str(tmp_path / "set"), split) for split in ("train", "test"))
+    assert len(train) + len(test) == 120 and test
+    assert {r["prompt"].split()[0] for r in train} == {"a", "b"}
+
+
+def save_to_disk(path, splits):
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(splits, dict):
+        DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()}).save_to_disk(str(path))
+    else:
+        Dataset.from_list(splits).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_local_copy_uses_the_splits_of_the_table(tmp_path, saved):
+    kinds = {"ultrafeedback_binarized": ("gen", "prefs", "sft"), "ultrachat_200k": ("gen", "sft")}
+    for name, suffixes in kinds.items():
+        splits = {f"{half}_{s}": pairs(2, f"{half}_{s}") for half in ("train", "test") for s in suffixes}
+        if saved:
+            save_to_disk(tmp_path / name, splits)
+        else:
+            for split, rows in splits.items():
+                write(tmp_path / name / "data" / f"{split}-00000-of-00001.parquet", rows)
+        for split, expected in zip(("train", "test"), data.DATASETS[name][2:], strict=True):
+            assert {r["prompt"].split()[0] for r in load_rows(str(tmp_path / name), split)} == {expected}
+
+
+def test_datasets_folder_without_test_split(tmp_path):
+    save_to_disk(tmp_path / "plain", pairs(100))
+    save_to_disk(tmp_path / "no_test", {"train": pairs(100), "extra": pairs(5, "extra")})
+    for name in ("plain", "no_test"):
+        train, test = (load_rows(str(tmp_path / name), split) for split in ("train", "test"))
+        assert len(train) + len(test) == 100 and test
+
+
+def test_local_path_wins_over_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pydoc", "hh-rlhf"):
+        write(tmp_path / name / "train.jsonl", pairs(2, name))
+        assert [r["prompt"] for r in load_rows(name, "all")] == [f"{name} question 0", f"{name} question 1"]
+
+
+def test_hub_splits(monkeypatch):
+    """A short name asks for the table's split; another id takes the splits that the hub has."""
+    import datasets
+
+    asked = []
+    sets = {split: datasets.Dataset.from_list(pairs(2, split)) for split in ("train_sft", "test_sft", "train", "extra")}
+
+    def load_dataset(hub, config=None, split=None):
+        asked.append((hub, split))
+        whole = datasets.DatasetDict({k: sets[k] for k in ("train", "extra")})
+        return sets[split] if split else whole
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows("ultrachat_200k", "test")[0]["prompt"] == "test_sft question 0"
+    assert {r["prompt"].split()[0] for r in load_rows("someone/something", "all")} == {"train"}
+    assert asked == [("HuggingFaceH4/ultrachat_200k", "test_sft"), ("someone/something", None)]
+
+
+def test_hh_turns(tmp_path):
+    head = "\n\nHuman: hi\nthere\n\nAssistant: hello\n\nHuman: tell me"
+    row = one(tmp_path, {"chosen": f"{head}\n\nAssistant: no\n\nHuman: oh", "rejected": f"{head}\n\nAssistant: yes "})
+    assert row["prompt"] == turns("hi\nthere", "hello", "tell me")
+    assert (row["response"], row["rejected"]) == ("no", "yes")  # what a human says afterwards is not the response
+
+
+def test_tldr_subreddit_or_section(tmp_path):
+    row = {"subreddit": "tifu", "title": "T", "post": "P\nQ", "summary": " S"}
+    text = "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: P\nQ\n\nTL;DR:"
+    assert one(tmp_path, row) == {"row": 0, "prompt": text, "response": " S"}
+    row["section"] = row.pop("subreddit")
+    assert one(tmp_path, row)["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"chosen": turns("p", "a"), "rejected": turns("q", "b")},
+        {"real": turns("p", "a"), "generated": turns("q", "b")},
+        {"prompt": "p", "chosen": "a", "rejected": " "},
+        {"prompt": " ", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_unusable_rows_are_left_out_and_counted(tmp_path, row):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    name = write(tmp_path / "data.json", [good, row, good, row])
+    with pytest.warns(UserWarning, match=r"--dataset .*data.json row 1: found .*2 of 4 rows") as caught:
+        rows = load_rows(name, "all", "preferences")
+    assert [r["row"] for r in rows] == [0, 2] and len(caught) == 1
+    assert "row 0" in (message := error_of(write(tmp_path / "bad.json", [row]))) and "all 1 rows" in message
+
+
+# ---- bad input in detail ----
+def test_missing_source_names_the_flag_given(tmp_path):
+    assert "nothing.jsonl" in error_of(tmp_path / "nothing.jsonl", flag="--eval-dataset")
+    assert "no_folder" in error_of(tmp_path / "no_folder")
+
+
+def test_broken_json_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n\n{"prompt": \n')
+    message = error_of(tmp_path / "a.jsonl")
+    assert "a.jsonl line 3" in message and "broken JSON" in message and "expected an object" in message
+    (tmp_path / "a.json").write_text("[{]")
+    assert "a.json" in (message := error_of(tmp_path / "a.json")) and "expected a list" in message
+    (tmp_path / "b.json").write_text('"text"')
+    assert "found a JSON str, expected a list" in error_of(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_unreadable_bytes(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(b'{"prompt": "\xe9"}')
+    assert f"a.{suffix}, expected" in error_of(tmp_path / f"a.{suffix}")
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\n")
+    assert "a.csv, expected a .json, .jsonl or .parquet" in error_of(tmp_path / "a.csv")
+    assert "expected a data set folder" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (["p", "c"], "found a list, expected an object"),
+        ({"text": "t", "label": 1}, "found columns text, label, expected one of prompt/completion"),
+        ({}, "found columns none"),
+        ({"prompt": "p", "completion": 3}, "found int as response, expected text"),
+        ({"prompt": "p", "completion": None}, "found NoneType as response, expected text"),
+        ({"prompt": 3, "completion": "c"}, "found int as prompt, expected text"),
+        ({"prompt": "p", "chosen": "c", "rejected": 3}, "found int as rejected, expected text"),
+        ({"prompt": ["p"], "completion": "c"}, "non-text prompt, expected messages with text"),
+        ({"prompt": [{"role": "user"}], "completion": "c"}, "non-text prompt, expected messages with text"),
+        ({"prompt": [], "completion": "c"}, "empty or non-text prompt"),
+        ({"messages": "text"}, "found str, expected a list of messages"),
+        ({"messages": turns("p")}, "without an assistant turn"),
+        ({"messages": turns("", "c")[1:]}, "empty or non-text prompt"),
+        ({"chosen": "c", "rejected": "r"}, "no prompt column and no transcript"),
+    ],
+)
+def test_bad_rows_name_flag_file_and_row(tmp_path, row, words):
+    name = write(tmp_path / "bad.json", [*pairs(2), row])
+    message = error_of(name, flag="--eval-dataset")
+    assert f"--eval-dataset {name} row 2: " in message and words in message
+
+
+def test_empty_sets_and_splits(tmp_path):
+    assert "found no rows" in error_of(write(tmp_path / "a.jsonl", []))
+    name = write(tmp_path / "b.jsonl", pairs(1))
+    empty = "train" if data.held_out(pairs(1)[0]["prompt"]) else "test"
+    assert f"found 1 rows in {name}, none in its {empty} part" in error_of(name, empty)
+
+
+# ---- tokens and batches in detail ----
+@pytest.mark.parametrize("template", [None, ZEPHYR_TEMPLATE], ids=["plain", "chat"])
+@pytest.mark.parametrize("text", ["open it</s></s>", "open it</s>\n"])
+def test_eos_written_in_the_text_counts_once(template, text):
+    tokenizer = make_tokenizer(chat_template=template)
+    row = encode_one({"prompt": "p", "response": text, "rejected": text}, tokenizer)
+    plain = tokenizer("open it", add_special_tokens=False)["input_ids"]
+    assert row["response_ids"] == row["rejected_ids"] == [*plain, tokenizer.eos_token_id]
+    assert row["response_text"] == text
+
+
+def test_eos_inside_a_response_is_no_end():
+    tokenizer = make_tokenizer()
+    ids = encode_one({"prompt": "p", "response": "a</s>b"}, tokenizer)["response_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(ids) == "ab</s>"
+
+
+def test_response_is_cut_at_max_length_exactly():
+    tokenizer = make_tokenizer()
+    whole = encode_one({"prompt": "p", "response": "read the list", "rejected": "x" * 90}, tokenizer)
+    length = len(whole["prompt_ids"]) + len(whole["response_ids"])
+    for max_length, response in [
+        (length, whole["response_ids"]),
+        (length - 1, whole["response_ids"][:-1]),
+        (length - 2, whole["response_ids"][:-2]),
+    ]:
+        cut = encode_one({"prompt": "p", "response": "read the list", "rejected": "x" * 90}, tokenizer, max_length)
+        assert cut["response_ids"] == response
+        assert len(cut["prompt_ids"] + cut["rejected_ids"]) == max_length
+        assert tokenizer.eos_token_id not in cut["rejected_ids"]
+    assert cut["prompt_ids"] == whole["prompt_ids"]
+
+
+def test_prompt_and_response_are_tokenised_apart():
+    tokenizer = make_tokenizer()
+    row = encode_one({"prompt": "read the", "chosen": " list", "rejected": " items"}, tokenizer)
+    for name, text in [("prompt", render_prompt(tokenizer, "read the")), ("response", " list</s>")]:
+        assert row[f"{name}_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert row["rejected_text"] == " items"
+
+
+def test_rows_with_and_without_rejected():
+    rows = [{"row": 0, "prompt": "p", "response": "a"}, {"row": 1, "prompt": "p", "response": "a", "rejected": "b"}]
+    for order in (rows, rows[::-1]):
+        encoded = encode(order, make_tokenizer(), 100, 50)
+        assert {r["row"]: "rejected_ids" in r for r in encoded} == {0: False, 1: True}
+
+
+def tokenizer_with_bos(adds: bool = True, chat_template: str | None = None):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(chat_template=chat_template)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    if adds:
+        processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "count"),
+    [
+        (tokenizer_with_bos(), 1),
+        (tokenizer_with_bos(chat_template=ZEPHYR_TEMPLATE), 1),
+        (tokenizer_with_bos(chat_template="{{ bos_token }}" + ZEPHYR_TEMPLATE), 1),
+        (tokenizer_with_bos(adds=False), 0),
+        (make_tokenizer(), 0),
+    ],
+    ids=["plain", "chat", "chat with bos", "adds none", "has none"],
+)
+def test_bos_is_there_once(tokenizer, count):
+    row = encode_one({"prompt": "p", "response": "r", "rejected": "s"}, tokenizer)
+    assert row["prompt_ids"].count(tokenizer.bos_token_id) == count
+    assert row["prompt_ids"][:count] == [tokenizer.bos_token_id] * count
+    assert tokenizer.bos_token_id not in row["response_ids"] + row["rejected_ids"]
+
+
+def test_bos_does_not_depend_on_another_row():
+    tokenizer = tokenizer_with_bos()
+    rows = [{"row": i, "prompt": p, "response": "r"} for i, p in enumerate(["strike <s>", "q"])]
+    assert [r["prompt_ids"][0] for r in encode(rows, tokenizer, 100, 90)] == [tokenizer.bos_token_id] * 2
+
+
+def test_prompt_leaves_room_for_a_response():
+    tokenizer = make_tokenizer()
+    length = len(encode_one({"prompt": "p", "response": "r"}, tokenizer)["prompt_ids"])
+    assert len(encode_one({"prompt": "p", "response": "r"}, tokenizer, length + 1, length)["response_ids"]) == 1
+    with pytest.raises(UserError, match="longer than"):
+        encode_one({"prompt": "p", "response": "r"}, tokenizer, length, length)
+
+
+def test_collate():
+    batch = collate([([5, 6, 7], [8, 9]), ([5], [6, 7, 8]), ([4], [3])], pad_token_id=9)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [4, 3, 9, 9, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+    assert batch.response_ids.tolist() == [[8, 9, 9], [6, 7, 8], [3, 9, 9]]
+    assert batch.response_mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
+    assert batch.response_start.tolist() == [3, 1, 1]
+    assert batch.response_mask.dtype == torch.bool
+    for name in ("input_ids", "attention_mask", "response_ids", "response_start"):
+        assert getattr(batch, name).dtype == torch.long
+
+
+@pytest.mark.parametrize("pad", [0, 7])
+def test_masks_do_not_depend_on_the_pad_token(pad):
+    """With pad = eos (7) the EOS that ends a response stays in the mask, and one inside a prompt is attended to."""
+    batch = collate([([1, 7, 2], [3, 7]), ([1], [7])], pad_token_id=pad)
+    assert batch.attention_mask.sum(1).tolist() == [5, 2]
+    assert batch.response_mask.sum(1).tolist() == [2, 1]
+    assert batch.response_ids[batch.response_mask].tolist() == [3, 7, 7]
+
+
+def test_collate_of_empty_responses_and_to():
+    batch = collate([([1, 2], []), ([1], [])], pad_token_id=0).to("cpu")
+    assert batch.response_ids.shape == (2, 0) and batch.response_ids.dtype == torch.long
+    assert batch.attention_mask.tolist() == [[1, 1], [1, 0]]
+
+
+def test_pairs_are_stored_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.parquet"
+    rows = [{"row": 0, "prompt": "p", "ids": [1, 2], "x": 0.1}, {"row": 1, "prompt": "é", "ids": [], "x": -1.0}]
+    write_pairs(path, rows)
+    assert read_pairs(path) == rows
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(data.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_pairs(path, rows[:1])
+    assert read_pairs(path) == rows
+
+
+# ---- the harvest in detail ----
+def test_pydoc_rows_have_something_to_learn(pydoc):
+    rows = [row for _, row in pydoc]
+    assert all(r["response"] == " ".join(r["response"].split()) for r in rows)
+    assert len({r["prompt"] for r in rows}) == len(rows)
+    assert sum(bool(r["prompt"].partition("\n")[2].strip()) for r in rows) > 0.95 * len(rows)
+
+
+def test_pydoc_is_harvested_once_and_loads_fast_after_that(pydoc, tmp_path, monkeypatch):
+    harvests = []
+    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "harvest_pydoc", lambda: harvests.append(1) or pydoc)
+    train, test = load_rows("pydoc", "train"), load_rows("pydoc", "test")
+    assert harvests == [1]
+    assert sorted(r["row"] for r in train + test) == list(range(len(pydoc)))
+    assert [(r["prompt"], r["response"]) for r in test] == [(r["prompt"], r["response"]) for t, r in pydoc if t]
+
+
+LIBRARY = '''raise SystemExit("imported")
+class {m}_Base:
+    pass
+class {m}_Box({m}_Base):
+    """Hold what {m} needs."""
+    def get(self, key, default=None):
+        """Return the value of {m}.
+
+        Raises KeyError in {m}.
+        """
+        return self.{m}[key]
+def {m}_plain(x):
+    """Compute {m} of
+    the number."""
+    y = x + 1
+    return y
+def {m}_short():
+    """Too."""
+def {m}_echo():
+    """Print a text."""
+    print("Print a text.", "{m}")
+def {m}_many():
+    """Say the same thing."""
+    return "{m}"
+'''
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A standard library of 60 modules and of files that must not be read."""
+    for i in range(60):
+        (tmp_path / f"mod{i}.py").write_text(LIBRARY.format(m=f"mod{i}"))
+    for skipped in ("test/a.py", "pkg/tests/b.py", "site-packages/c.py", "idlelib/idle_test/d.py"):
+        (tmp_path / skipped).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / skipped).write_text(LIBRARY.format(m="skipped"))
+    (tmp_path / "python2.py").write_text("print 'hello'")
+    (tmp_path / "latin.py").write_bytes(b"x = '\xe9'")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    return harvest_pydoc()
+
+
+def test_harvest_reads_without_importing(library):
+    texts = {row["prompt"]: row["response"] for _, row in library}
+    assert texts["def mod3_Box.get(self, key, default=None)\nRaises KeyError in mod3."] == "Return the value of mod3."
+    assert texts["def mod3_plain(x)\ny = x + 1\nreturn y"] == "Compute mod3 of the number."
+    assert any(p.startswith("class mod3_Box(mod3_Base)\n") for p in texts)
+    assert not [p for p in texts if "skipped" in p or "_short" in p or "_echo" in p]
+    assert list(texts.values()).count("Say the same thing.") == 3
+
+
+def test_harvest_holds_out_whole_modules_deterministically(library):
+    sides = {}
+    for test, row in library:
+        sides.setdefault(row["prompt"].split()[1].split("_")[0], set()).add(test)
+    assert len(sides) == 60 and all(len(side) == 1 for side in sides.values())
+    assert 0 < sum(side == {True} for side in sides.values()) < 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert library == harvest_pydoc()
