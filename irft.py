@@ -32,8 +32,8 @@ from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, m
 
 SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
     "tiny": dict(
-        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=3e-5, later_learning_rate=6e-6,
-        batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
+        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=3e-5,
+        later_learning_rate=6e-6, batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # RFT paper, Sec. 5.1 and App. C, pythia-1.4b
         dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
@@ -59,7 +59,7 @@ class Args(RunArgs):
     loss_type: Literal["logistic", "linear"] = "logistic"
     """logistic: Eq. 7 with h = log sigmoid; linear: the bare estimator of Eq. 6, unbounded, for study."""
     ref: Literal["initial", "previous"] = "initial"
-    """reference policy: the model the run starts from (the paper's equations), or that of the last outer iteration (SPIN, released code)."""
+    """reference policy: the model the run starts from (the equations), or that of the last iteration (SPIN, released code)."""
     optimizer_state: Literal["carry", "restart"] = "carry"
     """over outer iterations: optimizer state and schedule go on (Alg. 2), or start anew in every one (released code)."""
     replay: Literal["none", "previous", "all"] = "none"

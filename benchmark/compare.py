@@ -155,7 +155,7 @@ def show(table: dict, rows: int, seeds: int) -> None:
     for label, row in table.items():
         cells = [f"{row[n]['mean']:.{d}f}\n{row[n]['low']:.{d}f}..{row[n]['high']:.{d}f}" for n, d in TABLE.values()]
         view.add_row(label, *cells)
-    Console(width=130).print(view)
+    Console(width=160).print(view)
 
 
 if __name__ == "__main__":

@@ -306,10 +306,15 @@ def cache_folder() -> Path:
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanirl"
 
 
+def pydoc_key() -> str:
+    """Names what the harvest would give: the interpreter, and the code that harvests."""
+    code = [inspect.getsource(f) for f in (harvest_pydoc, documented, cut_lines, held_out)]
+    return hashlib.sha256(repr((sys.version, sys.prefix, code)).encode()).hexdigest()[:12]
+
+
 def pydoc_rows() -> list[tuple[bool, dict]]:
     """harvest_pydoc, from the user's cache folder after the first time."""
-    key = hashlib.sha256(repr((sys.version, sys.prefix, inspect.getsource(sys.modules[__name__]))).encode()).hexdigest()
-    path = cache_folder() / f"pydoc-{key[:12]}.parquet"
+    path = cache_folder() / f"pydoc-{pydoc_key()}.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_pairs(path, [{"test": test, **row} for test, row in harvest_pydoc()])

@@ -123,10 +123,9 @@ def prepare_held_out(run, reference, generator: Generator, rows: list[dict]) -> 
             sequences = [(r["prompt_ids"], y) for r, y in zip(rows, held.responses(kind), strict=True)]
             held.ref[kind] = [total for total, _ in sequence_logprobs(run, reference, sequences, advance=advance)]
     if run.is_main:
-        columns = zip(rows, held.rejected, *held.ref.values(), strict=True)
-        write_pairs(path, [
-            {"row": r["row"], "rejected_ids": y, "ref_chosen": c, "ref_rejected": j, "ref_shuffled": s} for r, y, c, j, s in columns
-        ])  # fmt: skip
+        columns = zip([r["row"] for r in rows], held.rejected, *held.ref.values(), strict=True)
+        names = ("row", "rejected_ids", *(f"ref_{kind}" for kind in held.ref))
+        write_pairs(path, [dict(zip(names, values, strict=True)) for values in columns])
     run.accelerator.wait_for_everyone()
     return held
 
@@ -181,14 +180,13 @@ def save_evaluation(folder: Path, iteration: int, rows, texts, table) -> None:
         folder / "evals" / f"{iteration:04d}.parquet",
         [
             {"row": r["row"], "sample": t, **{k: float(v[i]) for k, v in table.items()}}
-            for i, (r, t) in enumerate(zip(rows, texts))
+            for i, (r, t) in enumerate(zip(rows, texts, strict=True))
         ],
     )
     lines = [f"# Samples after outer iteration {iteration}\n"]
     for row, text in list(zip(rows, texts, strict=True))[:SHOWN]:
-        lines.append(
-            f"## Row {row['row']}\n\n```\n{row['prompt_text'].strip()}\n```\n\nDemonstration: {row['response_text']}\n\nSample: {text}\n"
-        )
+        lines.append(f"## Row {row['row']}\n\n```\n{row['prompt_text'].strip()}\n```\n")
+        lines.append(f"Demonstration: {row['response_text']}\n\nSample: {text}\n")
     (folder / "samples" / f"{iteration:04d}.md").write_text("\n".join(lines))
 
 

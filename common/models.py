@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common import UserError
-from common.data import cache_folder, encode, load_rows
+from common.data import cache_folder, encode, load_rows, pydoc_key
 from common.run import data_order, learning_rate_at, progress
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
@@ -159,7 +159,7 @@ def reference_policy(run, policy, is_initial: bool) -> Iterator[torch.nn.Module]
 # ---- the embedded model ----
 def tiny_path() -> Path:
     """Folder of the embedded model; made on first use by the first process that asks, others wait for it."""
-    key = json.dumps([TINY, TINY_TRAINING, sys.version, torch.__version__])
+    key = json.dumps([TINY, TINY_TRAINING, pydoc_key(), torch.__version__])
     path = cache_folder() / f"tiny-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if path.is_dir():
         return path

@@ -1,6 +1,5 @@
 """A run killed anywhere and resumed ends with the bytes of the run that was left alone; damaged checkpoints are noticed."""
 
-import json
 import os
 import resource
 import shutil
@@ -11,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, command, drive, make_data, make_model, metrics, run, weights
+from helpers import ROOT, command, drive, make_data, make_model, metrics, weights
 
 POINTS = [  # (script, function, n-th call): one or more in every phase
     ("irft.py", "common.evals.sequence_logprobs", 2),  # reference on held-out rows

@@ -60,8 +60,8 @@ def newton(demonstrations: np.ndarray, preferences: np.ndarray, tolerance: float
     """(n,) maximiser of log_likelihood with mean 0. FordError if there is no finite one.
 
     Damped Newton: a step whose entries range over s is shortened to log(1 + s) / s of itself. Along it the curvature
-    grows at most like e^(s t), so the likelihood rises all the way there and no line search is needed. Once the norm of
-    the gradient is below tolerance times the counts, one more step takes it to rounding.
+    grows at most like e^(s t), so the likelihood rises all the way there and no line search is needed. Stops when the
+    norm of the gradient is at most tolerance times the counts and the last step is so small that its square is rounding.
     """
     if fault := ford_fault(demonstrations, preferences):
         raise FordError(f"no finite reward maximises this likelihood (Ford's condition): {fault}")
@@ -73,7 +73,7 @@ def newton(demonstrations: np.ndarray, preferences: np.ndarray, tolerance: float
         step = np.linalg.solve(curvature(rewards, demonstrations, preferences) + gauge, slope)
         spread = np.ptp(step)
         rewards = rewards + step * (np.log1p(spread) / spread if spread > 0 else 1)
-        if np.linalg.norm(slope) <= tolerance * total:
+        if np.linalg.norm(slope) <= tolerance * total and spread <= 1e-6:
             return rewards - rewards.mean()
     raise RuntimeError(f"newton did not converge: gradient {np.linalg.norm(slope):.2e} for {total:.0f} counts")
 
@@ -147,7 +147,7 @@ def btl_rewards(preferences: np.ndarray) -> np.ndarray:
 
 
 def rlhf_policy(demonstrations: np.ndarray, preferences: np.ndarray) -> np.ndarray:
-    """pi_i ~ pi_i^SFT exp(R_i^BTL): the best policy for the BTL reward at KL weight 1 to the SFT policy. AIHF Eq. 33."""
+    """pi_i ~ pi_i^SFT exp(R_i^BTL): best for the BTL reward minus KL to the SFT policy. AIHF Eq. 33."""
     weights = sft_policy(demonstrations) * np.exp(btl_rewards(preferences))
     return weights / weights.sum()
 

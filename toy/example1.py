@@ -45,7 +45,7 @@ def bilevel(bound: float, beta: float, steps: int = 2000) -> np.ndarray:
     rewards = np.full(3, bound / 2)
     for _ in range(steps):
         slope = (np.eye(3)[DEMONSTRATED] - induced_policy(rewards, beta)) / beta
-        rewards = np.clip(rewards + 0.5 * beta**2 * slope, 0, bound)
+        rewards = np.clip(rewards + beta**2 * slope, 0, bound)
     return rewards
 
 
@@ -64,7 +64,7 @@ def minimax(bound: float, beta: float, steps: int = 2000) -> tuple[np.ndarray, n
         log_policy = log_policy - 0.3 * (log_policy - np.log(REF) - rewards / beta)
         log_policy = log_policy - np.logaddexp.reduce(log_policy)
         slope = (np.eye(3)[DEMONSTRATED] - np.exp(log_policy)) / beta
-        rewards = np.clip(rewards + 0.1 * beta**2 * slope, 0, bound)
+        rewards = np.clip(rewards + beta**2 * slope, 0, bound)
     return rewards, np.exp(log_policy)
 
 

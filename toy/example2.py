@@ -106,7 +106,7 @@ def example(args: Args) -> bool:
         top.text(args.covered + 0.3, 0.97, "never\ndemonstrated", ha="right", va="top", size=8, color="#555555",
                  transform=top.get_xaxis_transform())  # fmt: skip
     top.set(ylabel="probability", xlim=(0.5, args.actions + 0.5), ylim=(0, None))
-    bottom.set(xlabel="action", ylabel="minus the truth")
+    bottom.set(xlabel="action", ylabel="policy − truth")
     fig.align_ylabels()
     top.set_title(
         f"{args.demonstrations:,} demonstrations of actions 1..{args.covered}, "
