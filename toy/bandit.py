@@ -61,7 +61,7 @@ def newton(demonstrations: np.ndarray, preferences: np.ndarray, tolerance: float
 
     Damped Newton: a step whose entries range over s is shortened to log(1 + s) / s of itself. Along it the curvature
     grows at most like e^(s t), so the likelihood rises all the way there and no line search is needed. Stops when the
-    norm of the gradient is at most tolerance times the counts and the last step is so small that its square is rounding.
+    norm of the gradient is at most tolerance times the counts and the square of the last step is rounding.
     """
     if fault := ford_fault(demonstrations, preferences):
         raise FordError(f"no finite reward maximises this likelihood (Ford's condition): {fault}")
