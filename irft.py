@@ -203,7 +203,6 @@ def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, genera
     temperature = 0.0 if args.negatives == "greedy" else args.temperature
     with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
         rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, temperature, advance)
-    run.stop_if_asked()
     pairs = [
         {
             "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
@@ -288,7 +287,7 @@ def train(args: Args) -> None:
             "completions/mean_length": sum(len(p["rejected_ids"]) for p in own) / len(own),
             "completions/clipped_ratio": 1 - sum(p["finished"] for p in own) / len(own),
         }
-        with run.phase(f"iteration {t}: training", plan.K[t], outer_iteration=t) as advance:
+        with run.phase(f"iteration {t}: training", plan.K[t], updates=True, outer_iteration=t) as advance:
             for k, batch in enumerate(batches):
                 step = first + k
                 if step < position["step"]:

@@ -127,7 +127,7 @@ def train(args: Args) -> None:
         measure(0)
     for epoch in range(position["outer_iteration"], args.num_train_epochs):
         policy.train()
-        with run.phase(f"epoch {epoch}", updates, outer_iteration=epoch) as advance:
+        with run.phase(f"epoch {epoch}", updates, updates=True, outer_iteration=epoch) as advance:
             for k, batch in enumerate(run.batches(len(demonstrations), 0, epoch)):
                 step = epoch * updates + k
                 if step < position["step"]:

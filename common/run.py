@@ -273,7 +273,8 @@ class Run:
         if log_with:
             project.logging_dir = str(self.dir)
             self.accelerator.init_trackers("cleanirl", config=flat_config(args))
-        self.stop_requested = False
+        self.stop_requested = self.in_updates = False
+        self.saved = ""
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     # ---- directory ----
@@ -302,19 +303,21 @@ class Run:
         self.dir = Path(message[1])
 
     def _on_sigterm(self, *_) -> None:
-        if self.stop_requested:
-            sys.exit(143)
+        """Between updates there is something to save: stop_if_asked does it. Elsewhere the last checkpoint says it all."""
+        if self.stop_requested or not self.in_updates:
+            self._stop()
         self.stop_requested = True
 
-    def stop_if_asked(self, position: dict | None = None) -> None:
-        """After SIGTERM on any rank: write a checkpoint (if a position is given) and exit with status 143 on all ranks."""
-        asked = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
-        if self.accelerator.reduce(asked).item() == 0:
-            return
-        if position is not None:
-            self.save_checkpoint(position)
+    def _stop(self) -> None:
         self.say(f"SIGTERM: stopped; continue with --resume {self.dir}")
         sys.exit(143)
+
+    def stop_if_asked(self, position: dict) -> None:
+        """After SIGTERM on any rank: write a checkpoint and exit with status 143 on all ranks."""
+        asked = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        if self.accelerator.reduce(asked).item() > 0:
+            self.save_checkpoint(position)
+            self._stop()
 
     def finished(self) -> bool:
         """True, and says so, if --resume names a run that has its final model."""
@@ -339,11 +342,16 @@ class Run:
             self.accelerator.log(row, step=axis.get("step"))
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int, **axis: int) -> Iterator[Callable[[int], None]]:
-        """Progress for one phase; its wall time goes to timing.jsonl, apart from the metrics, which a rerun repeats exactly."""
+    def phase(self, name: str, total: int, updates: bool = False, **axis: int) -> Iterator[Callable[[int], None]]:
+        """Progress for one phase; its wall time goes to timing.jsonl, apart from the metrics, which a rerun repeats exactly.
+
+        updates: the phase changes weights and calls stop_if_asked after each step.
+        """
         started = time.time()
+        self.in_updates = updates
         with progress(name, total, self.is_main) as advance:
             yield advance
+        self.in_updates = False
         if self.is_main:
             with open(self.dir / "timing.jsonl", "a") as f:
                 f.write(
@@ -418,6 +426,8 @@ class Run:
         checkpoint or none. A failed write leaves the earlier ones as they were and raises UserError.
         """
         folder = self.dir / "checkpoint"
+        if self.saved == str(position):
+            return
         final = folder / f"{position['outer_iteration']:04d}_{position['step']:08d}"
         partial = folder / f".partial_{final.name}"
         error = None
@@ -450,6 +460,7 @@ class Run:
                 f"checkpoint could not be written to {folder} ({error or 'on another rank'});"
                 f" last good checkpoint: {self.last_checkpoint() or 'none yet'}; free space, then --resume {self.dir}"
             )
+        self.saved = str(position)
 
     def load_checkpoint(self) -> dict[str, int] | None:
         """Load the newest checkpoint that is whole; name and skip those that are not. Returns its position, or None.

@@ -1,4 +1,5 @@
-"""Run a script in forked children, one after another; a child may SIGKILL itself at the n-th call of some function.
+"""Run a script in forked children, one after another; a child may SIGKILL itself (or send itself
+another signal) at the n-th call of some function.
 
     python kill_at.py '[{"argv": ["irft.py", ...], "at": "common.run.Run.step", "n": 3}, ...]'
 
@@ -29,15 +30,15 @@ def resolve(name: str):
     raise ValueError(name)
 
 
-def kill_self_at(name: str, n: int) -> None:
-    """SIGKILL this process when the function is called for the n-th time."""
+def kill_self_at(name: str, n: int, number: int) -> None:
+    """Send this process a signal when the function is called for the n-th time."""
     owner, attribute = resolve(name)
     original, calls = getattr(owner, attribute), [0]
 
     def wrapped(*args, **kwargs):
         calls[0] += 1
         if calls[0] == n:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     setattr(owner, attribute, wrapped)
@@ -49,7 +50,7 @@ def child(scenario: dict) -> int:
     sys.argv = scenario["argv"]
     script = importlib.import_module(Path(sys.argv[0]).stem)
     if scenario.get("at"):
-        kill_self_at(scenario["at"], scenario["n"])
+        kill_self_at(scenario["at"], scenario["n"], scenario.get("signal", signal.SIGKILL))
     try:
         common.run.main(lambda: script.train(common.run.parse_args(script.Args, "", script.SETTINGS)))
     except SystemExit as stop:

@@ -166,6 +166,17 @@ def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(place):
     assert [row["step"] for row in metrics(out)[1:]] == list(range(1, len(metrics(out))))  # no step lost or repeated
 
 
+@pytest.mark.parametrize("at", ["common.generation.Generator._batch", "common.evals.evaluate", "common.run.Run.step"])
+def test_sigterm_in_any_phase_ends_the_run_soon_and_loses_nothing(runs, place, at):
+    out = place / f"term_{at}"
+    scenario = {"argv": argv("irft.py", place, out), "at": at, "n": 2, "signal": signal.SIGTERM}
+    statuses, printed = drive([scenario, {"argv": ["irft.py", "--resume", str(out)]}])
+    assert statuses == [143, 0] and f"SIGTERM: stopped; continue with --resume {out}" in printed
+    expected, found = weights(runs / "whole_irft.py"), weights(out)
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert (runs / "whole_irft.py" / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+
+
 def test_resume_refuses_other_settings_and_says_when_finished(runs):
     out = runs / "whole_irft.py"
     statuses, printed = drive(
