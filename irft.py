@@ -244,7 +244,7 @@ def check_first_loss(run, row: dict[str, float]) -> None:
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     demonstrations = evals.load_demonstrations(args, tokenizer)
-    plan = make_plan(len(demonstrations), args)
+    plan = make_plan(args.select_top_k or len(demonstrations), args)
     if args.dry_run:
         print_plan(args, plan)
         return
@@ -253,6 +253,7 @@ def train(args: Args) -> None:
     run = Run(args, "irft", METRICS)
     if run.finished():
         return
+    demonstrations = evals.select_demonstrations(run, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.accelerator.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.accelerator.unwrap_model(policy)
@@ -263,7 +264,7 @@ def train(args: Args) -> None:
 
     start = run.load_checkpoint() if args.resume else None
     position = start or {"outer_iteration": 0, "step": 0, "num_tokens": 0}
-    held = evals.prepare_held_out(run, bare, generator, held_rows)
+    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
 
     def measure(iteration: int) -> None:
         reference = models.reference_policy(run, policy, is_initial=iteration == 0)
@@ -312,8 +313,9 @@ def train(args: Args) -> None:
                 advance(1)
         measure(t + 1)
         position.update(outer_iteration=t + 1)
-    evals.print_table(run)
-    path = run.save_final(policy, tokenizer, run.model_card("SPIN" if args.T == 1 else "IRFT", "arXiv:2405.17888"))
+    method = "SPIN" if args.T == 1 else "IRFT"
+    evals.print_table(run, "start", method)
+    path = run.save_final(policy, tokenizer, run.model_card(method, "arXiv:2405.17888"))
     run.say(f"model: {path}")
     run.end()
 

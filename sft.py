@@ -96,10 +96,11 @@ def demonstration_loss(policy, rows: list[dict], device) -> tuple[Tensor, dict[s
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     demonstrations = evals.load_demonstrations(args, tokenizer)
-    updates = -(-len(demonstrations) // args.batch_size)  # in one epoch
+    count = args.select_top_k or len(demonstrations)
+    updates = -(-count // args.batch_size)  # in one epoch
     total = updates * args.num_train_epochs
     if args.dry_run:
-        print(f"sft --dry-run: model {args.model}, data {args.dataset}, {len(demonstrations)} demonstrations")
+        print(f"sft --dry-run: model {args.model}, data {args.dataset}, {count} demonstrations")
         print(f"  {total} updates of {args.batch_size} demonstrations, {args.num_train_epochs} epoch(s)")
         models.print_memory_plan(args, sequences_per_row=1)
         return
@@ -108,6 +109,7 @@ def train(args: Args) -> None:
     run = Run(args, "sft", METRICS)
     if run.finished():
         return
+    demonstrations = evals.select_demonstrations(run, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.accelerator.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.accelerator.unwrap_model(policy)
@@ -116,7 +118,7 @@ def train(args: Args) -> None:
 
     start = run.load_checkpoint() if args.resume else None
     position = start or {"outer_iteration": 0, "step": 0, "num_tokens": 0}
-    held = evals.prepare_held_out(run, bare, generator, held_rows)
+    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
 
     def measure(iteration: int) -> None:
         reference = models.reference_policy(run, policy, is_initial=iteration == 0)
@@ -153,7 +155,7 @@ def train(args: Args) -> None:
                 run.stop_if_asked(position)
                 advance(1)
         measure(epoch + 1)
-    evals.print_table(run)
+    evals.print_table(run, "start", "SFT")
     path = run.save_final(policy, tokenizer, run.model_card("SFT", "arXiv:2405.17888, Eq. 1"))
     run.say(f"model: {path}")
     run.end()

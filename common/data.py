@@ -411,7 +411,7 @@ def render_prompt(tokenizer, prompt) -> str:
 
 
 def encode(rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset") -> list[dict]:
-    """Rows -> dicts with row, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
+    """Rows -> dicts with row, prompt, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
     Prompt and response are tokenised apart, so that a sampled response meets the context it was sampled in. EOS ends
     every response once; one cut at max_length has none. Rows whose prompt exceeds max_prompt_length are left out with
@@ -421,17 +421,14 @@ def encode(rows: list[dict], tokenizer, max_length: int, max_prompt_length: int,
     texts = [render_prompt(tokenizer, row["prompt"]) for row in rows]
     responses = {"response": [row.get("response", row.get("chosen")) for row in rows]}
     responses["rejected"] = [row.get("rejected") for row in rows]
-    prompts = tokenise(tokenizer, texts)
+    prompts = tokenise_prompts(tokenizer, texts)
     ids = {k: tokenise(tokenizer, [without_eos(t or "", tokenizer) for t in ts]) for k, ts in responses.items()}
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     encoded, long = [], []
-    for i, row in enumerate(rows):
-        prompt_ids = [bos, *prompts[i]] if adds_bos and not texts[i].startswith(tokenizer.bos_token) else prompts[i]
+    for i, (row, prompt_ids) in enumerate(zip(rows, prompts, strict=True)):
         if len(prompt_ids) > longest:
             long.append((row["row"], len(prompt_ids)))
             continue
-        item = {"row": row["row"], "prompt_ids": prompt_ids, "prompt_text": texts[i]}
+        item = {"row": row["row"], "prompt": row["prompt"], "prompt_ids": prompt_ids, "prompt_text": texts[i]}
         for name in responses:
             if responses[name][i] is not None:
                 whole = [*ids[name][i], tokenizer.eos_token_id]
@@ -448,6 +445,14 @@ def encode(rows: list[dict], tokenizer, max_length: int, max_prompt_length: int,
 
 def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Rendered prompts -> ids, with BOS before them where the tokenizer itself begins texts so and the template did not."""
+    bos, ids = tokenizer.bos_token_id, tokenise(tokenizer, texts)
+    if bos is None or tokenizer("a")["input_ids"][0] != bos:
+        return ids
+    return [p if t.startswith(tokenizer.bos_token) else [bos, *p] for p, t in zip(ids, texts, strict=True)]
 
 
 def without_eos(text: str, tokenizer) -> str:

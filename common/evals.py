@@ -3,17 +3,18 @@
 Every measure is kept per row (evals/<iteration>.parquet), so that intervals and paired comparisons can be made later.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from common.data import collate, encode, load_rows, read_pairs, write_pairs
+from common import models, rewards
+from common.data import encode, load_rows, read_pairs, render_prompt, tokenise_prompts, write_pairs
 from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
-from common.run import data_order
+from common.run import data_order, require
 
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
@@ -30,12 +31,25 @@ EVAL_METRICS = {  # name -> meaning, unit, range
     "eval/kl_k1": "mean of log pi/pi_ref over the samples: KL(pi || pi_ref), nats per response; >= 0 in expectation",
     "eval/kl_k3": "sum over tokens of exp(-u) - 1 + u, u = log pi/pi_ref: the same in expectation, never negative",
     "eval/lengths/demonstrations": "tokens of the demonstrations, EOS included",
+    "eval/gold/score": "mean gold reward of the samples (RFT Fig. 2a); with --gold-reward-model",
+    "eval/gold/demonstrations": "mean gold reward of the demonstrations",
+    "eval/gold/win_rate_base": "share of prompts whose sample has more gold reward than the reference's, ties half (Fig. 2b)",
+    "eval/gold/win_rate_baseline": "the same against --baseline's sample",
+    "eval/gold/win_rate_demonstrations": "the same against the demonstration",
+}
+REWARD_METRICS = {  # of a learned reward model, on the same rows
+    "eval/reward/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; 0.5 is chance",
+    "eval/reward/accuracy_shuffled": "the same with another row's demonstration as rejected",
+    "eval/reward/margin": "mean of r(chosen) - r(rejected), reward units",
+    "eval/reward/calibration_error": "mean gap of sigmoid(|margin|) and the rate at which the higher one is chosen; in [0, 1]",
+    "eval/reward/demonstrations": "mean reward of the demonstrations; 0 once centred",
+    "eval/reward/samples": "mean reward of the policy's samples",
 }
 
 
 @dataclass
 class HeldOut:
-    """Held-out rows with what the reference policy says about them; made once, before training.
+    """Held-out rows with what the reference policy, and the gold reward, say about them; made once, before training.
 
     rejected: the row's own rejected response where the data set has one, else a sample of the reference policy.
     shuffled: the demonstration of the next row.
@@ -44,17 +58,28 @@ class HeldOut:
     rows: list[dict]
     rejected: list[list[int]]
     ref: dict[str, list[float]]  # chosen, rejected, shuffled -> log pi_ref, nats
+    gold: dict[str, list[float]]  # demonstrations, base, baseline -> gold reward; empty without --gold-reward-model
 
     def responses(self, kind: str) -> list[list[int]]:
         chosen = [r["response_ids"] for r in self.rows]
         return {"chosen": chosen, "rejected": self.rejected, "shuffled": chosen[1:] + chosen[:1]}[kind]
+
+    def sequences(self, kind: str) -> list[tuple[list[int], list[int]]]:
+        return [(r["prompt_ids"], y) for r, y in zip(self.rows, self.responses(kind), strict=True)]
 
 
 def load_demonstrations(args, tokenizer) -> list[dict]:
     """--max-samples training rows of --dataset, encoded; which ones depends on the seed, their order does not matter."""
     rows = load_rows(args.dataset, "train")
     picked = sorted(data_order(len(rows), args.seed)[: args.max_samples or len(rows)])
-    return encode([rows[i] for i in picked], tokenizer, args.max_length, args.max_prompt_length)
+    encoded = encode([rows[i] for i in picked], tokenizer, args.max_length, args.max_prompt_length)
+    require(
+        args.select_top_k <= len(encoded),
+        "select_top_k",
+        args.select_top_k,
+        f"at most {len(encoded)}, the demonstrations",
+    )
+    return encoded
 
 
 def load_held_out(args, tokenizer) -> list[dict]:
@@ -67,32 +92,58 @@ def load_held_out(args, tokenizer) -> list[dict]:
     return encode([rows[i] for i in picked], tokenizer, args.max_length, args.max_prompt_length, flag="--eval-dataset")
 
 
+def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
+    """The --select-top-k demonstrations that the gold reward scores highest, in their old order; all without the flag.
+
+    RFT paper, Sec. 5.2. Ties go to the earlier row. Their ids and scores are kept in generations/selected.parquet, with
+    prompt and completion columns that any script here reads as --dataset.
+    """
+    k = run.args.select_top_k
+    if not k:
+        return demonstrations
+    path = run.dir / "generations" / "selected.parquet"
+    if path.exists():
+        kept = {r["row"] for r in read_pairs(path)}
+        return [d for d in demonstrations if d["row"] in kept]
+    scores = rewards.cached_gold_scores(run, demonstrations, [d["response_text"] for d in demonstrations])
+    best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
+    if run.is_main:
+        columns = [
+            {"row": d["row"], "prompt": d["prompt"], "completion": d["response_text"], "gold_score": scores[i]}
+            for i, d in ((i, demonstrations[i]) for i in best)
+        ]
+        write_pairs(path, columns)
+    run.accelerator.wait_for_everyone()
+    mean = sum(scores[i] for i in best) / len(best)
+    run.say(
+        f"kept {len(best)} of {len(scores)} demonstrations, mean gold score {mean:.3f} against {np.mean(scores):.3f} of all"
+    )
+    return [demonstrations[i] for i in best]
+
+
 def sequence_logprobs(
     run, model, sequences, temperature: float = 1.0, advance=lambda n: None
 ) -> list[tuple[float, list]]:
     """[(log pi of the response, its token log-probs)] without gradient, shared over ranks, in length-sorted batches."""
-    size = run.args.per_device_eval_batch_size
-    pad = 0  # never read: masks come from lengths
+    with evaluating(model):
+        return run.map_sequences(sequences, lambda batch: batch_logprobs(model, batch, temperature), advance)
 
-    def work(indices: list[int]) -> list:
-        order = sorted(range(len(indices)), key=lambda j: -sum(map(len, sequences[indices[j]])))
-        out: list = [None] * len(indices)
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            for i in range(0, len(order), size):
-                part = order[i : i + size]
-                batch = collate([sequences[indices[j]] for j in part], pad).to(run.accelerator.device)
-                scores = response_logprobs(model, batch, temperature)
-                sums = masked_sum(scores.logprobs, batch.response_mask).tolist()
-                tokens = scores.logprobs.tolist()
-                for k, j in enumerate(part):
-                    out[j] = (sums[k], tokens[k][: len(sequences[indices[j]][1])])
-                advance(len(part))
+
+def batch_logprobs(model, batch, temperature: float = 1.0) -> list[tuple[float, list[float]]]:
+    scores = response_logprobs(model, batch, temperature)
+    sums, lengths = masked_sum(scores.logprobs, batch.response_mask).tolist(), batch.response_mask.sum(-1).tolist()
+    return [(s, t[:n]) for s, t, n in zip(sums, scores.logprobs.tolist(), lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
         model.train(was_training)
-        return out
-
-    return run.map_rows(len(sequences), work)
 
 
 def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, advance=lambda n: None) -> Rollout:
@@ -108,36 +159,90 @@ def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, 
     return Rollout([r["prompt_ids"] for r in rows], ids, finished, logprobs)
 
 
-def prepare_held_out(run, reference, generator: Generator, rows: list[dict]) -> HeldOut:
-    """Rejected responses and reference log-probs of the held-out rows. `reference` is the model `generator` samples from."""
+KINDS = ("chosen", "rejected", "shuffled")
+
+
+def prepare_held_out(run, reference, generator: Generator, rows: list[dict], tokenizer) -> HeldOut:
+    """Rejected responses, reference log-probs and gold rewards. `reference` is the model `generator` samples from."""
     path = run.dir / "evals" / "reference.parquet"
-    if path.exists():
-        stored = read_pairs(path)
-        ref = {kind: [s[f"ref_{kind}"] for s in stored] for kind in ("chosen", "rejected", "shuffled")}
-        return HeldOut(rows, [s["rejected_ids"] for s in stored], ref)
-    missing = [r for r in rows if "rejected_ids" not in r]
-    with run.phase("reference on held-out rows", len(rows) * 3 + len(missing), step=0) as advance:
-        sampled = iter(sample_rows(run, generator, missing, EVAL_SEED, 1.0, advance).response_ids if missing else [])
-        held = HeldOut(rows, [r["rejected_ids"] if "rejected_ids" in r else next(sampled) for r in rows], {})
-        for kind in ("chosen", "rejected", "shuffled"):
-            sequences = [(r["prompt_ids"], y) for r, y in zip(rows, held.responses(kind), strict=True)]
-            held.ref[kind] = [total for total, _ in sequence_logprobs(run, reference, sequences, advance=advance)]
-    if run.is_main:
-        columns = zip([r["row"] for r in rows], held.rejected, *held.ref.values(), strict=True)
-        names = ("row", "rejected_ids", *(f"ref_{kind}" for kind in held.ref))
-        write_pairs(path, [dict(zip(names, values, strict=True)) for values in columns])
-    run.accelerator.wait_for_everyone()
-    return held
+    if not path.exists():
+        with_gold = bool(run.args.gold_reward_model)
+        sampled_rows = rows if with_gold else [r for r in rows if "rejected_ids" not in r]
+        with run.phase("reference on held-out rows", len(rows) * 3 + len(sampled_rows), step=0) as advance:
+            samples = {}
+            if sampled_rows:
+                rollout = sample_rows(run, generator, sampled_rows, EVAL_SEED, 1.0, advance)
+                samples = dict(zip((r["row"] for r in sampled_rows), rollout.response_ids, strict=True))
+            rejected = [r["rejected_ids"] if "rejected_ids" in r else samples[r["row"]] for r in rows]
+            held = HeldOut(rows, rejected, {}, {})
+            for kind in KINDS:
+                scored = sequence_logprobs(run, reference, held.sequences(kind), advance=advance)
+                held.ref[kind] = [total for total, _ in scored]
+        columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
+        columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
+        if with_gold:
+            base = [decode(tokenizer, samples[r["row"]]) for r in rows]
+            columns |= gold_columns(run, rows, base)
+        if run.is_main:
+            write_pairs(
+                path, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            )
+        run.accelerator.wait_for_everyone()
+    stored = read_pairs(path)
+    ref = {kind: [s[f"ref_{kind}"] for s in stored] for kind in KINDS}
+    gold = {name[5:]: [s[name] for s in stored] for name in stored[0] if name.startswith("gold_")}
+    return HeldOut(rows, [s["rejected_ids"] for s in stored], ref, gold)
 
 
-def evaluate(run, policy, generator: Generator, held: HeldOut, tokenizer, beta: float, reference, iteration: int):
-    """All of EVAL_METRICS for the policy -> {name: mean}. `reference` is a context that yields the reference policy."""
+def gold_columns(run, rows: list[dict], base: list[str]) -> dict[str, list]:
+    """Gold rewards of demonstrations, of the reference's samples and of --baseline's, with the texts of the samples."""
+    columns = {"base_sample": base}
+    if run.args.baseline:
+        columns["baseline_sample"] = baseline_samples(run, rows)
+    gold = rewards.GoldReward(run)
+    columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows])
+    for name in ("base", "baseline"):
+        if f"{name}_sample" in columns:
+            columns[f"gold_{name}"] = gold.score(rows, columns[f"{name}_sample"])
+    return columns
+
+
+def baseline_samples(run, rows: list[dict]) -> list[str]:
+    """One sample of --baseline at temperature 1 for each row, through its own tokenizer and template."""
+    args = run.args
+    tokenizer = models.load_tokenizer(args, args.baseline, "--baseline")
+    model = models.autocast_forward(run, models.load_model(args, args.baseline, "--baseline").eval())
+    prompts = tokenise_prompts(tokenizer, [render_prompt(tokenizer, r["prompt"]) for r in rows])
+    asked = [{"row": r["row"], "prompt_ids": p} for r, p in zip(rows, prompts, strict=True)]
+    generator = Generator(model, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
+        return [decode(tokenizer, y) for y in sample_rows(run, generator, asked, EVAL_SEED, 1.0, advance).response_ids]
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def evaluate(
+    run,
+    policy,
+    generator: Generator,
+    held: HeldOut,
+    tokenizer,
+    beta: float,
+    reference,
+    iteration: int,
+    reward_model=None,
+) -> dict[str, float]:
+    """All of EVAL_METRICS for the policy -> {name: mean}. `reference` is a context that yields the reference policy.
+
+    With a reward model also eval/reward/samples. `iteration` names the files of this evaluation.
+    """
     rows = held.rows
-    with run.phase(f"evaluation {iteration}", 5 * len(rows), outer_iteration=iteration) as advance:
+    with run.phase(f"evaluation {iteration}", 5 * len(rows), evaluation=iteration) as advance:
         logp = {}
-        for kind in ("chosen", "rejected", "shuffled"):
-            sequences = [(r["prompt_ids"], y) for r, y in zip(rows, held.responses(kind), strict=True)]
-            scored = sequence_logprobs(run, policy, sequences, advance=advance)
+        for kind in KINDS:
+            scored = sequence_logprobs(run, policy, held.sequences(kind), advance=advance)
             logp[kind] = np.array([total for total, _ in scored])
         rollout = sample_rows(run, generator, rows, EVAL_SEED, 1.0, advance)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
@@ -146,7 +251,7 @@ def evaluate(run, policy, generator: Generator, held: HeldOut, tokenizer, beta: 
         theirs = sequence_logprobs(run, ref_policy, sequences)
     kl_k1, kl_k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
     reward = {kind: beta * (logp[kind] - np.array(held.ref[kind])) for kind in logp}
-    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rollout.response_ids]
+    texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
     table = {
         "nll": -logp["chosen"],
         "logps/gap": logp["chosen"] - logp["rejected"],
@@ -160,9 +265,57 @@ def evaluate(run, policy, generator: Generator, held: HeldOut, tokenizer, beta: 
         "kl_k3": kl_k3,
         "lengths/demonstrations": np.array([float(len(r["response_ids"])) for r in rows]),
     }
+    if reward_model is not None:
+        table["reward/samples"] = np.array(sequence_scores(run, reward_model, sequences))
+    if held.gold:
+        score = np.array(rewards.GoldReward(run).score(rows, texts))
+        table |= {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
+        for name, values in held.gold.items():
+            table[f"gold/win_rate_{name}"] = wins(score, np.array(values))
     if run.is_main:
         save_evaluation(run.dir, iteration, rows, texts, table)
     return {f"eval/{name}": float(values.mean()) for name, values in table.items()}
+
+
+def sequence_scores(run, reward_model, sequences, advance=lambda n: None) -> list[float]:
+    """Scalar reward of each (prompt ids, response ids), shared over ranks, without gradient."""
+    with evaluating(reward_model):
+        return run.map_sequences(sequences, lambda batch: reward_model(batch).tolist(), advance)
+
+
+def evaluate_reward(run, reward_model, held: HeldOut, iteration: int) -> dict[str, float]:
+    """REWARD_METRICS of a reward model, without that of the policy's samples -> {name: value}.
+
+    Scores of every row go to evals/reward_<iteration>.parquet.
+    """
+    with run.phase(f"reward {iteration} on held-out rows", 3 * len(held.rows), outer_iteration=iteration) as advance:
+        scores = {kind: np.array(sequence_scores(run, reward_model, held.sequences(kind), advance)) for kind in KINDS}
+    if run.is_main:
+        rows = [{"row": r["row"], **{k: float(v[i]) for k, v in scores.items()}} for i, r in enumerate(held.rows)]
+        write_pairs(run.dir / "evals" / f"reward_{iteration:04d}.parquet", rows)
+    margin = scores["chosen"] - scores["rejected"]
+    return {
+        "eval/reward/accuracy": float(wins(scores["chosen"], scores["rejected"]).mean()),
+        "eval/reward/accuracy_shuffled": float(wins(scores["chosen"], scores["shuffled"]).mean()),
+        "eval/reward/margin": float(margin.mean()),
+        "eval/reward/calibration_error": calibration(margin)[0],
+        "eval/reward/demonstrations": float(scores["chosen"].mean()),
+    }
+
+
+def calibration(margins: np.ndarray, bins: int = 10) -> tuple[float, list[tuple[float, float, int]]]:
+    """(expected calibration error, [(confidence, accuracy, pairs)] of the bins that hold pairs) of pair margins (n,).
+
+    The model's confidence that the response it scores higher is the chosen one is sigmoid(|margin|), in [1/2, 1].
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    correct = wins(margins, np.zeros_like(margins))
+    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    table = [
+        (float(confidence[which == b].mean()), float(correct[which == b].mean()), int((which == b).sum()))
+        for b in set(which)
+    ]
+    return sum(abs(c - a) * n for c, a, n in table) / len(margins), sorted(table)
 
 
 def kl_estimates(policy: list[list[float]], ref: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +336,7 @@ def save_evaluation(folder: Path, iteration: int, rows, texts, table) -> None:
             for i, (r, t) in enumerate(zip(rows, texts, strict=True))
         ],
     )
-    lines = [f"# Samples after outer iteration {iteration}\n"]
+    lines = [f"# Samples at evaluation {iteration}\n"]
     for row, text in list(zip(rows, texts, strict=True))[:SHOWN]:
         lines.append(f"## Row {row['row']}\n\n```\n{row['prompt_text'].strip()}\n```\n")
         lines.append(f"Demonstration: {row['response_text']}\n\nSample: {text}\n")
@@ -226,19 +379,28 @@ TABLE = {  # column of the printed table -> metric, digits
 }
 
 
-def print_table(run) -> None:
-    """Every evaluation of the run, one line each, on the console."""
+GOLD_TABLE = {
+    "reward": ("eval/reward/samples", 3),
+    "gold": ("eval/gold/score", 3),
+    "win base": ("eval/gold/win_rate_base", 3),
+    "win baseline": ("eval/gold/win_rate_baseline", 3),
+}
+
+
+def print_table(run, start: str, method: str) -> None:
+    """Every evaluation of the run, one line each, on the console: the policy it started from, then the method's."""
     if not run.is_main:
         return
     from rich.console import Console
     from rich.table import Table
 
     rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if "eval/nll" in r]
+    shown = {c: v for c, v in (TABLE | GOLD_TABLE).items() if any(v[0] in r for r in rows)}
     table = Table(title=f"held-out measures, {run.dir}")
-    for column in ("iteration", "step", *TABLE):
+    for column in ("policy", "iteration", "step", *shown):
         table.add_column(column, justify="right")
-    for row in rows:
-        if "eval/nll" in row:
-            cells = [f"{row[name]:.{digits}f}" for name, digits in TABLE.values()]
-            table.add_row(str(row["outer_iteration"]), str(row["step"]), *cells)
-    Console(width=120).print(table)
+    for i, row in enumerate(rows):
+        cells = [f"{row[name]:.{digits}f}" if name in row else "" for name, digits in shown.values()]
+        table.add_row(method if i else start, str(row["outer_iteration"]), str(row["step"]), *cells)
+    Console(width=140).print(table)

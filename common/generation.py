@@ -19,7 +19,7 @@ class Rollout:
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]  # EOS included where one was sampled
     finished: list[bool]  # False: cut at max_new_tokens, no EOS
-    logprobs: list[float]  # summed log-prob of the response under the sampling distribution, nats
+    logprobs: list[list[float]]  # of each response token under the sampling distribution, nats
 
 
 class Generator:
@@ -44,7 +44,7 @@ class Generator:
     ) -> Rollout:
         """One response per prompt. temperature 0 is greedy; `rows` name the random streams; `advance(n)` reports progress."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        done: dict[int, tuple[list[int], bool, float]] = {}
+        done: dict[int, tuple[list[int], bool, list[float]]] = {}
         was_training = self.model.training
         self.model.eval()
         try:
@@ -75,7 +75,7 @@ class Generator:
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, P) left-padded
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         responses = [[] for _ in prompts]
-        logprobs = [0.0] * len(prompts)
+        logprobs = [[] for _ in prompts]
         finished = [False] * len(prompts)
         alive = list(range(len(prompts)))
         cache = DynamicCache(config=self.model.config)
@@ -94,7 +94,7 @@ class Generator:
             keep = []
             for j, (i, t) in enumerate(zip(alive, token.tolist(), strict=True)):
                 responses[i].append(t)
-                logprobs[i] += chosen[j]
+                logprobs[i].append(chosen[j])
                 finished[i] = t in self.eos_ids
                 if not finished[i]:
                     keep.append(j)

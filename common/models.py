@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ MODELS = {  # short name -> hub id; a local folder of the same name wins
     "pythia-1.4b": "EleutherAI/pythia-1.4b",
     "pythia-2.8b": "EleutherAI/pythia-2.8b",
     "pythia-6.9b": "EleutherAI/pythia-6.9b",
+    "beaver-7b-v3.0-reward": "PKU-Alignment/beaver-7b-v3.0-reward",
 }
 
 TINY = {  # Pythia's architecture, small enough for a laptop; trained on the pydoc training rows on first use
@@ -47,58 +48,62 @@ def resolve_model(name: str) -> str:
     return str(tiny_path()) if name == "tiny" else MODELS.get(name, name)
 
 
-def load_tokenizer(args):
-    """Tokenizer of --model. UserError in one line if it cannot be had, has no EOS token, or does not fit model and window."""
+def load_tokenizer(args, name: str = "", flag: str = "--model"):
+    """Tokenizer of that name, --model unless given. UserError in one line if it cannot be had, has no EOS token, or does
+    not fit model and window."""
     from transformers import AutoTokenizer
 
-    name = args.model
-    with one_line_error(name):
+    name = name or args.model
+    with one_line_error(name, flag):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=args.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--model {name}: found a tokenizer without an EOS token, expected one: responses could not end"
-        )
-    config = load_config(name, args.trust_remote_code)
+        raise UserError(f"{flag} {name}: found a tokenizer without an EOS token, expected one: responses could not end")
+    config = load_config(name, args.trust_remote_code, flag)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"--model {name}: found a tokenizer of {len(tokenizer)} tokens but {config.vocab_size} embeddings in the model;"
+            f"{flag} {name}: found a tokenizer of {len(tokenizer)} tokens but {config.vocab_size} embeddings in the model;"
             " expected a tokenizer made for this model"
         )
     window = getattr(config, "max_position_embeddings", None)
     if window and args.max_length > window:
         raise UserError(
-            f"--max-length: found {args.max_length}, expected at most {window}, the window of --model {name}"
+            f"--max-length: found {args.max_length}, expected at most {window}, the window of {flag} {name}"
         )
     return tokenizer
 
 
-def load_config(name: str, trust_remote_code: bool = False):
+def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model"):
     from transformers import AutoConfig
 
-    with one_line_error(name):
+    with one_line_error(name, flag):
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
 
 
-def load_model(args):
-    """Causal language model of --model with dropout off."""
+def load_model(args, name: str = "", flag: str = "--model"):
+    """Causal language model of that name, --model unless given, with dropout off."""
     from transformers import AutoModelForCausalLM
 
-    with one_line_error(args.model):
+    name = name or args.model
+    with one_line_error(name, flag):
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(args.model),
+            resolve_model(name),
             dtype=getattr(torch, args.dtype),
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
         )
+    model.config.use_cache = False
+    return without_dropout(model)
+
+
+def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.config.use_cache = False
     return model
 
 
 @contextlib.contextmanager
-def one_line_error(name: str) -> Iterator[None]:
+def one_line_error(name: str, flag: str = "--model") -> Iterator[None]:
     """Turn what transformers raises for a model that is not there into one line."""
     try:
         yield
@@ -109,29 +114,44 @@ def one_line_error(name: str) -> Iterator[None]:
         )
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(
-            f"--model {name}: found no local folder ./{name} and {where}; expected a folder made by save_pretrained, or a"
+            f"{flag} {name}: found no local folder ./{name} and {where}; expected a folder made by save_pretrained, or a"
             f" reachable hub. {reason}"
             if not Path(name).is_dir()
-            else f"--model {name}: {where}: {reason}"
+            else f"{flag} {name}: {where}: {reason}"
         ) from error
 
 
-def prepare_policy(args):
-    """The model to train: loaded, with LoRA and gradient checkpointing where asked."""
-    model = load_model(args)
+def autocast_forward(run, model):
+    """The model on the run's device, its forward under the run's mixed precision: for models accelerate does not prepare."""
+    model.to(run.accelerator.device)
+    if run.accelerator.mixed_precision == "bf16":
+        model.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(model.forward)
+    return model
+
+
+def prepare_policy(args, name: str = ""):
+    """The model to train, --model unless named: loaded, with LoRA and gradient checkpointing where asked."""
+    return make_trainable(load_model(args, name), args)
+
+
+def make_trainable(model, args, task_type: str = "CAUSAL_LM"):
+    """The same model with LoRA adapters and gradient checkpointing where asked."""
     if args.lora_r:
-        model = add_lora(model, args)
+        model = add_lora(model, args, task_type)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
 # ---- LoRA and the reference policy ----
-def add_lora(model, args):
-    """LoRA on all linear layers, dropout 0. The reference policy is then the model with its adapter switched off."""
+def add_lora(model, args, task_type: str = "CAUSAL_LM"):
+    """LoRA on all linear layers, dropout 0. A scalar head (task_type SEQ_CLS) is trained whole.
+
+    The reference policy is then the model with its adapter switched off.
+    """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type=task_type)
     return get_peft_model(model, config)
 
 
@@ -150,10 +170,24 @@ def reference_policy(run, policy, is_initial: bool) -> Iterator[torch.nn.Module]
         with policy.disable_adapter():
             yield policy
     else:
-        model = load_model(args).to(run.accelerator.device).eval()
-        if run.accelerator.mixed_precision == "bf16":
-            model.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(model.forward)
-        yield model
+        yield autocast_forward(run, load_model(args).eval())
+
+
+def open_reference(run, policy, source: str) -> Callable[[], contextlib.AbstractContextManager]:
+    """A function that gives contexts in which the reference policy from `source` can be called; it is loaded once.
+
+    With LoRA the reference of --model is the policy with its adapter off, and nothing is loaded.
+    """
+    if run.args.lora_r and source == run.args.model:
+
+        @contextlib.contextmanager
+        def adapter_off():
+            with policy.disable_adapter():
+                yield policy
+
+        return adapter_off
+    model = autocast_forward(run, load_model(run.args, source).eval())
+    return lambda: contextlib.nullcontext(model)
 
 
 # ---- the embedded model ----
@@ -232,60 +266,81 @@ def train_tiny(path: Path) -> None:
 
 
 # ---- what it costs ----
-def memory_plan(config, args, sequences_per_row: int) -> dict[str, dict[str, float]]:
+def memory_plan(config, args, sequences_per_row: int, scalar_config=None) -> dict[str, dict[str, float]]:
     """Estimated GiB per device: {phase: {part: GiB}} for training, generation and scoring with data parallelism.
 
+    With scalar_config, that of a reward model: the reward step and PPO, where policy, value, reward and reference are in memory.
     Counted exactly: weights, gradients, optimizer state, logits, KV cache. Activations: about 34 hidden-sized values per
     token and layer (2 with gradient checkpointing), an estimate.
     """
+    gib = 2**30
+    width = 2 if args.dtype == "bfloat16" else 4
+    states = {"rmsprop": 1, "adamw": 2}[args.optimizer]
+    weights, trained = (n * width for n in parameter_counts(config, args))
+    sequences = sequences_per_row * args.per_device_train_batch_size
+    answers = sequences * min(args.max_length, args.max_length - args.max_prompt_length + args.max_new_tokens)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = args.per_device_eval_batch_size * args.max_length * config.num_hidden_layers * heads * head_dim * 2 * width
+    answer_columns = args.per_device_eval_batch_size * 2 * (args.max_length - args.max_prompt_length)
+    logits = {"train": answers * config.vocab_size * 4 * 3, "score": answer_columns * config.vocab_size * 4}
+
+    def activations(c, rows: int) -> int:
+        return (
+            rows
+            * args.max_length
+            * c.num_hidden_layers
+            * c.hidden_size
+            * (2 if args.gradient_checkpointing else 34)
+            * 2
+        )
+
+    if scalar_config is None:
+        shared = {"weights": weights, "optimizer": trained * states}
+        plan = {
+            "train": shared
+            | {"gradients": trained, "logits": logits["train"], "activations": activations(config, sequences)},
+            "generate": shared | {"kv_cache": cache},
+            "score": shared | {"reference": 0 if args.lora_r else weights, "logits": logits["score"]},
+        }
+    else:
+        scalar, scalar_trained = (n * width for n in parameter_counts(scalar_config, args))
+        shared = {"policy": weights, "value": scalar, "reward": scalar}
+        reference = {"reference": 0 if args.lora_r else weights}
+        optimizer = {"optimizer": (trained + 2 * scalar_trained) * states}
+        plan = {
+            "reward step": shared
+            | {"gradients": scalar_trained, "optimizer": scalar_trained * states}
+            | {"activations": activations(scalar_config, 2 * args.per_device_train_batch_size)},
+            "PPO answers": shared | reference | optimizer | {"kv_cache": cache, "logits": logits["score"]},
+            "PPO update": shared
+            | reference
+            | optimizer
+            | {"gradients": trained + scalar_trained, "logits": logits["train"]}
+            | {"activations": activations(config, sequences) + activations(scalar_config, sequences)},
+        }
+    return {phase: {part: value / gib for part, value in parts.items()} for phase, parts in plan.items()}
+
+
+def parameter_counts(config, args) -> tuple[int, int]:
+    """(parameters, of these trained) of a causal model of that configuration; a scalar model has as many within 1%."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    gib = 2**30
     count = sum(p.numel() for p in model.parameters())
-    linear = [
+    layers = [
         m
         for n, m in model.named_modules()
         if isinstance(m, torch.nn.Linear) and "head" not in n and "embed_out" not in n
     ]
-    trained = sum(args.lora_r * (m.in_features + m.out_features) for m in linear) if args.lora_r else count
-    width = 2 if args.dtype == "bfloat16" else 4
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    weights = count * width
-    sequences = sequences_per_row * args.per_device_train_batch_size
-    tokens = sequences * args.max_length
-    activations = tokens * layers * hidden * (2 if args.gradient_checkpointing else 34) * 2
-    states = {"rmsprop": 1, "adamw": 2}[args.optimizer]
-    answers = sequences * min(args.max_length, args.max_length - args.max_prompt_length + args.max_new_tokens)
-    cache = args.per_device_eval_batch_size * args.max_length * layers * heads * head_dim * 2 * width
-    plan = {
-        "train": {
-            "weights": weights,
-            "gradients": trained * width,
-            "optimizer": trained * width * states,
-            "logits": answers * config.vocab_size * 4 * 3,
-            "activations": activations,
-        },
-        "generate": {"weights": weights, "optimizer": trained * width * states, "kv_cache": cache},
-        "score": {
-            "weights": weights,
-            "reference": 0 if args.lora_r else weights,
-            "optimizer": trained * width * states,
-            "logits": args.per_device_eval_batch_size
-            * 2
-            * (args.max_length - args.max_prompt_length)
-            * config.vocab_size
-            * 4,
-        },
-    }
-    return {phase: {part: value / gib for part, value in parts.items()} for phase, parts in plan.items()}
+    return count, sum(args.lora_r * (m.in_features + m.out_features) for m in layers) if args.lora_r else count
 
 
-def print_memory_plan(args, sequences_per_row: int) -> None:
+def print_memory_plan(args, sequences_per_row: int, scalar: str = "") -> None:
+    """The memory plan of --model, and of the scalar models made from `scalar` beside it, on the console."""
     config = load_config(args.model, args.trust_remote_code)
-    for phase, parts in memory_plan(config, args, sequences_per_row).items():
+    scalar_config = load_config(scalar, args.trust_remote_code, "--reward-model") if scalar else None
+    for phase, parts in memory_plan(config, args, sequences_per_row, scalar_config).items():
         detail = ", ".join(f"{part} {gib:.3f}" for part, gib in parts.items() if gib)
         print(f"  memory per device, {phase}: about {sum(parts.values()):.2f} GiB ({detail})")

@@ -1,6 +1,7 @@
 """What every run shares: flags, processes, run directory, metrics, progress, optimizer steps, checkpoints and resume."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -14,18 +15,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from common import UserError
+from common.data import collate
 
 Auto = Literal["auto"]
 
 
 @dataclass
-class RunArgs:
-    """Flags that every script has. Those that default to auto are resolved from the SETTINGS table of the script."""
+class BaseArgs:
+    """Flags of everything that reads a model and data. Those that default to auto are resolved from the SETTINGS table."""
+
+    resume: ClassVar[str] = ""  # a flag of training scripts
+    lora_r: ClassVar[int] = 0
 
     model: str = "tiny"
     """model to start from: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
@@ -33,8 +38,6 @@ class RunArgs:
     """demonstrations: pydoc (embedded), a .json/.jsonl/.parquet file, a folder, a short name or a hub id."""
     eval_dataset: str = "auto"
     """held-out data; auto: the test split of --dataset, or a tenth of it, split by prompt."""
-    max_samples: int | Auto = "auto"
-    """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
     eval_samples: int | Auto = "auto"
     """held-out rows to measure on, > 0."""
     max_length: int | Auto = "auto"
@@ -43,8 +46,53 @@ class RunArgs:
     """longest prompt, tokens; rows above it are left out and counted. auto: --max-length minus --max-new-tokens."""
     max_new_tokens: int | Auto = "auto"
     """longest sampled response, tokens; one cut here has no EOS. Released code: 256."""
+    gold_reward_model: str = ""
+    """reward model taken as the truth: a folder, short name or hub id; empty: none. RFT paper: beaver-7b-v3.0-reward."""
+    baseline: str = ""
+    """policy whose samples on the held-out prompts the gold reward compares with (folder, short name or hub id); empty: none."""
+    per_device_eval_batch_size: int | Auto = "auto"
+    """rows per forward pass without gradient, and per batch of generation."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """auto: bf16 where the device multiplies it natively, else no. RFT paper: bf16."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """type of the stored weights."""
+    attn_implementation: str = "sdpa"
+    """attention of transformers: sdpa, eager, flash_attention_2, ..."""
+    trust_remote_code: bool = False
+    """run the Python code that a hub repository ships. Off unless you ask."""
+    seed: int = 1
+    """seed of data order and sampling."""
+    output_dir: str = "auto"
+    """run directory; auto: runs/<script>__<seed>__<time>. One that holds another run is refused."""
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """tracker to send the metrics to as well."""
+
+    def check(self) -> None:
+        """UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
+        positive = ("eval_samples", "max_length", "max_prompt_length", "max_new_tokens", "per_device_eval_batch_size")
+        for name in positive:
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(
+            self.max_prompt_length < self.max_length, "max_prompt_length", self.max_prompt_length,
+            f"less than --max-length {self.max_length}",
+        )  # fmt: skip
+        require(
+            not self.baseline or bool(self.gold_reward_model), "baseline", self.baseline,
+            "--gold-reward-model beside it, which says whose samples are better",
+        )  # fmt: skip
+
+
+@dataclass
+class RunArgs(BaseArgs):
+    """Flags of every training script."""
+
+    max_samples: int | Auto = "auto"
+    """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
+    select_top_k: int = 0
+    """keep the N demonstrations that --gold-reward-model scores highest; 0 keeps all. RFT paper, Sec. 5.2: 10,000."""
     learning_rate: float | Auto = "auto"
-    """peak learning rate, > 0. RFT paper: 5e-7."""
+    """peak learning rate of the policy, > 0. RFT paper: 5e-7."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """both without weight decay. RFT paper: rmsprop."""
     warmup_ratio: float = 0.1
@@ -55,55 +103,32 @@ class RunArgs:
     """rows (demonstrations or pairs) per optimizer step over all devices. SPIN: 64."""
     per_device_train_batch_size: int | Auto = "auto"
     """rows per forward pass: changes memory, never the gradient; accumulation steps follow from it."""
-    per_device_eval_batch_size: int | Auto = "auto"
-    """rows per forward pass without gradient, and per batch of generation."""
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """auto: bf16 where the device multiplies it natively, else no. RFT paper: bf16."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the stored weights."""
-    attn_implementation: str = "sdpa"
-    """attention of transformers: sdpa, eager, flash_attention_2, ..."""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time."""
     lora_r: int = 0
     """rank of LoRA adapters on all linear layers; 0 trains all weights. RFT paper's LoRA variant: 64."""
     lora_alpha: int = 16
     """LoRA scale numerator. Released code: 16."""
-    trust_remote_code: bool = False
-    """run the Python code that a hub repository ships. Off unless you ask."""
-    seed: int = 1
-    """seed of data order and sampling."""
-    output_dir: str = "auto"
-    """run directory; auto: runs/<script>__<seed>__<time>. One that holds another run is refused."""
     save_steps: int = 100
     """optimizer steps between checkpoints inside a training phase, > 0; one is also written at the end of each phase."""
     logging_steps: int = 1
     """optimizer steps between rows of metrics.jsonl, > 0."""
-    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """tracker to send the metrics to as well."""
     resume: str = ""
     """run directory to continue; its own settings are used."""
     dry_run: bool = False
     """print the plan (steps, tokens to generate, memory) and exit."""
 
     def check(self) -> None:
-        """UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
-        positive = ["eval_samples", "max_length", "max_prompt_length", "max_new_tokens", "learning_rate", "batch_size"]
-        positive += [
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "max_grad_norm",
-            "save_steps",
-            "logging_steps",
-        ]
-        for name in positive:
+        super().check()
+        positive = ("learning_rate", "batch_size", "per_device_train_batch_size", "max_grad_norm", "save_steps")
+        for name in (*positive, "logging_steps"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ["max_samples", "lora_r", "seed"]:
+        for name in ("max_samples", "select_top_k", "lora_r"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "at least 0 and below 1")
         require(
-            self.max_prompt_length < self.max_length, "max_prompt_length", self.max_prompt_length,
-            f"less than --max-length {self.max_length}",
+            not self.select_top_k or bool(self.gold_reward_model), "select_top_k", self.select_top_k,
+            "--gold-reward-model beside it, which scores the demonstrations",
         )  # fmt: skip
 
 
@@ -117,7 +142,7 @@ def require(ok: bool, name: str, found, expected: str) -> None:
         raise UserError(f"{flag(name)}: found {found}, expected {expected}")
 
 
-def resolve_auto(args: RunArgs, settings: dict[str, dict]) -> str:
+def resolve_auto(args: BaseArgs, settings: dict[str, dict]) -> str:
     """Fill the flags that are still auto from the row of `settings` whose key begins the model's name. Returns the key."""
     name = Path(args.model).name.lower()
     key = next((k for k in settings if name.startswith(k)), "other")
@@ -242,7 +267,7 @@ def data_order(n: int, *key: int) -> list[int]:
 class Run:
     """One run of one script: its processes, its directory, its log and its checkpoints."""
 
-    def __init__(self, args: RunArgs, script: str, metrics: dict[str, str]):
+    def __init__(self, args: BaseArgs, script: str, metrics: dict[str, str]):
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration, set_seed
         from transformers.utils import logging as transformers_logging
@@ -275,6 +300,7 @@ class Run:
             self.accelerator.init_trackers("cleanirl", config=flat_config(args))
         self.stop_requested = self.in_updates = False
         self.saved = ""
+        self.seconds: dict[str, float] = {}
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     # ---- directory ----
@@ -348,16 +374,22 @@ class Run:
         updates: the phase changes weights and calls stop_if_asked after each step.
         """
         started = time.time()
-        self.in_updates = updates
+        self.in_updates, self.seconds = updates, {}
         with progress(name, total, self.is_main) as advance:
             yield advance
         self.in_updates = False
         if self.is_main:
+            row = {**axis, "phase": name, "items": total, "seconds": round(time.time() - started, 3)}
+            row |= {part: round(value, 3) for part, value in self.seconds.items()}
             with open(self.dir / "timing.jsonl", "a") as f:
-                f.write(
-                    json.dumps({**axis, "phase": name, "items": total, "seconds": round(time.time() - started, 3)})
-                    + "\n"
-                )
+                f.write(json.dumps(row) + "\n")
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Wall time of a part of the current phase, summed under its name in the phase's row of timing.jsonl."""
+        started = time.time()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.time() - started
 
     # ---- sharing work ----
     def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:
@@ -369,6 +401,28 @@ class Run:
         if self.world > 1:
             results = gather_object(results)
         return [r for _, r in sorted(results, key=lambda pair: pair[0])]
+
+    def score_batches(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
+        """score(batch) -> a result per row, on this rank, over length-sorted batches of [(prompt ids, response ids)].
+
+        Without gradient; results in the order of `sequences`.
+        """
+        order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
+        size, out = self.args.per_device_eval_batch_size, [None] * len(sequences)
+        with torch.no_grad():
+            for i in range(0, len(order), size):
+                part = order[i : i + size]
+                batch = collate([sequences[j] for j in part], pad_token_id=0)  # the id is never read
+                for j, result in zip(part, score(batch.to(self.accelerator.device)), strict=True):
+                    out[j] = result
+                advance(len(part))
+        return out
+
+    def map_sequences(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
+        """score_batches shared over ranks, gathered in order on all of them."""
+        return self.map_rows(
+            len(sequences), lambda mine: self.score_batches([sequences[i] for i in mine], score, advance)
+        )
 
     def batches(self, n: int, *key: int) -> list[list[int]]:
         """Global batches of one epoch over range(n), in the order of (seed, key); the last one may be smaller."""
@@ -487,8 +541,8 @@ class Run:
             (self.dir / "metrics.jsonl").unlink(missing_ok=True)
         return None
 
-    def model_card(self, method: str, paper: str) -> str:
-        """README.md of final/: front matter, how it was made, last measurements."""
+    def model_card(self, method: str, paper: str, note: str = "") -> str:
+        """README.md of a saved model: front matter, how it was made, a note of its own, last measurements."""
         args = self.args
         rows = (
             [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()] if self.is_main else []
@@ -501,19 +555,25 @@ class Run:
         return (
             f"---\nlibrary_name: transformers\nbase_model: {args.model}\ndatasets:\n- {args.dataset}\n"
             f"tags:\n- cleanirl\n- {self.script}\n---\n\n# {args.model} after {method}\n\n"
-            f"Trained with `{self.script}.py` of CleanIRL ({paper}) on `{args.dataset}`{lora}.\n\n"
+            f"Trained with `{self.script}.py` of CleanIRL ({paper}) on `{args.dataset}`{lora}.\n\n{note}"
             f"```\n{' '.join(['python', *sys.argv])}\n```\n\nAll settings: `args.json` of the run.\n\n"
             f"| held-out measure | value | meaning |\n|---|---|---|\n{measured}\n"
         )
 
-    def save_final(self, model, tokenizer, card: str) -> Path:
-        """final/: weights (safetensors), tokenizer and model card, loadable with from_pretrained."""
+    def save_final(self, model, tokenizer, card: str, name: str = "final", part: str = "") -> Path:
+        """<name>/: weights (safetensors), tokenizer and model card, loadable with from_pretrained.
+
+        part: attribute path of the model to save inside a prepared module that holds several, such as "policy".
+        """
         self.accelerator.wait_for_everyone()
-        path, partial = self.dir / "final", self.dir / ".partial_final"
+        path, partial = self.dir / name, self.dir / f".partial_{name}"
         state = self.accelerator.get_state_dict(model)
-        model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=bool(part))  # a part is trained on
+        if part:
+            model = model.get_submodule(part)
+            state = {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(f"{part}.")}
         if self.args.lora_r:
-            model, state = model.merge_and_unload(), None
+            model, state = copy.deepcopy(model).merge_and_unload(), None
         if self.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             model.save_pretrained(partial, state_dict=state)

@@ -60,7 +60,9 @@ def test_sampled_responses_have_the_models_distribution():
     assert [y[-1] == exact.EOS for y in rollout.response_ids] == rollout.finished
     logp = exact.response_logprobs(model, prompt).detach()
     picked = torch.tensor([logp[index[tuple(y)]] for y in rollout.response_ids])
-    torch.testing.assert_close(torch.tensor(rollout.logprobs, dtype=torch.float64), picked, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        torch.tensor([sum(t) for t in rollout.logprobs], dtype=torch.float64), picked, rtol=0, atol=1e-9
+    )
 
 
 def test_temperature_reaches_the_sampler():

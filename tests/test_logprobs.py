@@ -194,10 +194,9 @@ def test_kl_estimates_agree_with_the_exact_kl():
     """k1 and the token-wise k3, averaged over all responses with their probabilities, are the exact KL."""
     policy, ref = exact.make_model("gpt_neox", 0), exact.make_model("gpt_neox", 1)
     prompt = exact.PROMPTS[1]
-    run = SimpleNamespace(
-        args=SimpleNamespace(per_device_eval_batch_size=32), accelerator=SimpleNamespace(device="cpu")
-    )
-    run.map_rows = lambda n, work: work(list(range(n)))
+    run = Run.__new__(Run)
+    run.args, run.accelerator = SimpleNamespace(per_device_eval_batch_size=32), SimpleNamespace(device="cpu")
+    run.rank, run.world = 0, 1
     sequences = [(prompt, y) for y in exact.RESPONSES]
     ours, theirs = evals.sequence_logprobs(run, policy, sequences), evals.sequence_logprobs(run, ref, sequences)
     k1, k3 = evals.kl_estimates([t for _, t in ours], [t for _, t in theirs])

@@ -1,0 +1,228 @@
+"""Scalar models (reward, value, gold): one-label sequence classifiers of transformers, read where the masks say.
+
+Dims: B sequences, L prompt + response tokens, T response tokens, H hidden size.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import UserError, models
+from common.data import (
+    Batch,
+    cache_folder,
+    read_pairs,
+    render_prompt,
+    tokenise,
+    tokenise_prompts,
+    without_eos,
+    write_pairs,
+)
+
+
+class ScalarModel(torch.nn.Module):
+    """A causal backbone with a scalar head, `AutoModelForSequenceClassification` with one label.
+
+    transformers reads its head at the last token that is not PAD, which is the wrong one where PAD is EOS. Here the
+    position comes from the response mask. `center` is subtracted from every output; saved as config.reward_center.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("center", torch.tensor(float(getattr(model.config, "reward_center", 0.0))))
+
+    def forward(self, batch: Batch, every: bool = False) -> Tensor:
+        """(B,) scalar at the last response token; with `every` (B, T): at the token before each response token, 0 beyond.
+
+        `[:, t]` of the latter sees the prompt and t response tokens: the state in which token t is chosen.
+        """
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if not hasattr(inner, "score"):  # an encoder, whose own forward knows where to read
+            return inner(**inputs).logits[:, 0].float() - self.center
+        hidden = getattr(inner, inner.base_model_prefix)(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if not every:
+            return self.head(inner, hidden[rows, batch.response_start + batch.response_mask.sum(-1) - 1])
+        offsets = torch.arange(batch.response_mask.shape[1], device=hidden.device)
+        index = (batch.response_start[:, None] - 1 + offsets).clamp(max=hidden.shape[1] - 1)  # (B, T)
+        values = self.head(inner, hidden[rows[:, None], index])
+        return torch.where(batch.response_mask, values, torch.zeros_like(values))
+
+    def head(self, inner, hidden: Tensor) -> Tensor:
+        """(..., H) -> (...), in float32 (float64 stays) whatever the mixed precision."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = next(inner.score.parameters())
+            values = inner.score(hidden.to(weight.dtype))[..., 0]
+        return (values if values.dtype == torch.float64 else values.float()) - self.center
+
+
+def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) -> ScalarModel:
+    """The model of that name with a scalar head, dropout off.
+
+    head_seed: make a head N(0, 1/(H+1)) from this seed where the model has none, as N+ and Stiennon et al. do; without
+    it a model without a head is a UserError.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    kind = {} if head_seed is None else {"attn_implementation": args.attn_implementation}
+    try:
+        with models.one_line_error(name, flag), quiet_load():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                models.resolve_model(name),
+                num_labels=1,
+                dtype=getattr(torch, args.dtype),
+                trust_remote_code=args.trust_remote_code,
+                output_loading_info=True,
+                key_mapping={"^score_head": "score"},  # safe-rlhf's name of the head (beaver)
+                **kind,
+            )
+    except RuntimeError as error:
+        raise UserError(f"{flag} {name}: found a classifier of several labels, expected one label") from error
+    missing = sorted(k for k in info["missing_keys"] if not k.endswith(".rotary_emb.inv_freq"))
+    if missing and head_seed is None:
+        raise UserError(
+            f"{flag} {name}: found no weights for {', '.join(missing[:3])}, expected a model with a scalar head"
+        )
+    if "score.weight" in missing:
+        stream = torch.Generator().manual_seed(head_seed)
+        hidden = model.score.weight.shape[1]
+        with torch.no_grad():
+            model.score.weight.copy_(torch.randn(1, hidden, generator=stream) / math.sqrt(hidden + 1))
+    model.config.use_cache = False
+    return ScalarModel(models.without_dropout(model))
+
+
+@contextlib.contextmanager
+def quiet_load():
+    """Without transformers' report of a head that is missing: it is made or refused here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def prepare_scalar(args, name: str, flag: str) -> ScalarModel:
+    """A scalar model to train: its head made from --seed where it has none, LoRA and checkpointing where asked."""
+    scalar = load_scalar_model(args, name, flag, head_seed=args.seed)
+    scalar.model = models.make_trainable(scalar.model, args, "SEQ_CLS")
+    return scalar
+
+
+def check_same_tokenizer(args, tokenizer, name: str, flag: str) -> None:
+    """UserError unless the model of that name has the policy's tokenizer: both read the same token ids."""
+    other = models.load_tokenizer(args, name, flag)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{flag} {name}: found a tokenizer of {len(other)} tokens that differs from that of --model {args.model}"
+            f" ({len(tokenizer)}); expected the same one, since reward and policy share token ids"
+        )
+
+
+def pad_for_readers(config, tokenizer) -> str:
+    """Give config and tokenizer a PAD that is not EOS, so that transformers' own classifier reads our last token.
+
+    Returns a sentence for the model card, empty if all is well.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        free = next((t for t in ("<|padding|>", "<pad>", "[PAD]", "<unk>") if t in vocabulary), None)
+        if free is None and len(tokenizer) < config.vocab_size:
+            free = "<|padding|>"
+        if free is None:
+            config.pad_token_id = None
+            return "No token was free for padding: score one sequence at a time, or mask by length.\n\n"
+        tokenizer.add_special_tokens({"pad_token": free})
+    config.pad_token_id = tokenizer.pad_token_id
+    return ""
+
+
+# ---- a gold reward model: text in, since its tokenizer is its own ----
+FLAG = "--gold-reward-model"
+BEAVER = ("BEGINNING OF CONVERSATION: ", "USER: {} ", "ASSISTANT:")  # the prompt format of safe-rlhf
+
+
+def render_gold(name: str, tokenizer, prompt) -> str:
+    """The prompt as the gold model expects it: safe-rlhf's format for beaver, else chat template or plain template."""
+    if not Path(name).name.startswith("beaver"):
+        return render_prompt(tokenizer, prompt)
+    begin, user, assistant = BEAVER
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    text = begin
+    for turn in turns:
+        text += (
+            user.format(turn["content"]) + assistant
+            if turn["role"] == "user"
+            else turn["content"] + tokenizer.eos_token
+        )
+    return text
+
+
+class GoldReward:
+    """--gold-reward-model, loaded for as long as this object lives. A prompt too long for its window loses its beginning."""
+
+    def __init__(self, run):
+        self.run, self.name = run, run.args.gold_reward_model
+        self.scalar = load_scalar_model(run.args, self.name, FLAG).eval()
+        models.autocast_forward(run, self.scalar.model)
+        self.scalar.to(run.accelerator.device)
+
+    def score(self, rows: list[dict], responses: list[str], advance=lambda n: None) -> list[float]:
+        """Score of each response to its row's prompt, shared over ranks; EOS ends every response."""
+        sequences = gold_sequences(self.run.args, rows, responses, self.scalar.model.config)
+        return self.run.map_sequences(sequences, lambda batch: self.scalar(batch).tolist(), advance)
+
+
+def gold_sequences(args, rows: list[dict], responses: list[str], config) -> list[tuple[list[int], list[int]]]:
+    """[(prompt ids, response ids with EOS)] in the gold model's tokens, cut to its window."""
+    from transformers import AutoTokenizer
+
+    name = args.gold_reward_model
+    with models.one_line_error(name, FLAG):
+        tokenizer = AutoTokenizer.from_pretrained(models.resolve_model(name), trust_remote_code=args.trust_remote_code)
+    prompts = tokenise_prompts(tokenizer, [render_gold(name, tokenizer, r["prompt"]) for r in rows])
+    answers = tokenise(tokenizer, [without_eos(t, tokenizer) for t in responses])
+    window = getattr(config, "max_position_embeddings", None) or 4096
+    out = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        answer = [*answer, tokenizer.eos_token_id][: window - 1]
+        out.append((prompt[-(window - len(answer)) :], answer))
+    return out
+
+
+def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int = 4096) -> list[float]:
+    """Gold scores through the user's cache folder: written after every block, so that a run cut off loses one block."""
+    name = models.resolve_model(run.args.gold_reward_model)
+    config = models.load_config(run.args.gold_reward_model, run.args.trust_remote_code, FLAG)
+    identity = json.dumps([name, weights_identity(Path(name)), config.to_json_string(use_diff=False), run.args.dtype])
+    path = cache_folder() / f"gold-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.parquet"
+    known = {r["key"]: r["score"] for r in read_pairs(path)} if path.exists() else {}
+    run.accelerator.wait_for_everyone()
+    pairs = [json.dumps([r["prompt"], t]) for r, t in zip(rows, responses, strict=True)]
+    keys = [hashlib.sha256(p.encode()).hexdigest() for p in pairs]
+    missing = [i for i, key in enumerate(keys) if key not in known]
+    gold = GoldReward(run) if missing else None
+    with run.phase("gold scores of demonstrations", len(missing), step=0) as advance:
+        for start in range(0, len(missing), block):
+            part = missing[start : start + block]
+            scores = gold.score([rows[i] for i in part], [responses[i] for i in part], advance)
+            known |= dict(zip((keys[i] for i in part), scores, strict=True))
+            if run.is_main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_pairs(path, [{"key": k, "score": s} for k, s in known.items()])
+    return [known[key] for key in keys]
+
+
+def weights_identity(folder: Path) -> list:
+    """Name, size and time of a local model's weight files; a hub model is known by its name."""
+    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors"))
