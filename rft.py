@@ -565,7 +565,8 @@ class RFT:
         """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
         run, args, steps = self.run, self.args, self.steps
         first = steps.first(t) + steps.K
-        reference = models.open_reference(run, self.bare.policy, self.start_policy(t))
+        source = self.start_policy(t)
+        reference = models.open_reference(run, self.bare.policy, source)
         save_every = max(1, args.save_steps // steps.per_update)
         n, size = len(self.demonstrations), args.rollout_batch_size
         epochs = math.ceil(steps.updates * size / n)
@@ -578,7 +579,7 @@ class RFT:
                     continue
                 if u == steps.updates or (u and u % args.eval_updates == 0):
                     with run.timed("evaluate"):
-                        self.measure(t, t * steps.updates + u)
+                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
                 if u == steps.updates:
                     break
                 rows = [self.demonstrations[i] for i in order[u * size : (u + 1) * size]]
@@ -595,11 +596,12 @@ class RFT:
                 self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
                 advance(1)
 
-    def measure(self, t: int, updates: int) -> None:
-        """Evaluation of the policy after so many PPO updates, against the initial policy."""
+    def measure(self, t: int, updates: int, reference=None) -> None:
+        """Evaluation of the policy after so many PPO updates, against the initial policy, loaded unless it is given."""
         run = self.run
         if updates:
-            reference, reward_model = models.open_reference(run, self.bare.policy, self.sft_policy)(), self.bare_reward
+            reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
+            reward_model = self.bare_reward
         else:
             reference, reward_model = contextlib.nullcontext(self.bare.policy), None
         row = evals.evaluate(

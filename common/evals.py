@@ -194,9 +194,9 @@ def prepare_held_out(run, reference, generator: Generator, rows: list[dict], tok
     return HeldOut(rows, [s["rejected_ids"] for s in stored], ref, gold)
 
 
-def gold_columns(run, rows: list[dict], base: list[str]) -> dict[str, list]:
-    """Gold rewards of demonstrations, of the reference's samples and of --baseline's, with the texts of the samples."""
-    columns = {"base_sample": base}
+def gold_columns(run, rows: list[dict], base: list[str] | None) -> dict[str, list]:
+    """Gold rewards of demonstrations, of the reference's samples (where there are any) and of --baseline's, with the texts."""
+    columns = {} if base is None else {"base_sample": base}
     if run.args.baseline:
         columns["baseline_sample"] = baseline_samples(run, rows)
     gold = rewards.GoldReward(run)
@@ -213,7 +213,8 @@ def baseline_samples(run, rows: list[dict]) -> list[str]:
     tokenizer = models.load_tokenizer(args, args.baseline, "--baseline")
     model = models.autocast_forward(run, models.load_model(args, args.baseline, "--baseline").eval())
     prompts = tokenise_prompts(tokenizer, [render_prompt(tokenizer, r["prompt"]) for r in rows])
-    asked = [{"row": r["row"], "prompt_ids": p} for r, p in zip(rows, prompts, strict=True)]
+    longest = args.max_prompt_length  # in the policy's tokens; one that is longer in these loses its beginning
+    asked = [{"row": r["row"], "prompt_ids": p[-longest:]} for r, p in zip(rows, prompts, strict=True)]
     generator = Generator(model, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
     with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
         return [decode(tokenizer, y) for y in sample_rows(run, generator, asked, EVAL_SEED, 1.0, advance).response_ids]
@@ -233,36 +234,45 @@ def evaluate(
     reference,
     iteration: int,
     reward_model=None,
+    rollout: Rollout | None = None,
 ) -> dict[str, float]:
     """All of EVAL_METRICS for the policy -> {name: mean}. `reference` is a context that yields the reference policy.
 
-    With a reward model also eval/reward/samples. `iteration` names the files of this evaluation.
+    With a reward model also eval/reward/samples. `iteration` names the files of this evaluation. Without a reference
+    (None) the measures that need one are left out. rollout: the policy's samples, where they have been drawn already.
     """
     rows = held.rows
-    with run.phase(f"evaluation {iteration}", 5 * len(rows), evaluation=iteration) as advance:
+    passes = len(KINDS) + (rollout is None) + (reference is not None)
+    with run.phase(f"evaluation {iteration}", passes * len(rows), evaluation=iteration) as advance:
         logp = {}
         for kind in KINDS:
             scored = sequence_logprobs(run, policy, held.sequences(kind), advance=advance)
             logp[kind] = np.array([total for total, _ in scored])
-        rollout = sample_rows(run, generator, rows, EVAL_SEED, 1.0, advance)
+        rollout = rollout or sample_rows(run, generator, rows, EVAL_SEED, 1.0, advance)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        ours = sequence_logprobs(run, policy, sequences, advance=advance)
-    with reference as ref_policy:
-        theirs = sequence_logprobs(run, ref_policy, sequences)
-    kl_k1, kl_k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
-    reward = {kind: beta * (logp[kind] - np.array(held.ref[kind])) for kind in logp}
+        if reference is not None:  # again, as the reference does it: rounding differs with a cache
+            ours = sequence_logprobs(run, policy, sequences, advance=advance)
+    against_reference = {}
+    if reference is not None:
+        with reference as ref_policy:
+            theirs = sequence_logprobs(run, ref_policy, sequences)
+        kl_k1, kl_k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
+        reward = {kind: beta * (logp[kind] - np.array(held.ref[kind])) for kind in logp}
+        against_reference = {
+            "rewards/margins": reward["chosen"] - reward["rejected"],
+            "rewards/accuracies": wins(reward["chosen"], reward["rejected"]),
+            "rewards/accuracies_shuffled": wins(reward["chosen"], reward["shuffled"]),
+            "kl_k1": kl_k1,
+            "kl_k3": kl_k3,
+        }
     texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
     table = {
         "nll": -logp["chosen"],
         "logps/gap": logp["chosen"] - logp["rejected"],
-        "rewards/margins": reward["chosen"] - reward["rejected"],
-        "rewards/accuracies": wins(reward["chosen"], reward["rejected"]),
-        "rewards/accuracies_shuffled": wins(reward["chosen"], reward["shuffled"]),
+        **against_reference,
         "rouge_l": np.array([rouge_l(t, r["response_text"]) for t, r in zip(texts, rows, strict=True)]),
         "completions/mean_length": np.array([float(len(ids)) for ids in rollout.response_ids]),
         "completions/clipped_ratio": 1.0 - np.array(rollout.finished, dtype=float),
-        "kl_k1": kl_k1,
-        "kl_k3": kl_k3,
         "lengths/demonstrations": np.array([float(len(r["response_ids"])) for r in rows]),
     }
     if reward_model is not None:
@@ -283,24 +293,37 @@ def sequence_scores(run, reward_model, sequences, advance=lambda n: None) -> lis
         return run.map_sequences(sequences, lambda batch: reward_model(batch).tolist(), advance)
 
 
-def evaluate_reward(run, reward_model, held: HeldOut, iteration: int) -> dict[str, float]:
-    """REWARD_METRICS of a reward model, without that of the policy's samples -> {name: value}.
+def evaluate_reward(
+    run, reward_model, held: HeldOut, iteration: int, samples: list[list[int]] | None = None
+) -> dict[str, float]:
+    """REWARD_METRICS of a reward model -> {name: value}; eval/reward/samples only with the policy's samples, a response a row.
 
     Scores of every row go to evals/reward_<iteration>.parquet.
     """
-    with run.phase(f"reward {iteration} on held-out rows", 3 * len(held.rows), outer_iteration=iteration) as advance:
-        scores = {kind: np.array(sequence_scores(run, reward_model, held.sequences(kind), advance)) for kind in KINDS}
+    sequences = {kind: held.sequences(kind) for kind in KINDS}
+    if samples is not None and samples != held.rejected:
+        sequences["samples"] = [(r["prompt_ids"], y) for r, y in zip(held.rows, samples, strict=True)]
+    total = sum(map(len, sequences.values()))
+    with run.phase(f"reward {iteration} on held-out rows", total, outer_iteration=iteration) as advance:
+        scores = {kind: np.array(sequence_scores(run, reward_model, s, advance)) for kind, s in sequences.items()}
+    if samples is not None:
+        scores.setdefault("samples", scores["rejected"])
     if run.is_main:
         rows = [{"row": r["row"], **{k: float(v[i]) for k, v in scores.items()}} for i, r in enumerate(held.rows)]
         write_pairs(run.dir / "evals" / f"reward_{iteration:04d}.parquet", rows)
-    margin = scores["chosen"] - scores["rejected"]
-    return {
-        "eval/reward/accuracy": float(wins(scores["chosen"], scores["rejected"]).mean()),
-        "eval/reward/accuracy_shuffled": float(wins(scores["chosen"], scores["shuffled"]).mean()),
-        "eval/reward/margin": float(margin.mean()),
-        "eval/reward/calibration_error": calibration(margin)[0],
-        "eval/reward/demonstrations": float(scores["chosen"].mean()),
+    values = {name: float(column.mean()) for name, column in reward_columns(scores).items()}
+    return {**values, "eval/reward/calibration_error": calibration(scores["chosen"] - scores["rejected"])[0]}
+
+
+def reward_columns(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{name: (rows,)} of those REWARD_METRICS that are means over rows, from the scores of chosen, rejected, ... (rows,)."""
+    columns = {
+        "eval/reward/accuracy": wins(scores["chosen"], scores["rejected"]),
+        "eval/reward/accuracy_shuffled": wins(scores["chosen"], scores["shuffled"]),
+        "eval/reward/margin": scores["chosen"] - scores["rejected"],
+        "eval/reward/demonstrations": scores["chosen"],
     }
+    return columns | ({"eval/reward/samples": scores["samples"]} if "samples" in scores else {})
 
 
 def calibration(margins: np.ndarray, bins: int = 10) -> tuple[float, list[tuple[float, float, int]]]:
@@ -316,6 +339,18 @@ def calibration(margins: np.ndarray, bins: int = 10) -> tuple[float, list[tuple[
         for b in set(which)
     ]
     return sum(abs(c - a) * n for c, a, n in table) / len(margins), sorted(table)
+
+
+def calibrated_range(margins: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Where 95% of the calibration errors of pairs with these |margins| (n,) lie if the reward is calibrated.
+
+    In place of a bootstrap interval: the error is a sum of absolute values, which resampling makes larger.
+    """
+    size, uniforms = np.abs(margins), np.random.default_rng(seed).random((draws, len(margins)))
+    won = uniforms < 1 / (1 + np.exp(-size))
+    errors = [calibration(np.where(w, size, -size))[0] for w in won]
+    low, high = np.quantile(errors, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def kl_estimates(policy: list[list[float]], ref: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:

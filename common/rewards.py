@@ -101,9 +101,10 @@ def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) 
 
 @contextlib.contextmanager
 def quiet_load():
-    """Without transformers' report of a head that is missing: it is made or refused here."""
+    """Without transformers' report of a head that is missing, which is made or refused here, and without its bars."""
     from transformers.utils import logging
 
+    logging.disable_progress_bar()
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -120,12 +121,15 @@ def prepare_scalar(args, name: str, flag: str) -> ScalarModel:
 
 
 def check_same_tokenizer(args, tokenizer, name: str, flag: str) -> None:
-    """UserError unless the model of that name has the policy's tokenizer: both read the same token ids."""
-    other = models.load_tokenizer(args, name, flag)
-    if other.get_vocab() != tokenizer.get_vocab():
+    """UserError unless the model of that name has the policy's tokenizer: both read the same token ids.
+
+    It may have a PAD token more, as pad_for_readers gives it: no text holds one.
+    """
+    other, mine = models.load_tokenizer(args, name, flag), tokenizer.get_vocab()
+    if {k: v for k, v in other.get_vocab().items() if k in mine or k != other.pad_token} != mine:
         raise UserError(
             f"{flag} {name}: found a tokenizer of {len(other)} tokens that differs from that of --model {args.model}"
-            f" ({len(tokenizer)}); expected the same one, since reward and policy share token ids"
+            f" ({len(tokenizer)}); expected the same one, since both read the same token ids"
         )
 
 
@@ -173,9 +177,7 @@ class GoldReward:
 
     def __init__(self, run):
         self.run, self.name = run, run.args.gold_reward_model
-        self.scalar = load_scalar_model(run.args, self.name, FLAG).eval()
-        models.autocast_forward(run, self.scalar.model)
-        self.scalar.to(run.accelerator.device)
+        self.scalar = models.autocast_forward(run, load_scalar_model(run.args, self.name, FLAG).eval())
 
     def score(self, rows: list[dict], responses: list[str], advance=lambda n: None) -> list[float]:
         """Score of each response to its row's prompt, shared over ranks; EOS ends every response."""
@@ -204,7 +206,8 @@ def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int =
     """Gold scores through the user's cache folder: written after every block, so that a run cut off loses one block."""
     name = models.resolve_model(run.args.gold_reward_model)
     config = models.load_config(run.args.gold_reward_model, run.args.trust_remote_code, FLAG)
-    identity = json.dumps([name, weights_identity(Path(name)), config.to_json_string(use_diff=False), run.args.dtype])
+    precision = [run.args.dtype, run.accelerator.mixed_precision]
+    identity = json.dumps([name, weights_identity(Path(name)), config.to_json_string(use_diff=False), precision])
     path = cache_folder() / f"gold-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.parquet"
     known = {r["key"]: r["score"] for r in read_pairs(path)} if path.exists() else {}
     run.accelerator.wait_for_everyone()

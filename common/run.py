@@ -142,9 +142,17 @@ def require(ok: bool, name: str, found, expected: str) -> None:
         raise UserError(f"{flag(name)}: found {found}, expected {expected}")
 
 
+def first_model(name: str) -> str:
+    """Name, in lower case, of the model that a model in a run directory was made from; of any other model its own."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no args.json, or one that is not ours
+        if Path(name).is_dir():
+            return first_model(json.loads((Path(name).parent / "args.json").read_text())["args"]["model"])
+    return Path(name).name.lower()
+
+
 def resolve_auto(args: BaseArgs, settings: dict[str, dict]) -> str:
-    """Fill the flags that are still auto from the row of `settings` whose key begins the model's name. Returns the key."""
-    name = Path(args.model).name.lower()
+    """Fill the flags that are still auto from the row of `settings` whose key begins first_model. Returns the key."""
+    name = first_model(args.model)
     key = next((k for k in settings if name.startswith(k)), "other")
     for field, value in settings[key].items():
         if getattr(args, field) == "auto":
@@ -274,6 +282,7 @@ class Run:
 
         transformers_logging.disable_progress_bar()  # ours speak for the phases
         self.args, self.script, self.metrics = args, script, metrics
+        self.can_resume = any(field.name == "resume" for field in dataclasses.fields(args))
         expected = expected_processes()
         cpu = not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
         precision = ("bf16" if native_bf16() else "no") if args.mixed_precision == "auto" else args.mixed_precision
@@ -314,9 +323,10 @@ class Run:
                 stamp = time.strftime("%Y%m%d-%H%M%S")
                 self.dir = Path("runs") / f"{self.script}__{self.args.seed}__{stamp}"
             if not self.args.resume and self.dir.exists() and any(self.dir.iterdir()):
-                problem = f"--output-dir: {self.dir} already holds files; expected a new or empty folder, or --resume {self.dir}"
+                problem = f"--output-dir: {self.dir} already holds files; expected a new or empty folder"
+                problem += f", or --resume {self.dir}" if self.can_resume else ""
             else:
-                for name in ("samples", "generations", "evals", "checkpoint"):
+                for name in ("samples", "evals", *(("generations", "checkpoint") if self.can_resume else ())):
                     (self.dir / name).mkdir(parents=True, exist_ok=True)
                 if not self.args.resume:
                     write_json(
@@ -335,7 +345,7 @@ class Run:
         self.stop_requested = True
 
     def _stop(self) -> None:
-        self.say(f"SIGTERM: stopped; continue with --resume {self.dir}")
+        self.say("SIGTERM: stopped" + (f"; continue with --resume {self.dir}" if self.can_resume else ""))
         sys.exit(143)
 
     def stop_if_asked(self, position: dict) -> None:
@@ -373,23 +383,24 @@ class Run:
 
         updates: the phase changes weights and calls stop_if_asked after each step.
         """
-        started = time.time()
-        self.in_updates, self.seconds = updates, {}
+        started, outer = time.time(), (self.in_updates, self.seconds)  # an evaluation may stand inside a training phase
+        parts = self.seconds = {}
+        self.in_updates = updates
         with progress(name, total, self.is_main) as advance:
             yield advance
-        self.in_updates = False
+        self.in_updates, self.seconds = outer
         if self.is_main:
             row = {**axis, "phase": name, "items": total, "seconds": round(time.time() - started, 3)}
-            row |= {part: round(value, 3) for part, value in self.seconds.items()}
+            row |= {part: round(value, 3) for part, value in parts.items()}
             with open(self.dir / "timing.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Wall time of a part of the current phase, summed under its name in the phase's row of timing.jsonl."""
-        started = time.time()
+        started, parts = time.time(), self.seconds
         yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.time() - started
+        parts[part] = parts.get(part, 0.0) + time.time() - started
 
     # ---- sharing work ----
     def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:

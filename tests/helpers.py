@@ -94,6 +94,11 @@ def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float =
     return done
 
 
+def launcher(name: str) -> str:
+    """accelerate or torchrun of the environment that runs the tests."""
+    return str(Path(sys.executable).parent / name)
+
+
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -66,7 +66,13 @@ def main() -> None:
     import transformers
     import tyro  # noqa: F401
 
-    for name in ("AutoModelForCausalLM", "AutoTokenizer", "GPTNeoXForCausalLM", "DynamicCache"):
+    for name in (
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoTokenizer",
+        "GPTNeoXForCausalLM",
+        "DynamicCache",
+    ):
         getattr(transformers, name)
     statuses = []
     for scenario in json.loads(sys.argv[1]):

@@ -29,8 +29,38 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("sft.py", "common.run.Run.step", 1),
     ("sft.py", "common.run.Run.step", 6),
     ("sft.py", "common.evals.evaluate", 2),
+    ("rft.py", "common.run.Run.step", 2),  # SFT: steps 1 to 5
+    ("rft.py", "common.run.Run.save_final", 1),  # sft/ not yet kept
+    ("rft.py", "common.evals.evaluate", 1),
+    ("rft.py", "common.evals.sample_rows", 2),  # held-out samples of the reference
+    ("rft.py", "rft.write_pairs", 1),  # answers sampled, not yet on disk
+    ("rft.py", "common.run.Run.step", 8),  # reward step: 6 to 10
+    ("rft.py", "common.evals.evaluate_reward", 1),
+    ("rft.py", "rft.collect", 1),  # first rollout of PPO
+    ("rft.py", "common.run.Run.step", 12),  # inside a PPO update
+    ("rft.py", "rft.collect", 3),
+    ("rft.py", "rft.add_advantages", 4),
+    ("rft.py", "common.evals.evaluate", 3),
+    ("rft.py", "rft.RFT.start_policy", 2),  # iteration 1: the reference is another policy now
+    ("rft.py", "rft.collect", 6),
+    ("rft.py", "common.evals.evaluate_reward", 2),
+    ("rft.py", "common.run.Run.save_final", 3),  # reward/
+    ("rft.py", "common.run.Run.save_final", 4),
 ]
 FLAGS = {
+    "rft.py": [
+        "--T",
+        "2",
+        "--num-train-epochs",
+        "1",
+        "--sft-epochs",
+        "1",
+        "--total-episodes",
+        "16",
+        "--rollout-batch-size",
+        "4",
+    ]
+    + ["--num-ppo-epochs", "2", "--eval-updates", "2", "--reward-learning-rate", "1e-3", "--ref", "previous"],
     "irft.py": ["--T", "2", "--num-train-epochs", "2", "--replay", "all", "--lora-r", "0"],
     "sft.py": ["--num-train-epochs", "2"],
 }
@@ -52,7 +82,7 @@ def argv(script: str, place, out, *flags: str) -> list[str]:
 def runs(place):
     """{name: folder} of undisturbed runs, and of runs that were killed at each point and resumed."""
     scenarios, statuses = [], []
-    for script in ("irft.py", "sft.py"):
+    for script in FLAGS:
         scenarios.append({"argv": argv(script, place, place / f"whole_{script}")})
         statuses.append(0)
     for i, (script, at, n) in enumerate(POINTS):
@@ -83,8 +113,23 @@ def test_training_moved_the_weights(runs):
     from safetensors.torch import load_file
 
     before = load_file(runs / "model" / "model.safetensors")
-    after = weights(runs / "whole_irft.py")
-    assert max((before[k] - after[k]).abs().max() for k in before) > 1e-3
+    for script in ("irft.py", "rft.py"):
+        after = weights(runs / f"whole_{script}")
+        assert max((before[k] - after[k]).abs().max() for k in before) > 1e-3
+    whole = runs / "whole_rft.py"
+    sft, middle = (load_file(whole / name / "model.safetensors") for name in ("sft", "policy_1"))
+    assert max((sft[k] - middle[k]).abs().max() for k in sft) > 1e-4  # PPO of iteration 0
+    assert max((after[k] - middle[k]).abs().max() for k in after) > 1e-4  # and of iteration 1
+
+
+def test_the_reward_model_of_a_resumed_run_is_the_same(runs):
+    from safetensors.torch import load_file
+
+    expected = load_file(runs / "whole_rft.py" / "reward" / "model.safetensors")
+    for i, (script, *_) in enumerate(POINTS):
+        if script == "rft.py":
+            found = load_file(runs / f"killed_{i}" / "reward" / "model.safetensors")
+            assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
 def damage(file, how: str) -> None:

@@ -7,7 +7,19 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, ZEPHYR_TEMPLATE, command, drive, make_data, make_model, make_tokenizer, metrics, run, weights
+from helpers import (
+    ROOT,
+    ZEPHYR_TEMPLATE,
+    command,
+    drive,
+    launcher,
+    make_data,
+    make_model,
+    make_tokenizer,
+    metrics,
+    run,
+    weights,
+)
 
 import irft
 import sft
@@ -22,12 +34,12 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("script", ["irft.py", "sft.py"])
+@pytest.mark.parametrize("script", ["irft.py", "sft.py", "rft.py", "evaluate.py"])
 def test_help_works_offline_and_is_quick(script):
     started = time.time()
     done = run([sys.executable, script, "--help"])
     assert time.time() - started < 15  # 4 s on an idle machine; the suite may run beside other work
-    assert "--per-device-train-batch-size" in done.stdout and "arXiv:2405.17888" in done.stdout
+    assert "--per-device-eval-batch-size" in done.stdout and "arXiv:2405.17888" in done.stdout
 
 
 # ---- bad input ----
@@ -274,12 +286,6 @@ def paper_folder(tmp_path):
     write_pairs(tmp_path / "ultrachat_200k" / "data" / "test_sft-0.parquet", chats[24:])
     (tmp_path / "irft.py").symlink_to(ROOT / "irft.py")
     return tmp_path
-
-
-def launcher(name: str) -> str:
-    from pathlib import Path
-
-    return str(Path(sys.executable).parent / name)
 
 
 def test_the_papers_command_works_as_typed(paper_folder):

@@ -1,0 +1,146 @@
+"""The RFT paper's Fig. 2 from runs of rft.py with a gold reward and a baseline: score and win rate against policy updates.
+
+Intervals are 95% bootstrap over held-out rows of the mean over seeds; thin lines are single seeds.
+
+    python benchmark/fig2.py --runs runs/1/rft runs/2/rft --output runs/fig2
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import UserError  # noqa: E402
+from common.data import read_pairs  # noqa: E402
+from common.evals import bootstrap_interval  # noqa: E402
+from common.run import main  # noqa: E402
+
+MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
+    "gold score": ("gold/score", 3),
+    "win rate over base": ("gold/win_rate_base", 3),
+    "win rate over SFT": ("gold/win_rate_baseline", 3),
+    "learned reward": ("reward/samples", 3),
+    "KL to the base, nats": ("kl_k1", 3),
+    "NLL": ("nll", 2),
+    "ROUGE-L": ("rouge_l", 3),
+    "length": ("completions/mean_length", 1),
+}
+RFT, SFT, BASE, TRUTH = "#228833", "#4477aa", "#888888", "#aa3377"
+
+
+@dataclass
+class Args:
+    runs: tuple[str, ...]
+    """run directories of rft.py, one per seed, made with --gold-reward-model and --baseline."""
+    output: str = "runs/fig2"
+    """folder for fig2.md, fig2.json and fig2.png."""
+
+
+def load(directory: Path) -> dict[int, dict[str, np.ndarray]]:
+    """{updates: {metric: (rows,)}}."""
+    found = {}
+    for path in sorted((directory / "evals").glob("[0-9]*.parquet")):
+        rows = read_pairs(path)
+        found[int(path.stem)] = {k: np.array([r[k] for r in rows]) for k in rows[0] if k != "sample"}
+    if len(found) < 2 or "gold/win_rate_baseline" not in found[max(found)]:
+        raise UserError(
+            f"--runs: found no evaluations with gold score and baseline in {directory}, expected a run with both"
+        )
+    return found
+
+
+def mean_and_interval(values: list[np.ndarray]) -> dict[str, float]:
+    """Mean over seeds and rows, interval over rows, and each seed's mean."""
+    low, high = bootstrap_interval(np.mean(values, 0))
+    return {"mean": float(np.mean(values)), "low": low, "high": high, "seeds": [float(v.mean()) for v in values]}
+
+
+def summarise(runs: list[dict], levels: list[dict]) -> dict[str, dict]:
+    """{row of the table: {measure: mean, low, high, seeds}} of the levels and of RFT at every evaluation."""
+    table = {}
+    for name in ("demonstrations", "base", "baseline"):
+        label = {"demonstrations": "demonstrations", "base": "base", "baseline": "SFT, selected"}[name]
+        table[label] = {"gold/score": mean_and_interval([level[name] for level in levels])}
+        if name == "baseline":
+            over = [(lv["baseline"] > lv["base"]) + 0.5 * (lv["baseline"] == lv["base"]) for lv in levels]
+            table[label]["gold/win_rate_base"] = mean_and_interval(over)
+    for updates in runs[0]:
+        rows = [run[updates] for run in runs]
+        table[f"RFT, {updates} updates"] = {
+            metric: mean_and_interval([r[metric] for r in rows]) for metric, _ in MEASURES.values() if metric in rows[0]
+        }
+    return table
+
+
+def markdown(table: dict[str, dict]) -> str:
+    lines = ["| | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    for label, row in table.items():
+        cells = []
+        for metric, digits in MEASURES.values():
+            r = row.get(metric)
+            cells.append(f"{r['mean']:.{digits}f} [{r['low']:.{digits}f}, {r['high']:.{digits}f}]" if r else "")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(runs: list[dict], table: dict[str, dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    updates = list(runs[0])
+
+    def curve(ax, metric: str, color: str, label: str) -> None:
+        points = [table[f"RFT, {u} updates"][metric] for u in updates]
+        for seed in range(len(runs)):
+            ax.plot(updates, [p["seeds"][seed] for p in points], color=color, alpha=0.3, lw=0.9)
+        ax.fill_between(updates, [p["low"] for p in points], [p["high"] for p in points], color=color, alpha=0.12, lw=0)
+        ax.plot(updates, [p["mean"] for p in points], color=color, marker="o", ms=3.5, lw=2, label=label)
+
+    curve(left, "gold/score", RFT, "RFT on the selected")
+    for label, name, color in (("SFT on the selected", "SFT, selected", SFT), ("base: SFT on all", "base", BASE)):
+        level = table[name]["gold/score"]
+        left.axhline(level["mean"], color=color, lw=1.6, ls="--", label=label)
+        left.axhspan(level["low"], level["high"], color=color, alpha=0.1, lw=0)
+    left.set(xlabel="PPO updates", ylabel="gold reward of samples")
+    left.set_title("(a) average score", loc="left")
+    curve(right, "gold/win_rate_base", BASE, "over the base")
+    curve(right, "gold/win_rate_baseline", SFT, "over SFT on the selected")
+    right.axhline(0.5, color="#bbbbbb", lw=1)
+    right.set(xlabel="PPO updates", ylabel="win rate")
+    right.set_title("(b) win rate of RFT", loc="left")
+    for ax in (left, right):
+        ax.legend(frameon=False, loc="best")
+    fig.savefig(path, dpi=130)
+
+
+def fig2(args: Args) -> None:
+    folders = [Path(d) for d in args.runs]
+    runs = [load(d) for d in folders]
+    levels = []
+    for directory in folders:
+        rows = read_pairs(directory / "evals" / "reference.parquet")
+        levels.append(
+            {name: np.array([r[f"gold_{name}"] for r in rows]) for name in ("demonstrations", "base", "baseline")}
+        )
+    if any(not np.array_equal(run[0]["row"], runs[0][0]["row"]) or run.keys() != runs[0].keys() for run in runs):
+        raise UserError("--runs: found runs with other held-out rows or evaluations, expected the same ones")
+    table = summarise(runs, levels)
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "fig2.md").write_text(markdown(table))
+    (out / "fig2.json").write_text(json.dumps(table, indent=2) + "\n")
+    figure(runs, table, out / "fig2.png")
+    print(markdown(table))
+    print(f"table: {out / 'fig2.md'}   figure: {out / 'fig2.png'}")
+
+
+if __name__ == "__main__":
+    main(lambda: fig2(tyro.cli(Args, description=__doc__)))

@@ -1,0 +1,122 @@
+"""A gold reward model for experiments at small scale, and the data that goes with it.
+
+Real (prompt, response) rows are split in two by a hash of the prompt. One half makes preferences: the row's own response is
+chosen over another row's, so the gold reward says how well a text fits its prompt. A classifier with one label is trained
+on these by the Bradley-Terry loss. The other half is for policies, as demonstrations.jsonl; the two never meet.
+
+    python benchmark/gold.py --dataset pydoc --output-dir runs/gold
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import rft  # noqa: E402
+from common import evals, models, rewards  # noqa: E402
+from common.data import encode, load_rows  # noqa: E402
+from common.run import Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args  # noqa: E402
+
+SETTINGS = {
+    "other": dict(
+        dataset="pydoc", max_samples=0, eval_samples=400, max_length=256, max_new_tokens=64, learning_rate=5e-4,
+        batch_size=32, per_device_train_batch_size=32, per_device_eval_batch_size=64,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args(RunArgs):
+    num_train_epochs: int = 4
+    """passes over the preferences; each pairs a prompt with another row's response anew."""
+    prompt_chars: int = 300
+    """prompts are cut at the last line that ends before this many characters."""
+
+
+METRICS = {
+    "loss": "-log sigmoid(r(chosen) - r(rejected))",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    "reward/accuracy": "share of pairs with r(chosen) > r(rejected)",
+    "reward/margin": "mean of r(chosen) - r(rejected)",
+    "reward/demonstrations": "mean reward of chosen",
+    "reward/answers": "mean reward of rejected",
+    "eval/accuracy": "reward/accuracy on prompts that were never seen",
+}
+
+
+def short_rows(args: Args, split: str) -> list[dict]:
+    """Rows of the data set with prompts as text, cut to --prompt-chars."""
+    rows = []
+    for r in load_rows(args.dataset, split):
+        text = r["prompt"] if isinstance(r["prompt"], str) else r["prompt"][-1]["content"]
+        text = text.partition("POST: ")[2].removesuffix("\n\nTL;DR:") or text  # TL;DR's frame is most of a short prompt
+        cut = text if len(text) <= args.prompt_chars else text[: args.prompt_chars].rpartition("\n")[0]
+        rows.append({"row": r["row"], "prompt": cut or text[: args.prompt_chars], "response": r["response"]})
+    return rows
+
+
+def for_gold(row: dict) -> bool:
+    return hashlib.sha256(b"gold" + row["prompt"].encode()).digest()[0] % 2 == 0
+
+
+def with_others(rows: list[dict], *key: int) -> list[dict]:
+    """Preference pairs: each row's response against that of another row, a derangement of the rows."""
+    order = data_order(len(rows), *key)
+    return [
+        {
+            "prompt_ids": rows[a]["prompt_ids"],
+            "chosen_ids": rows[a]["response_ids"],
+            "rejected_ids": rows[b]["response_ids"],
+        }
+        for a, b in zip(order, order[1:] + order[:1], strict=True)
+    ]
+
+
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    run = Run(args, "gold", METRICS)
+    train_rows, test_rows = short_rows(args, "train"), short_rows(args, "test")
+    lines = {"demonstrations": [r for r in train_rows if not for_gold(r)], "held_out": test_rows}
+    for name, kept in lines.items():
+        text = "".join(json.dumps({"prompt": r["prompt"], "completion": r["response"]}) + "\n" for r in kept)
+        (run.dir / f"{name}.jsonl").write_text(text)
+    rows = encode([r for r in train_rows if for_gold(r)], tokenizer, args.max_length, args.max_prompt_length)
+    held = with_others(encode(test_rows[: args.eval_samples], tokenizer, args.max_length, args.max_prompt_length), 0)
+    model = rewards.prepare_scalar(args, args.model, "--model")
+    model, optimizer = run.accelerator.prepare(model, make_optimizer("adamw", model.parameters()))
+    total, step = args.num_train_epochs * -(-len(rows) // args.batch_size), 0
+    run.say(f"gold: {len(rows)} preferences, {len(lines['demonstrations'])} demonstrations, {total} updates")
+    for epoch in range(args.num_train_epochs):
+        pairs = with_others(rows, args.seed, epoch)
+        with run.phase(f"epoch {epoch}", -(-len(rows) // args.batch_size), step=step) as advance:
+            for batch in run.batches(len(pairs), epoch):
+                row = run.step(
+                    model, optimizer, [pairs[i] for i in batch],
+                    lambda part: rft.reward_batch_loss(model, part, rft.Args(reward_loss="logistic"), run.accelerator.device),
+                    rft.reward_pair_length, learning_rate_at(step, total, args.learning_rate, args.warmup_ratio),
+                )  # fmt: skip
+                step += 1
+                run.log(row, step=step)
+                advance(1)
+        scores = [
+            evals.sequence_scores(run, model, [(p["prompt_ids"], p[kind]) for p in held])
+            for kind in ("chosen_ids", "rejected_ids")
+        ]
+        accuracy = sum(a > b for a, b in zip(*scores, strict=True)) / len(held)
+        run.log({"eval/accuracy": accuracy}, step=step)
+        run.say(
+            f"epoch {epoch}: accuracy {row['reward/accuracy']:.3f} on the last batch, {accuracy:.3f} on unseen prompts"
+        )
+    rewards.pad_for_readers(run.accelerator.unwrap_model(model).model.config, tokenizer)
+    run.save_final(
+        model, tokenizer, f"Gold reward model of CleanIRL's benchmark, made from {args.dataset}.\n", part="model"
+    )
+    run.end()
+
+
+if __name__ == "__main__":
+    main(lambda: train(parse_args(Args, __doc__, SETTINGS)))

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# A scale model of the RFT paper's Fig. 2: gold reward, base = SFT on all demonstrations, then SFT and RFT on those the gold
+# reward scores highest. Its table and figure stand in docs/rft.md. About 15 minutes for the gold reward and the base, 15 a seed.
+#   SEEDS="1 2 3" bash benchmark/rft_small.sh [OUT [DATA]]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source benchmark/lib.sh
+out=${1:-runs/rft_small}
+data=${2:-pydoc}
+seeds=${SEEDS:-1 2 3}
+export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
+once "$out" gold benchmark/gold.py --dataset "$data"
+shared=(--dataset "$out/gold/demonstrations.jsonl" --eval-dataset "$out/gold/held_out.jsonl" --max-samples 0 --eval-samples 200
+  --max-length 256 --max-new-tokens 48 --batch-size 32 --per-device-train-batch-size 32 --per-device-eval-batch-size 64
+  --gold-reward-model "$out/gold/final")
+once "$out" base sft.py --model tiny --num-train-epochs 3 --learning-rate 5e-4 "${shared[@]}"
+one_seed() {
+  once "$out/$1" sft sft.py --model "$out/base/final" --seed "$1" --select-top-k 800 --num-train-epochs 3 --learning-rate 2e-4 "${shared[@]}"
+  once "$out/$1" rft rft.py --model "$out/base/final" --seed "$1" --select-top-k 800 --baseline "$out/$1/sft/final" --sft-epochs 0 \
+    --reward-learning-rate 5e-4 --num-train-epochs 2 --learning-rate 1e-4 --total-episodes 5120 \
+    --rollout-batch-size 64 --eval-updates 10 --sft-learning-rate 2e-4 "${shared[@]}"
+}
+runs=
+for seed in $seeds; do # two lanes, each on half of the cores
+  one_seed "$seed" 2>&1 | sed -u "s/^/[seed $seed] /" &
+  runs+=" $out/$seed/rft"
+  while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
+done
+wait
+# shellcheck disable=SC2086
+python benchmark/fig2.py --runs $runs --output "$out"
