@@ -18,7 +18,6 @@ The paper's run:       accelerate launch rft.py --model pythia-1.4b --max-sample
 beaver-7b-v3.0-reward
 """
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -37,18 +36,19 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
     "tiny": dict(
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=3e-5,
         reward_model="", reward_learning_rate=1e-4, sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, total_episodes=2560,
-        rollout_batch_size=64, eval_updates=20, per_device_train_batch_size=32, per_device_eval_batch_size=64,
+        rollout_batch_size=64, value_warmup_updates=5, eval_updates=20, per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # RFT paper, Sec. 5.1 and App. C; episodes and their batch are ours, the paper gives none
         dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
         reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64,
-        total_episodes=100_000, rollout_batch_size=256, eval_updates=20, per_device_train_batch_size=4,
+        total_episodes=100_000, rollout_batch_size=256, value_warmup_updates=0, eval_updates=20, per_device_train_batch_size=4,
         per_device_eval_batch_size=32,
     ),
     "other": dict(
         dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
         reward_model="", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64,
-        total_episodes=100_000, rollout_batch_size=256, eval_updates=20, per_device_train_batch_size=2,
+        total_episodes=100_000, rollout_batch_size=256, value_warmup_updates=0, eval_updates=20, per_device_train_batch_size=2,
         per_device_eval_batch_size=16,
     ),
 }  # fmt: skip
@@ -95,6 +95,8 @@ class Args(RunArgs):
     """clip of the change of a value, reward units, > 0. TRL: 0.2."""
     vf_coef: float = 0.1
     """weight of the value loss, >= 0. TRL: 0.1."""
+    value_warmup_updates: int | Auto = "auto"
+    """first PPO updates of an outer iteration in which the value model learns alone, >= 0. TRL: 0."""
     gamma: float = 1.0
     """discount per token, in (0, 1]. TRL: 1."""
     lam: float = 0.95
@@ -111,8 +113,13 @@ class Args(RunArgs):
         positive = ("beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value")
         for name in (*positive, "gamma", "total_episodes", "rollout_batch_size", "eval_updates"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("vf_coef", "missing_eos_penalty", "sft_epochs"):
+        for name in ("vf_coef", "missing_eos_penalty", "sft_epochs", "value_warmup_updates"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        updates = math.ceil(self.total_episodes / self.rollout_batch_size)
+        require(
+            self.value_warmup_updates < updates, "value_warmup_updates", self.value_warmup_updates,
+            f"less than the {updates} PPO updates",
+        )  # fmt: skip
         require(self.gamma <= 1, "gamma", self.gamma, "at most 1")
         require(0 <= self.lam <= 1, "lam", self.lam, "between 0 and 1")
         require(
@@ -269,10 +276,13 @@ def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tu
     return losses, stats
 
 
-def ppo_batch_loss(actor_critic, rows: list[dict], args: Args, device, scale: float) -> tuple[Tensor, dict]:
+def ppo_batch_loss(
+    actor_critic, rows: list[dict], args: Args, device, scale: float, policy_weight: float = 1.0
+) -> tuple[Tensor, dict]:
     """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
 
     scale: answers over response tokens of the whole minibatch, so that the mean over answers is the mean over its tokens.
+    policy_weight: 0 while the value model learns alone.
     """
     batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
     mask = batch.response_mask
@@ -282,7 +292,7 @@ def ppo_batch_loss(actor_critic, rows: list[dict], args: Args, device, scale: fl
     )
     pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
     vf = value_loss(values, old_values, returns, mask, args.cliprange_value)
-    losses = masked_sum(pg + args.vf_coef * vf, mask) * scale
+    losses = masked_sum(policy_weight * pg + args.vf_coef * vf, mask) * scale
     with torch.no_grad():
         logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
         ratio, tokens = logratio.exp(), mask.sum()
@@ -387,7 +397,9 @@ def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
     }
 
 
-def ppo_update(run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int) -> dict[str, float]:
+def ppo_update(
+    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
+) -> dict[str, float]:
     """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
     args, steps = run.args, []
     for epoch in range(args.num_ppo_epochs):
@@ -398,7 +410,7 @@ def ppo_update(run, actor_critic, optimizer, rollouts: list[dict], lr: float, *k
             scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
 
             def loss_fn(part, scale=scale):
-                return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale)
+                return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
 
             steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, lr))
     first = steps[0]["sampling/logp_difference"]
@@ -577,7 +589,7 @@ class RFT:
                 if self.position["step"] > first + u * steps.per_update:
                     advance(1)
                     continue
-                if u == steps.updates or (u and u % args.eval_updates == 0):
+                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
                     with run.timed("evaluate"):
                         self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
                 if u == steps.updates:
@@ -588,8 +600,12 @@ class RFT:
                 run.stop_if_asked(self.position)
                 row = add_advantages(rollouts, args)
                 with run.timed("update"):
-                    lr = learning_rate_at(u, steps.updates, args.learning_rate, args.warmup_ratio)
-                    row |= ppo_update(run, self.actor_critic, self.optimizer, rollouts, lr, t, 3, u)
+                    warmup = args.value_warmup_updates
+                    after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
+                    lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
+                    row |= ppo_update(
+                        run, self.actor_critic, self.optimizer, rollouts, lr, t, 3, u, policy_weight=weight
+                    )
                 step = first + (u + 1) * steps.per_update
                 if (u + 1) % args.logging_steps == 0:
                     run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
@@ -599,11 +615,7 @@ class RFT:
     def measure(self, t: int, updates: int, reference=None) -> None:
         """Evaluation of the policy after so many PPO updates, against the initial policy, loaded unless it is given."""
         run = self.run
-        if updates:
-            reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
-            reward_model = self.bare_reward
-        else:
-            reference, reward_model = contextlib.nullcontext(self.bare.policy), None
+        reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
         row = evals.evaluate(
             run,
             self.bare.policy,
@@ -613,7 +625,7 @@ class RFT:
             self.args.beta,
             reference,
             updates,
-            reward_model,
+            self.bare_reward,
         )
         run.log(
             row,
@@ -630,8 +642,6 @@ class RFT:
             self.position = position
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
-        if self.position["step"] <= self.steps.sft:
-            self.measure(0, 0)
         for t in range(self.position["outer_iteration"], args.T):
             self.reward_step(t)
             self.policy_step(t)

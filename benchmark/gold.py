@@ -22,7 +22,7 @@ from common.run import Run, RunArgs, data_order, learning_rate_at, main, make_op
 
 SETTINGS = {
     "other": dict(
-        dataset="pydoc", max_samples=0, eval_samples=400, max_length=256, max_new_tokens=64, learning_rate=5e-4,
+        dataset="pydoc", max_samples=0, eval_samples=400, max_length=160, max_new_tokens=48, learning_rate=5e-4,
         batch_size=32, per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
 }  # fmt: skip
@@ -30,9 +30,9 @@ SETTINGS = {
 
 @dataclass
 class Args(RunArgs):
-    num_train_epochs: int = 4
+    num_train_epochs: int = 6
     """passes over the preferences; each pairs a prompt with another row's response anew."""
-    prompt_chars: int = 300
+    prompt_chars: int = 160
     """prompts are cut at the last line that ends before this many characters."""
 
 

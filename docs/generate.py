@@ -10,10 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import evaluate  # noqa: E402
 import irft  # noqa: E402
+import rft  # noqa: E402
 import sft  # noqa: E402
 
-SCRIPTS = {"irft": irft, "sft": sft}
+SCRIPTS = {"irft": irft, "rft": rft, "sft": sft, "evaluate": evaluate}
 
 
 def field_docs(cls) -> dict[str, str]:
@@ -36,7 +38,8 @@ def flags_table(module) -> str:
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(module.Args):
         default = "(empty)" if field.default == "" else f"`{field.default}`"
-        lines.append(f"| `--{field.name.replace('_', '-')}` | {default} | {docs[field.name]} |".replace("|pi", "\\|pi"))
+        meaning = docs[field.name].replace("|", "\\|")
+        lines.append(f"| `--{field.name.replace('_', '-')}` | {default} | {meaning} |")
     return "\n".join(lines)
 
 

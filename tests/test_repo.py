@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+import evaluate
 import irft
+import rft
 import sft
 
-SCRIPTS = {"irft.py": irft, "sft.py": sft}
+SCRIPTS = {"irft.py": irft, "rft.py": rft, "sft.py": sft, "evaluate.py": evaluate}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("benchmark/*.py")]
 
 

@@ -1,0 +1,547 @@
+"""evaluate.py and what it stands on: measures against hand computation, a policy against itself, gold rewards, calibration."""
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_data, make_model, make_tokenizer, run
+
+import evaluate
+from common import UserError, evals, models, rewards
+from common.data import encode, load_rows, read_pairs
+from common.run import Run, RunArgs, main, parse_args, resolve_auto
+
+N = 12  # held-out rows of every run here
+
+
+def save_classifier(folder: Path, source: Path, labels: int = 1, seed: int = 0) -> Path:
+    """A classifier on the backbone of a causal model, its head wide enough that scores differ."""
+    from transformers import AutoTokenizer, GPTNeoXForSequenceClassification
+
+    torch.manual_seed(seed)
+    model = GPTNeoXForSequenceClassification.from_pretrained(source, num_labels=labels)
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def moved(folder: Path, source: Path, seed: int) -> Path:
+    """A copy of a causal model with other weights."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(source, folder)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A policy, two others, a reward model, a gold model with a tokenizer of its own, and two data sets."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_model(folder / "base")
+    for seed, name in enumerate(("model", "ref", "other")):
+        moved(folder / name, folder / "base", seed)
+    save_classifier(folder / "reward", folder / "ref")
+    make_model(folder / "gold_base", tokenizer=make_tokenizer(270))
+    save_classifier(folder / "gold", folder / "gold_base", seed=1)
+    save_classifier(folder / "two_labels", folder / "base", labels=2)
+    make_data(folder / "data.jsonl", N)
+    make_data(folder / "preferences.jsonl", N, preference=True)
+    return folder
+
+
+def words(place: Path, out: str, *flags: str, data: str = "data.jsonl") -> list[str]:
+    small = "--max-length 96 --max-new-tokens 8 --max-prompt-length 64 --eval-samples 99"
+    small += "" if "--per-device-eval-batch-size" in flags else " --per-device-eval-batch-size 5"
+    files = ["--dataset", str(place / data), "--eval-dataset", str(place / data), "--output-dir", str(place / out)]
+    model = [] if "--model" in flags else ["--model", str(place / "model")]
+    return ["evaluate.py", *model, *files, *small.split(), *(str(f) for f in flags)]
+
+
+@contextlib.contextmanager
+def as_typed(argv: list[str]):
+    """sys.argv, and the signal handler that a run takes, put back afterwards."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with mock.patch.object(sys, "argv", argv):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def measure(place: Path, out: str, *flags: str, data: str = "data.jsonl") -> tuple[dict, dict]:
+    """A run of the script in this process -> (evaluation.json, {file: rows of evals/file.parquet})."""
+    with as_typed(words(place, out, *flags, data=data)):
+        main(lambda: evaluate.evaluate(parse_args(evaluate.Args, evaluate.__doc__, evaluate.SETTINGS)))
+    tables = {p.stem: read_pairs(p) for p in (place / out / "evals").glob("*.parquet")}
+    return json.loads((place / out / "evaluation.json").read_text()), tables
+
+
+def everything(place: Path) -> list[str]:
+    names = {"ref": "--ref-model", "reward": "--reward-model", "gold": "--gold-reward-model", "other": "--baseline"}
+    return [word for name, flag in names.items() for word in (flag, str(place / name))]
+
+
+@pytest.fixture(scope="module")
+def full(place):
+    return measure(place, "full", *everything(place))
+
+
+def column(rows: list[dict], name: str) -> np.ndarray:
+    return np.array([r[name] for r in rows])
+
+
+def half_ties(a, b) -> float:
+    return float(np.mean([1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True)]))
+
+
+# ---- the numbers ----
+def test_the_json_agrees_with_the_rows(full):
+    result, tables = full
+    measures, rows, reference = result["measures"], tables["0000"], tables["reference"]
+    assert set(measures) == set(evaluate.METRICS) and result["rows"] == len(rows) == N
+    per_row = {f"eval/{k}": column(rows, k) for k in rows[0] if k not in ("row", "sample")}
+    scores = tables["reward_0000"]
+    chosen, rejected, shuffled = (column(scores, k) for k in ("chosen", "rejected", "shuffled"))
+    per_row |= {"eval/reward/margin": chosen - rejected, "eval/reward/demonstrations": chosen}
+    per_row["eval/reward/samples"] = column(scores, "samples")
+    assert len(per_row) == len(measures) - 3  # two accuracies and the calibration error are below
+    for name, values in per_row.items():
+        assert measures[name]["value"] == pytest.approx(values.mean(), abs=1e-12), name
+        assert (measures[name]["low"], measures[name]["high"]) == evals.bootstrap_interval(values), name
+        assert measures[name]["low"] <= measures[name]["value"] <= measures[name]["high"]
+    assert measures["eval/reward/accuracy"]["value"] == half_ties(chosen, rejected)
+    assert measures["eval/reward/accuracy_shuffled"]["value"] == half_ties(chosen, shuffled)
+    assert measures["eval/reward/calibration_error"]["value"] == evals.calibration(chosen - rejected)[0]
+    assert sum(b["pairs"] for b in result["calibration"]["bins"]) == N
+    gold = column(rows, "gold/score")
+    for name in ("base", "baseline", "demonstrations"):
+        against = column(reference, f"gold_{name}")
+        assert measures[f"eval/gold/win_rate_{name}"]["value"] == half_ties(gold, against)
+    margins = column(rows, "rewards/margins")
+    assert measures["eval/rewards/accuracies"]["value"] == half_ties(margins, np.zeros(N))
+    assert len(set(margins)) == N and len(set(gold)) > N / 2  # the cases above are not trivial
+
+
+def test_margins_are_beta_times_the_difference_of_the_gaps(full, place):
+    _, tables = full
+    gap, reference = column(tables["0000"], "logps/gap"), tables["reference"]
+    ref_gap = column(reference, "ref_chosen") - column(reference, "ref_rejected")
+    assert column(tables["0000"], "rewards/margins") == pytest.approx(0.1 * (gap - ref_gap), abs=1e-9)
+    _, doubled = measure(place, "beta", "--ref-model", place / "ref", "--beta", "0.2")
+    found = column(doubled["0000"], "rewards/margins")
+    assert found == pytest.approx(2 * column(tables["0000"], "rewards/margins"), rel=1e-6)
+
+
+def held_out_rows(place: Path, data: str = "data.jsonl") -> tuple[list[dict], object]:
+    tokenizer = make_tokenizer()
+    return encode(load_rows(str(place / data), "all"), tokenizer, 96, 64), tokenizer
+
+
+def log_prob(model, prompt: list[int], response: list[int]) -> float:
+    """log pi of a response from transformers' logits of the one sequence."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    return sum(logits[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
+
+
+def test_rows_agree_with_transformers_one_sequence_at_a_time(full, place):
+    """NLL, gap, reward and gold score of each row from plain models, with no code of ours below the tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    _, tables = full
+    rows, _ = held_out_rows(place)
+    policy = AutoModelForCausalLM.from_pretrained(place / "model").eval()
+    reward = AutoModelForSequenceClassification.from_pretrained(place / "reward").eval()
+    gold = AutoModelForSequenceClassification.from_pretrained(place / "gold").eval()
+    gold_tokenizer = AutoTokenizer.from_pretrained(place / "gold")
+    assert len(gold_tokenizer) != len(make_tokenizer())
+    for model in (reward, gold):  # with pad = eos transformers would skip the EOS that ends a response
+        model.config.pad_token_id = None
+    score = lambda model, ids: model(torch.tensor([ids])).logits.item()  # noqa: E731
+    for i in (0, 4, 7):
+        row, stored, reference = rows[i], tables["0000"][i], tables["reference"][i]
+        assert row["row"] == stored["row"]
+        chosen = log_prob(policy, row["prompt_ids"], row["response_ids"])
+        assert stored["nll"] == pytest.approx(-chosen, abs=1e-3)
+        rejected = log_prob(policy, row["prompt_ids"], reference["rejected_ids"])
+        assert stored["logps/gap"] == pytest.approx(chosen - rejected, abs=1e-3)
+        found = tables["reward_0000"][i]["chosen"]
+        assert found == pytest.approx(score(reward, row["prompt_ids"] + row["response_ids"]), abs=1e-4)
+        text = f"### Instruction: {row['prompt']}\n\n### Response: "
+        ends = {"gold/demonstrations": row["response_text"], "gold/score": stored["sample"]}
+        for name, answer in ends.items():
+            ids = [
+                *gold_tokenizer(text)["input_ids"],
+                *gold_tokenizer(answer)["input_ids"],
+                gold_tokenizer.eos_token_id,
+            ]
+            assert stored[name] == pytest.approx(score(gold, ids), abs=1e-4), name
+
+
+def test_a_policy_against_itself(place):
+    model = str(place / "model")
+    flags = ["--ref-model", model, "--baseline", model, "--gold-reward-model", str(place / "gold")]
+    result, tables = measure(place, "itself", *flags)
+    found = {name: (m["value"], m["low"], m["high"]) for name, m in result["measures"].items()}
+    for name in ("rewards/accuracies", "rewards/accuracies_shuffled", "gold/win_rate_base", "gold/win_rate_baseline"):
+        assert found[f"eval/{name}"] == (0.5, 0.5, 0.5), name
+    for name in ("kl_k1", "kl_k3", "rewards/margins"):
+        assert found[f"eval/{name}"] == (0, 0, 0), name
+    assert found["eval/gold/win_rate_demonstrations"][0] != 0.5
+    assert [r["sample"] for r in tables["0000"]] == [r["base_sample"] for r in tables["reference"]]
+
+
+def test_without_a_reference_its_measures_are_left_out_and_the_rest_is_the_same(full, place):
+    with_reference, tables = full
+    flags = everything(place)
+    result, alone = measure(place, "alone", *flags[2:])
+    absent = {n for n in evaluate.METRICS if "/rewards/" in n or "/kl_" in n} | {"eval/gold/win_rate_base"}
+    assert set(result["measures"]) == set(evaluate.METRICS) - absent and len(absent) == 6
+    samples = [r["sample"] for r in alone["0000"]]
+    assert samples == [r["sample"] for r in tables["0000"]]
+    for name in ("eval/nll", "eval/rouge_l", "eval/gold/score", "eval/gold/win_rate_baseline", "eval/reward/samples"):
+        assert result["measures"][name] == pytest.approx(with_reference["measures"][name], abs=1e-6), name
+    _, tokenizer = held_out_rows(place)
+    rejected = [evals.decode(tokenizer, r["rejected_ids"]) for r in alone["reference"]]
+    assert rejected == samples  # the policy's own, since the data have none
+    assert column(alone["reward_0000"], "rejected").tolist() == column(alone["reward_0000"], "samples").tolist()
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_nothing_is_computed_twice(place, monkeypatch, with_reference):
+    """Sequences through policy and reference, samples, rewards and gold scores are as many as there are measures for."""
+    counts = {}
+
+    def counted(name, original, position):
+        def wrapper(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + len(args[position])
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    for name, position in (("sequence_logprobs", 2), ("sample_rows", 2), ("sequence_scores", 2)):
+        monkeypatch.setattr(evals, name, counted(name, getattr(evals, name), position))
+    monkeypatch.setattr(rewards.GoldReward, "score", counted("gold", rewards.GoldReward.score, 1))
+    flags = everything(place)[:6]
+    measure(place, f"counted_{with_reference}", *(flags if with_reference else flags[2:]))
+    if with_reference:  # chosen, rejected, shuffled and samples by both; samples of both
+        assert counts == {"sequence_logprobs": 8 * N, "sample_rows": 2 * N, "sequence_scores": 4 * N, "gold": 3 * N}
+    else:  # the samples are the rejected responses
+        assert counts == {"sequence_logprobs": 3 * N, "sample_rows": N, "sequence_scores": 3 * N, "gold": 2 * N}
+
+
+def test_preference_data_keep_their_own_rejected_responses(place):
+    rows, _ = held_out_rows(place, "preferences.jsonl")
+    assert all(r["rejected_text"].startswith("no ") for r in rows)
+    for out, flags in (("pairs", ["--reward-model", place / "reward"]), ("pairs_ref", ["--ref-model", place / "ref"])):
+        _, tables = measure(place, out, *flags, data="preferences.jsonl")
+        assert [r["rejected_ids"] for r in tables["reference"]] == [r["rejected_ids"] for r in rows]
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(place / "model").eval()
+    gap = [
+        log_prob(policy, rows[5]["prompt_ids"], rows[5][name]) * sign for name, sign in (("response_ids", 1), ("rejected_ids", -1))
+    ]  # fmt: skip
+    assert tables["0000"][5]["logps/gap"] == pytest.approx(sum(gap), abs=1e-3)
+    scores = read_pairs(place / "pairs" / "evals" / "reward_0000.parquet")
+    assert np.abs(column(scores, "rejected") - column(scores, "samples")).min() > 0
+
+
+def test_scores_do_not_depend_on_the_batch_size(full, place):
+    _, tables = full
+    _, small = measure(place, "small", *everything(place), "--per-device-eval-batch-size", "1")
+    for file, rows in tables.items():
+        for name, value in rows[0].items():
+            found, expected = ([r[name] for r in table] for table in (small[file], rows))
+            assert found == (pytest.approx(expected, abs=1e-4) if isinstance(value, float) else expected), (file, name)
+
+
+# ---- what a run leaves ----
+def test_the_figure_has_every_panel_and_each_is_drawn_in(full, place):
+    from matplotlib.image import imread
+
+    for out, panels in (("full", 4), ("beta", 2)):
+        image = imread(place / out / "figure.png")[..., :3]
+        assert image.shape[1] == pytest.approx(panels * 3.6 * 130, abs=2)
+        blue = (image[..., 2] - image[..., 0]) > 0.15
+        for part in np.array_split(blue, panels, axis=1):
+            assert 0.0005 < part.mean() < 0.5  # axes and labels are black
+
+
+def test_table_and_files_of_a_run(place, capsys):
+    measure(place, "files", "--reward-model", place / "reward")
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if "eval/reward/calibration_error" in line)
+    assert "if calibrated" in line and "eval/nll" in out and ".." in out
+    made = {str(p.relative_to(place / "files")) for p in (place / "files").rglob("*") if p.is_file()}
+    assert made == {
+        "args.json", "evaluation.json", "figure.png", "metrics.jsonl", "timing.jsonl", "samples/0000.md",
+        "evals/0000.parquet", "evals/reference.parquet", "evals/reward_0000.parquet",
+    }  # fmt: skip
+    assert {p.name for p in (place / "files").iterdir() if p.is_dir()} == {"evals", "samples"}
+    logged = json.loads((place / "files" / "metrics.jsonl").read_text())
+    measures = json.loads((place / "files" / "evaluation.json").read_text())["measures"]
+    assert {k: v for k, v in logged.items() if k != "step"} == {k: m["value"] for k, m in measures.items()}
+
+
+BAD = {  # name -> (flags, what the one line says, whether it is said before anything is written)
+    "baseline alone": (["--baseline", "other"], "--baseline: found", "--gold-reward-model beside it", True),
+    "beta": (["--beta", "0"], "--beta: found 0.0, expected a number above 0", "", True),
+    "gold without head": (["--gold-reward-model", "base"], "found no weights for score.weight", "scalar head", False),
+    "gold of two labels": (["--gold-reward-model", "two_labels"], "several labels, expected one label", "", False),
+    "gold missing": (["--gold-reward-model", "nowhere"], "--gold-reward-model", "found no local folder", True),
+    "baseline missing": (
+        ["--gold-reward-model", "gold", "--baseline", "nowhere"], "--baseline", "found no local folder", True,
+    ),
+    "reward without head": (["--reward-model", "base"], "--reward-model", "found no weights for score.weight", True),
+    "reward of two labels": (["--reward-model", "two_labels"], "--reward-model", "several labels", True),
+    "reward of another tokenizer": (["--reward-model", "gold"], "--reward-model", "a tokenizer of 270 tokens", True),
+    "reference of another tokenizer": (["--ref-model", "gold_base"], "--ref-model", "a tokenizer of 270 tokens", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_one_clear_line(place, capsys, name):
+    flags, first, second, before = BAD[name]
+    named = [word if word.startswith("--") or word == "0" else str(place / word) for word in flags]
+    out = "bad_" + name.replace(" ", "_")
+    with pytest.raises(SystemExit) as stop:
+        measure(place, out, *named)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1 and first in errors[0] and second in errors[0], errors
+    assert before != (place / out).exists()
+
+
+def test_a_folder_in_use_is_refused_without_a_word_of_resuming(full, place, capsys):
+    before = (place / "full" / "evaluation.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        measure(place, "full")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "already holds files; expected a new or empty folder" in message
+    assert "resume" not in message and (place / "full" / "evaluation.json").read_bytes() == before
+
+
+def test_the_command_as_typed(place):
+    done = run([sys.executable, *words(place, "typed", "--beta", "-1")], check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if "--beta: found -1.0" in line]
+
+
+def test_two_processes_measure_what_one_does(full, place):
+    result, tables = full
+    launcher = Path(sys.executable).parent / "torchrun"
+    argv = words(place, "two", *everything(place))
+    run([str(launcher), "--nproc_per_node", "2", "--master_port", "29617", *argv], ACCELERATE_USE_CPU="true")
+    found = json.loads((place / "two" / "evaluation.json").read_text())["measures"]
+    for name, m in result["measures"].items():
+        assert found[name] == pytest.approx(m, abs=1e-4), name
+    samples = read_pairs(place / "two" / "evals" / "0000.parquet")
+    assert [r["sample"] for r in samples] == [r["sample"] for r in tables["0000"]]
+
+
+# ---- names ----
+def test_a_model_of_a_run_takes_the_settings_of_the_model_it_came_from(tmp_path):
+    (tmp_path / "final").mkdir()
+    args = evaluate.Args(model=str(tmp_path / "final"))
+    assert resolve_auto(args, evaluate.SETTINGS) == "other"
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"model": "somewhere/tiny"}}))
+    args = evaluate.Args(model=str(tmp_path / "final"))
+    assert resolve_auto(args, evaluate.SETTINGS) == "tiny" and (args.dataset, args.max_length) == ("pydoc", 256)
+    (tmp_path / "args.json").write_text("[]")  # some other program's
+    assert resolve_auto(evaluate.Args(model=str(tmp_path / "final")), evaluate.SETTINGS) == "other"
+
+
+def test_a_pad_token_more_is_the_same_tokenizer_and_anything_else_is_not(tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    make_model(tmp_path / "policy", vocab_size=310)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    args = evaluate.Args(model=str(tmp_path / "policy"), max_length=96)
+    for name, grow in (("reward", rewards.pad_for_readers), ("more", lambda _, t: t.add_tokens(["other"]))):
+        shutil.copytree(tmp_path / "policy", tmp_path / name)
+        changed = AutoTokenizer.from_pretrained(tmp_path / name)
+        grow(AutoConfig.from_pretrained(tmp_path / name), changed)
+        changed.save_pretrained(tmp_path / name)
+        assert len(changed) == len(tokenizer) + 1
+    rewards.check_same_tokenizer(args, tokenizer, str(tmp_path / "reward"), "--reward-model")
+    with pytest.raises(UserError, match="--reward-model .*more: found a tokenizer"):
+        rewards.check_same_tokenizer(args, tokenizer, str(tmp_path / "more"), "--reward-model")
+
+
+# ---- statistics ----
+def test_calibration_of_known_margins():
+    rng = np.random.default_rng(0)
+    size = rng.exponential(2.0, 40_000)
+    right = rng.random(len(size)) < 1 / (1 + np.exp(-size))
+    error, table = evals.calibration(np.where(right, size, -size))
+    assert error < 0.01 and len(table) == 10 and sum(n for *_, n in table) == len(size)
+    assert all(abs(confidence - accuracy) < 0.04 for confidence, accuracy, _ in table)
+    assert evals.calibration(np.where(right, size, -size) * 3)[0] > 0.05  # overconfident
+    error, table = evals.calibration(np.full(50, -12.0))  # always wrong and sure of it
+    assert error == pytest.approx(1, abs=1e-4) and [(a, n) for _, a, n in table] == [(0.0, 50)]
+    assert evals.calibration(np.zeros(7)) == (0.0, [(0.5, 0.5, 7)])  # ties: no claim, no error
+    logit = lambda p: np.log(p / (1 - p))  # noqa: E731
+    margins = logit(0.72) * np.array([1, 1, 1, -1]), logit(0.93) * np.array([1, -1])
+    error, table = evals.calibration(np.concatenate(margins))
+    assert table == [(pytest.approx(0.72), 0.75, 4), (pytest.approx(0.93), 0.5, 2)]
+    assert error == pytest.approx((0.03 * 4 + 0.43 * 2) / 6)
+
+
+def test_the_range_of_a_calibrated_reward_holds_95_of_100_calibrated_rewards():
+    rng = np.random.default_rng(1)
+    size = rng.exponential(1.5, 150)
+    low, high = evals.calibrated_range(size, draws=1000)
+    drawn = [
+        evals.calibration(np.where(rng.random(len(size)) < 1 / (1 + np.exp(-size)), size, -size))[0] for _ in range(400)
+    ]
+    assert 0 < low < high and 0.91 < np.mean([low <= d <= high for d in drawn]) < 0.99
+    assert evals.calibration(-size)[0] > high
+
+
+def test_bootstrap_intervals_have_the_width_of_the_standard_error():
+    rng = np.random.default_rng(2)
+    values = rng.normal(3.0, 2.0, 400)
+    low, high = evals.bootstrap_interval(values)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.04)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
+    assert evals.bootstrap_interval(values) == (low, high)
+    narrow = evals.bootstrap_interval(values, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+    assert evals.bootstrap_interval(np.full(9, 0.5)) == (0.5, 0.5)
+    covered = []
+    for _ in range(150):
+        sample = rng.normal(0.0, 1.0, 60)
+        low, high = evals.bootstrap_interval(sample, draws=400)
+        covered.append(low <= 0 <= high)
+    assert 0.88 < np.mean(covered) <= 1
+
+
+def test_ties_are_half_a_win():
+    assert evals.wins(np.array([1.0, 2.0, 2.0, -1.0]), np.array([0.0, 2.0, 3.0, -1.0])).tolist() == [1, 0.5, 0, 0.5]
+
+
+# ---- gold rewards ----
+def test_the_prompt_format_of_beaver():
+    tokenizer = make_tokenizer()
+    turns = ["hi {there}", "hello", "more"]
+    prompt = [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(turns)]
+    expected = "BEGINNING OF CONVERSATION: USER: hi {there} ASSISTANT:hello</s>USER: more ASSISTANT:"
+    assert rewards.render_gold("models/beaver-7b-v3.0-reward", tokenizer, prompt) == expected
+    assert rewards.render_gold("beaver-7b", tokenizer, "q") == "BEGINNING OF CONVERSATION: USER: q ASSISTANT:"
+    assert rewards.render_gold("models/other", tokenizer, "q") == "### Instruction: q\n\n### Response: "
+
+
+def test_a_long_prompt_loses_its_beginning_not_the_response(place):
+    args = evaluate.Args(gold_reward_model=str(place / "gold"))
+    config = models.load_config(str(place / "gold"))
+    rows = [{"prompt": "a long one " * 60}, {"prompt": "short"}]
+    (long, answer), (short, _) = rewards.gold_sequences(args, rows, ["yes", "no"], config)
+    whole, _ = rewards.gold_sequences(args, rows[:1], ["yes"], type(config)(max_position_embeddings=10_000))[0]
+    assert len(long) + len(answer) == config.max_position_embeddings < len(whole)
+    assert long == whole[-len(long) :] and len(short) < len(long)
+    tokenizer = make_tokenizer(270)
+    assert answer == [*tokenizer("yes")["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.fixture
+def selecting(place, tmp_path, monkeypatch):
+    """(a function that opens a run with --select-top-k, demonstrations), with a cache folder and a gold model to change."""
+    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(place / "gold", tmp_path / "gold")
+    demonstrations, _ = held_out_rows(place)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def open_run(name: str, k: int = 4):
+        args = RunArgs(
+            select_top_k=k, gold_reward_model=str(tmp_path / "gold"), per_device_eval_batch_size=5,
+            output_dir=str(tmp_path / name),
+        )  # fmt: skip
+        return Run(args, "test", {})
+
+    yield open_run, demonstrations
+    signal.signal(signal.SIGTERM, handler)
+
+
+def texts(demonstrations: list[dict]) -> list[str]:
+    return [d["response_text"] for d in demonstrations]
+
+
+def refuse(*_):
+    raise AssertionError("the gold model was loaded")
+
+
+def test_selection_keeps_the_highest_and_ties_go_to_the_earlier_row(selecting, monkeypatch):
+    open_run, demonstrations = selecting
+    scores = [1.0, 5.0, 2.0, 2.0, 7.0, 2.0, 0.0, 2.0, -1.0, 1.0, 2.0, 0.5]
+    monkeypatch.setattr(rewards, "cached_gold_scores", lambda *_: scores)
+    one = open_run("a")
+    kept = evals.select_demonstrations(one, demonstrations)
+    assert [demonstrations.index(d) for d in kept] == [1, 2, 3, 4]  # 5.0, 7.0 and the first two of five 2.0
+    stored = read_pairs(one.dir / "generations" / "selected.parquet")
+    assert [r["gold_score"] for r in stored] == [5.0, 2.0, 2.0, 7.0]
+    assert [r["row"] for r in stored] == [d["row"] for d in kept]
+    assert [r["completion"] for r in stored] == texts(kept)
+    monkeypatch.setattr(rewards, "cached_gold_scores", refuse)
+    assert evals.select_demonstrations(one, demonstrations) == kept  # a resumed run reads what it kept
+    assert evals.select_demonstrations(open_run("b", k=0), demonstrations) == demonstrations
+
+
+def test_scores_are_kept_for_other_runs_until_the_gold_model_changes(selecting, monkeypatch, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    open_run, demonstrations = selecting
+    first = open_run("a")
+    kept = evals.select_demonstrations(first, demonstrations)
+    plain = rewards.GoldReward(first).score(demonstrations, texts(demonstrations))
+    assert {d["row"] for d in kept} == {demonstrations[i]["row"] for i in np.argsort(plain)[-4:]}
+    with monkeypatch.context() as patched:
+        patched.setattr(rewards, "GoldReward", refuse)
+        assert evals.select_demonstrations(open_run("b"), demonstrations) == kept
+        with pytest.raises(AssertionError, match="was loaded"):  # a row that was never scored
+            rewards.cached_gold_scores(first, demonstrations[:1], ["something else"])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "gold")
+    with torch.no_grad():
+        model.score.weight.neg_()
+    model.save_pretrained(tmp_path / "gold")
+    changed = rewards.cached_gold_scores(open_run("c"), demonstrations, texts(demonstrations))
+    assert changed == pytest.approx([-s for s in plain], abs=1e-5)
+
+
+def test_an_interrupted_scoring_keeps_its_finished_blocks(selecting, monkeypatch):
+    open_run, demonstrations = selecting
+    one, original, scored = open_run("a"), rewards.GoldReward.score, []
+
+    def stops_in_the_third_block(self, rows, responses, advance):
+        if len(scored) == 10:
+            raise KeyboardInterrupt
+        scored.extend(r["row"] for r in rows)
+        return original(self, rows, responses, advance)
+
+    monkeypatch.setattr(rewards.GoldReward, "score", stops_in_the_third_block)
+    with pytest.raises(KeyboardInterrupt):
+        rewards.cached_gold_scores(one, demonstrations, texts(demonstrations), block=5)
+    monkeypatch.setattr(rewards.GoldReward, "score", original)
+    later = []
+    monkeypatch.setattr(
+        rewards.GoldReward, "score", lambda self, rows, *rest: later.extend(r["row"] for r in rows) or original(self, rows, *rest)
+    )  # fmt: skip
+    found = rewards.cached_gold_scores(one, demonstrations, texts(demonstrations), block=5)
+    assert len(scored) == 10 and sorted(scored + later) == sorted(d["row"] for d in demonstrations)
+    monkeypatch.setattr(rewards.GoldReward, "score", original)
+    direct = rewards.GoldReward(one).score(demonstrations, texts(demonstrations))
+    assert found == pytest.approx(direct, abs=1e-5)
