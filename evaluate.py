@@ -1,8 +1,9 @@
 """Evaluate: measure a policy, and a reward model beside it, on held-out rows.
 
-Measures: log-prob gap, NLL, ROUGE-L and lengths of the policy; accuracy and margin of its implicit reward beta log pi/pi_ref,
-and KL (with --ref-model); accuracy, margin and calibration of a learned reward (--reward-model); gold score and win rates
-(--gold-reward-model, --baseline). They are those the training scripts log, each with a 95% bootstrap interval over the rows.
+Measures (RFT paper, arXiv:2405.17888, Sec. 5, and more): log-prob gap, NLL, ROUGE-L and lengths of the policy; accuracy and
+margin of its implicit reward beta log pi/pi_ref, and KL (with --ref-model); accuracy, margin and calibration of a learned
+reward (--reward-model); gold score and win rates (--gold-reward-model, --baseline). They are those the training scripts log,
+each with a 95% bootstrap interval over the rows.
 
 Samples are drawn at temperature 1 from a random stream per row, the same for every policy, as in the training scripts.
 
@@ -77,10 +78,6 @@ def evaluate(args: Args) -> None:
         rewards.check_same_tokenizer(args, tokenizer, args.ref_model, "--ref-model")
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    if args.gold_reward_model:  # a name that does not exist is refused now, not after the sampling
-        models.load_config(args.gold_reward_model, args.trust_remote_code, rewards.FLAG)
-    if args.baseline:
-        models.load_tokenizer(args, args.baseline, "--baseline")
     rows = evals.load_held_out(args, tokenizer)
     if args.reward_model:
         scalar = rewards.load_scalar_model(args, args.reward_model, "--reward-model").eval()

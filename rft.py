@@ -34,8 +34,8 @@ from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, m
 
 SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
     "tiny": dict(
-        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=3e-5,
-        reward_model="", reward_learning_rate=1e-4, sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, total_episodes=2560,
+        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
+        reward_model="", reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, total_episodes=2560,
         rollout_batch_size=64, value_warmup_updates=5, eval_updates=20, per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
     ),
@@ -260,9 +260,7 @@ def sft_batch_loss(actor_critic, rows: list[dict], device) -> tuple[Tensor, dict
 
 def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
     """reward_loss of (demonstration, answer) pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
-    sequences = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs] + [
-        (p["prompt_ids"], p["rejected_ids"]) for p in pairs
-    ]
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
     chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
     losses = reward_loss(chosen, rejected, args.beta, args.reward_loss)
     with torch.no_grad():
@@ -437,13 +435,8 @@ class RFT:
 
     def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict]):
         args = run.args
-        self.run, self.args, self.tokenizer, self.demonstrations, self.held_rows = (
-            run,
-            args,
-            tokenizer,
-            demonstrations,
-            held_rows,
-        )
+        self.run, self.args, self.tokenizer = run, args, tokenizer
+        self.demonstrations, self.held_rows = demonstrations, held_rows
         self.steps = count_steps(len(demonstrations), args)
         source = args.reward_model or args.model
         policy = models.autocast_forward(run, models.prepare_policy(args))
@@ -457,9 +450,7 @@ class RFT:
         )  # fmt: skip
         self.bare, self.bare_reward = (run.accelerator.unwrap_model(m) for m in (self.actor_critic, self.reward_model))
         self.generator = Generator(self.bare.policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
-        self.sft_policy = (
-            str(run.dir / "sft") if args.sft_epochs else args.model
-        )  # pi_0: where the initial policy is kept
+        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
         self.position = {"outer_iteration": 0, "step": 0}
         self.held = None
 
@@ -617,23 +608,11 @@ class RFT:
         run = self.run
         reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
         row = evals.evaluate(
-            run,
-            self.bare.policy,
-            self.generator,
-            self.held,
-            self.tokenizer,
-            self.args.beta,
-            reference,
-            updates,
+            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
             self.bare_reward,
-        )
-        run.log(
-            row,
-            step=self.position["step"],
-            outer_iteration=t,
-            updates=updates,
-            episodes=updates * self.args.rollout_batch_size,
-        )
+        )  # fmt: skip
+        episodes = updates * self.args.rollout_batch_size
+        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
 
     def learn(self) -> None:
         """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""

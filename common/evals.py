@@ -83,7 +83,11 @@ def load_demonstrations(args, tokenizer) -> list[dict]:
 
 
 def load_held_out(args, tokenizer) -> list[dict]:
-    """--eval-samples held-out rows, encoded; the same ones for every seed."""
+    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that do not exist."""
+    if args.gold_reward_model:
+        models.load_config(args.gold_reward_model, args.trust_remote_code, rewards.FLAG)
+    if args.baseline:
+        models.load_tokenizer(args, args.baseline, "--baseline")
     if args.eval_dataset == "auto":
         rows = load_rows(args.dataset, "test")
     else:

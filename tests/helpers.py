@@ -51,6 +51,18 @@ def make_model(folder: Path, architecture: str = "gpt_neox", tokenizer=None, win
     return folder
 
 
+def make_classifier(folder: Path, source: Path, labels: int = 1, seed: int = 3) -> Path:
+    """A classifier on the backbone of a causal model, as a reward model somebody trained; its scores differ widely."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(seed)
+    classifier = AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels)
+    torch.nn.init.normal_(classifier.score.weight)
+    classifier.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
 def make_data(path: Path, n: int = 24, preference: bool = False) -> Path:
     """n prompt/completion (or prompt/chosen/rejected) rows of uneven length, as JSONL."""
     words = "return the number of items in list open file and read it".split()

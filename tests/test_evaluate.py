@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import make_data, make_model, make_tokenizer, run
+from helpers import make_classifier, make_data, make_model, make_tokenizer, run
 
 import evaluate
 from common import UserError, evals, models, rewards
@@ -19,19 +19,6 @@ from common.data import encode, load_rows, read_pairs
 from common.run import Run, RunArgs, main, parse_args, resolve_auto
 
 N = 12  # held-out rows of every run here
-
-
-def save_classifier(folder: Path, source: Path, labels: int = 1, seed: int = 0) -> Path:
-    """A classifier on the backbone of a causal model, its head wide enough that scores differ."""
-    from transformers import AutoTokenizer, GPTNeoXForSequenceClassification
-
-    torch.manual_seed(seed)
-    model = GPTNeoXForSequenceClassification.from_pretrained(source, num_labels=labels)
-    with torch.no_grad():
-        model.score.weight.normal_()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
 
 
 def moved(folder: Path, source: Path, seed: int) -> Path:
@@ -55,10 +42,10 @@ def place(tmp_path_factory):
     make_model(folder / "base")
     for seed, name in enumerate(("model", "ref", "other")):
         moved(folder / name, folder / "base", seed)
-    save_classifier(folder / "reward", folder / "ref")
+    make_classifier(folder / "reward", folder / "ref")
     make_model(folder / "gold_base", tokenizer=make_tokenizer(270))
-    save_classifier(folder / "gold", folder / "gold_base", seed=1)
-    save_classifier(folder / "two_labels", folder / "base", labels=2)
+    make_classifier(folder / "gold", folder / "gold_base", seed=1)
+    make_classifier(folder / "two_labels", folder / "base", labels=2)
     make_data(folder / "data.jsonl", N)
     make_data(folder / "preferences.jsonl", N, preference=True)
     return folder

@@ -453,11 +453,11 @@ def collect(run, n: int = 8, reward=None, reference=None, seed: int = 1, actor_c
     return actor_critic, rft.collect(run, actor_critic, reward, generator, lambda: here, rows, seed)
 
 
-def ppo_step(run, actor_critic, rollouts, micro: int = 1024):
+def ppo_step(run, actor_critic, rollouts, micro: int = 1024, **given):
     """(gradient, logged row) of ppo_update on a copy: plain descent at rate 1 moves the weights by minus the gradient."""
     model = copy.deepcopy(actor_critic)
     run.args.per_device_train_batch_size = micro
-    row = rft.ppo_update(run, model, torch.optim.SGD(model.parameters(), lr=0.0), rollouts, 1.0, 0)
+    row = rft.ppo_update(run, model, torch.optim.SGD(model.parameters(), lr=0.0), rollouts, 1.0, 0, **given)
     pairs = zip(actor_critic.parameters(), model.parameters(), strict=True)
     return torch.cat([(a - b).detach().flatten() for a, b in pairs]), row
 
@@ -513,8 +513,11 @@ def test_neither_micro_batches_nor_order_change_a_ppo_step(make_run, monkeypatch
         assert close(found, whole)
         assert other == pytest.approx(row, rel=1e-10, abs=1e-12)
     real = rft.ppo_batch_loss
-    mean = lambda m, rows, a, d, s: real(m, rows, a, d, len(rows) / sum(len(r["response_ids"]) for r in rows))  # noqa: E731
-    monkeypatch.setattr(rft, "ppo_batch_loss", mean)  # the token mean of each micro-batch, then averaged
+
+    def own_scale(model, rows, args, device, scale, weight):
+        return real(model, rows, args, device, len(rows) / sum(len(r["response_ids"]) for r in rows), weight)
+
+    monkeypatch.setattr(rft, "ppo_batch_loss", own_scale)  # the token mean of each micro-batch, then averaged
     assert not close(ppo_step(run, actor_critic, rollouts, 1)[0], whole, 1e-3)
 
 
@@ -536,6 +539,16 @@ def test_first_ppo_step_is_reinforce_with_a_baseline(make_run, cliprange):
         assert row[name] == pytest.approx(0, abs=1e-10)
     entropy = sum(sum(next_token_entropies(actor_critic.policy, r)) for r in rollouts)
     assert row["policy/entropy_avg"] == pytest.approx(entropy / sum(map(len, terms)), abs=1e-10)
+
+
+def test_value_warm_up_moves_the_value_alone_and_as_it_would_beside_the_policy(make_run):
+    run = make_run(**CLIPPED)
+    actor_critic, rollouts = collect(run)
+    rft.add_advantages(rollouts, run.args)
+    both, alone = ppo_step(run, actor_critic, rollouts)[0], ppo_step(run, actor_critic, rollouts, policy_weight=0.0)[0]
+    policy = sum(p.numel() for p in actor_critic.policy.parameters())
+    assert both[:policy].norm() > 1e-2 and not alone[:policy].any()
+    assert alone[policy:].norm() > 1e-2 and close(alone[policy:], both[policy:])
 
 
 def next_token_entropies(model, rollout) -> list[float]:
@@ -649,8 +662,11 @@ def test_count_steps():
 
 # ---- where it ends up ----
 def letter_rewards() -> torch.Tensor:
-    """(3, 121) a worth for each letter and EOS, other ones for each prompt, summed; scaled to [-1, 1]."""
-    worth = noise(3, 4, seed=1)
+    """(3, 121) a worth for each letter and EOS, other ones for each prompt, summed; scaled to [-1, 1].
+
+    The model can represent the optimum: fitted to it directly, it comes within 3e-4 (with seed=1 only within 9e-3).
+    """
+    worth = noise(3, 4, seed=5)
     table = torch.stack([torch.stack([row[y].sum() for y in exact.RESPONSES]) for row in worth])
     low, high = table.min(1, keepdim=True).values, table.max(1, keepdim=True).values
     return 2 * (table - low) / (high - low) - 1
@@ -663,7 +679,7 @@ def all_logprobs(model) -> torch.Tensor:
 
 
 def test_ppo_reaches_the_optimal_policy(make_run):
-    """With a fixed reward: KL(pi || pi_ref exp(r / beta) / Z), mean over prompts, from about 0.4 to below 0.01."""
+    """With a fixed reward: KL(pi || pi_ref exp(r / beta) / Z), mean over prompts, from about 0.45 to below 0.01."""
     updates, beta = 110, 0.5
     run, reward, reference = make_run(beta=beta, max_grad_norm=1.0), letter_rewards(), exact.make_model()
     actor_critic, ref = rft.ActorCritic(exact.make_model(), scalar_model()), all_logprobs(reference)
@@ -681,9 +697,6 @@ def test_ppo_reaches_the_optimal_policy(make_run):
         _, rollouts = collect(run, 192, Table(reward), reference, u, actor_critic)
         rft.add_advantages(rollouts, run.args)
         rft.ppo_update(run, actor_critic, optimizer, rollouts, learning_rate_at(u, updates, 0.01, 0.02), 0, 3, u)
-    print(
-        f"KL to the optimum: {start:.4f} -> {distance(beta):.4f}; to that of beta/2 {distance(beta / 2):.4f}, of 2 beta {distance(2 * beta):.4f}"
-    )
     assert start > 0.2
     assert distance(beta) < 0.01
     assert min(distance(beta / 2), distance(2 * beta)) > 0.05
@@ -726,10 +739,8 @@ def test_two_outer_iterations_raise_the_likelihood_of_the_demonstrations(make_ru
     monkeypatch.setattr(script, "policy_step", lambda t: (policy_step(t), path.append(likelihood())))
     script.learn()
     best = expert.gather(1, picked).mean().item()
-    print(f"E_D log pi: {path}; that of the expert {best}")
     assert len(path) == 3 and path[0] == pytest.approx(ref.gather(1, picked).mean().item(), abs=1e-5)
     assert path[1] > path[0] + 0.1 and path[2] > path[1] + 0.05
     assert path[2] - path[0] > 0.3 * (best - path[0])
     margins = [r["reward/margin"] for r in metrics(run.dir) if "reward/margin" in r]
     assert len(margins) == 24 and np.mean(margins[6:12]) > np.mean(margins[:6])
-    print(margins)

@@ -5,7 +5,18 @@ import sys
 
 import pytest
 import torch
-from helpers import command, drive, launcher, make_data, make_model, make_tokenizer, metrics, run, weights
+from helpers import (
+    command,
+    drive,
+    launcher,
+    make_classifier,
+    make_data,
+    make_model,
+    make_tokenizer,
+    metrics,
+    run,
+    weights,
+)
 
 import rft
 from common.data import read_pairs
@@ -14,18 +25,6 @@ SMALL = [
     "--sft-epochs", "1", "--num-train-epochs", "2", "--total-episodes", "8", "--rollout-batch-size", "4", "--eval-updates", "1",
     "--reward-learning-rate", "1e-3", "--num-ppo-epochs", "2",
 ]  # fmt: skip
-
-
-def make_classifier(folder, model, labels: int = 1):
-    """A classifier with a random head on the backbone of `model`, as a reward model somebody trained."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    torch.manual_seed(3)
-    classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels)
-    torch.nn.init.normal_(classifier.score.weight)
-    classifier.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +44,8 @@ def argv(place, out, *flags, model="model") -> list[str]:
 def finished(place):
     """One run with every measurement: gold reward of another tokenizer, selection, a baseline, two iterations."""
     out = place / "run"
-    flags = [
-        "--T",
-        "2",
-        "--gold-reward-model",
-        str(place / "gold"),
-        "--select-top-k",
-        "12",
-        "--baseline",
-        str(place / "other"),
-    ]
+    flags = ["--T", "2", "--gold-reward-model", str(place / "gold"), "--select-top-k", "12"]
+    flags += ["--baseline", str(place / "other")]
     run(["python", *argv(place, out, *flags, "--report-to", "tensorboard")], CLEANIRL_CACHE=str(place / "cache"))
     return out
 
@@ -265,18 +256,7 @@ def test_two_processes_give_the_weights_of_one(place):
     """Uneven shares of every batch; rollouts, rewards, whitening and updates are those of one process."""
     from safetensors.torch import load_file
 
-    flags = [
-        "--T",
-        "2",
-        "--batch-size",
-        "5",
-        "--rollout-batch-size",
-        "5",
-        "--total-episodes",
-        "10",
-        "--learning-rate",
-        "1e-4",
-    ]
+    flags = "--T 2 --batch-size 5 --rollout-batch-size 5 --total-episodes 10 --learning-rate 1e-4".split()
     flags += ["--reward-learning-rate", "1e-4", "--optimizer", "adamw"]
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv(place, one, *flags)}])[0] == [0]

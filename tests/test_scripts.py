@@ -13,6 +13,7 @@ from helpers import (
     command,
     drive,
     launcher,
+    make_classifier,
     make_data,
     make_model,
     make_tokenizer,
@@ -31,7 +32,13 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts")
     make_model(folder / "model")
     make_data(folder / "data.jsonl", 20)
+    make_classifier(folder / "gold", folder / "model")
     return folder
+
+
+def judged(place) -> list[str]:
+    """Flags with which a run makes every measurement there is."""
+    return ["--gold-reward-model", str(place / "gold"), "--baseline", str(place / "model")]
 
 
 @pytest.mark.parametrize("script", ["irft.py", "sft.py", "rft.py", "evaluate.py"])
@@ -155,7 +162,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(place):
 
 def test_a_run_leaves_what_it_promises(place):
     out = place / "run"
-    run(command("irft.py", place / "model", place / "data.jsonl", out, "--T", "2", "--report-to", "tensorboard"))
+    flags = [*judged(place), "--select-top-k", "12", "--T", "2", "--report-to", "tensorboard"]
+    run(command("irft.py", place / "model", place / "data.jsonl", out, *flags), CLEANIRL_CACHE=str(place / "cache"))
     rows = metrics(out)
     training = [r for r in rows if "loss" in r]
     measured = [r for r in rows if "eval/nll" in r]
@@ -254,7 +262,15 @@ def test_sft_lowers_the_loss_and_reductions_differ(place):
     scenarios = [
         {
             "argv": command(
-                "sft.py", place / "model", place / "data.jsonl", out, "--loss-reduction", r, "--num-train-epochs", "6"
+                "sft.py",
+                place / "model",
+                place / "data.jsonl",
+                out,
+                "--loss-reduction",
+                r,
+                "--num-train-epochs",
+                "6",
+                *judged(place),
             )[1:]
         }
         for r, out in outs.items()
