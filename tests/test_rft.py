@@ -168,6 +168,31 @@ def test_metrics_of_the_reward_step():
     assert row == {"accuracy": 2.5 / 4, "margin": 0.5, "demonstrations": 2.5, "answers": 2.0}
 
 
+@pytest.mark.parametrize("kind", ["logistic", "linear"])
+def test_neither_micro_batches_nor_order_change_a_reward_step(make_run, kind):
+    """The mean over pairs of different lengths, by hand; micro-batches of one would each have their own padding."""
+    run, scalar = make_run(beta=BETA, reward_loss=kind), scalar_model()
+    pairs = [
+        {"prompt_ids": x, "chosen_ids": y, "rejected_ids": z}
+        for (x, y), (_, z) in zip(SEQUENCES, SEQUENCES[1:] + SEQUENCES[:1], strict=True)
+    ]
+    d, a = (
+        torch.stack([head_outputs(scalar, p["prompt_ids"], p[k])[-1] for p in pairs])
+        for k in ("chosen_ids", "rejected_ids")
+    )
+    expected = flat_gradient(reward_loss(d, a, BETA, kind).mean(), scalar)
+    assert expected.norm() > 1e-2
+    for micro, rows in ((4, pairs), (1, pairs), (3, pairs[::-1])):
+        run.args.per_device_train_batch_size = micro
+        model = copy.deepcopy(scalar)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loss = lambda part, model=model: rft.reward_batch_loss(model, part, run.args, "cpu")  # noqa: E731
+        row = run.step(model, optimizer, rows, loss, rft.reward_pair_length, 1.0)
+        moved = [(p - q).detach().flatten() for p, q in zip(scalar.parameters(), model.parameters(), strict=True)]
+        assert close(torch.cat(moved), expected)
+        assert row["reward/margin"] == pytest.approx((d - a).mean().item(), abs=1e-12)
+
+
 def test_supervised_steps_train_the_policy_alone():
     assert check_nll(rft.nll_loss)
     actor_critic = rft.ActorCritic(exact.make_model(), scalar_model())
@@ -735,10 +760,18 @@ def test_two_outer_iterations_raise_the_likelihood_of_the_demonstrations(make_ru
     def likelihood() -> float:
         return all_logprobs(script.bare.policy).gather(1, picked).mean().item()
 
-    path, policy_step = [likelihood()], script.policy_step
+    path, policy_step, start_policy, starts = [likelihood()], script.policy_step, script.start_policy, []
+
+    def value_starts_as_the_reward(t):
+        source, value = start_policy(t), script.bare.value.state_dict()
+        starts.append(all(torch.equal(value[k], v) for k, v in script.bare_reward.state_dict().items()))
+        return source
+
+    monkeypatch.setattr(script, "start_policy", value_starts_as_the_reward)
     monkeypatch.setattr(script, "policy_step", lambda t: (policy_step(t), path.append(likelihood())))
     script.learn()
     best = expert.gather(1, picked).mean().item()
+    assert starts == [True, True] and script.bare.value.center != 0
     assert len(path) == 3 and path[0] == pytest.approx(ref.gather(1, picked).mean().item(), abs=1e-5)
     assert path[1] > path[0] + 0.1 and path[2] > path[1] + 0.05
     assert path[2] - path[0] > 0.3 * (best - path[0])
