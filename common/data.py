@@ -52,8 +52,7 @@ def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "
     """
     path = Path(name)
     if name == "pydoc" and not path.exists():
-        rows = pydoc_rows()
-        return [{"row": i, **row} for i, (test, row) in enumerate(rows) if split == "all" or test == (split == "test")]
+        return [r for test, r in pydoc_rows(kind) if split == "all" or test == (split == "test")]
     if path.is_dir():
         raw, own_split = read_folder(path, split, flag)
     elif path.is_file():
@@ -312,20 +311,31 @@ def pydoc_key() -> str:
     return hashlib.sha256(repr((sys.version, sys.prefix, code)).encode()).hexdigest()[:12]
 
 
-def pydoc_rows() -> list[tuple[bool, dict]]:
-    """harvest_pydoc, from the user's cache folder after the first time."""
+def pydoc_rows(kind: str) -> list[tuple[bool, dict]]:
+    """[(held out?, row)] of harvest_pydoc, from the user's cache folder after the first time.
+
+    kind preferences: the definition's own summary is chosen over that of the next documented one of the same module,
+    which is of the same author and subject; modules with one summary have no row.
+    """
     path = cache_folder() / f"pydoc-{pydoc_key()}.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_pairs(path, [{"test": test, **row} for test, row in harvest_pydoc()])
-    return [(r["test"], {"prompt": r["prompt"], "response": r["response"]}) for r in read_pairs(path)]
+    rows = list(enumerate(read_pairs(path)))
+    if kind == "preferences":
+        columns = {"prompt": "prompt", "chosen": "response", "rejected": "next_response"}
+        rows = [(i, r) for i, r in rows if r["next_response"]]
+    else:
+        columns = {"prompt": "prompt", "response": "response"}
+    return [(r["test"], {"row": i} | {name: r[column] for name, column in columns.items()}) for i, r in rows]
 
 
 def harvest_pydoc() -> list[tuple[bool, dict]]:
-    """[(held out?, {prompt, response})]: documented functions and classes of the interpreter's standard library.
+    """[(held out?, {prompt, response, next_response})]: documented functions and classes of the standard library.
 
     prompt: the definition and the docstring after its summary, or, where there is no more, the first lines of the code.
-    response: the summary line. Modules are held out as a whole. Files are parsed, never imported.
+    response: the summary line. next_response: the next other summary in the module, if there is one.
+    Modules are held out as a whole. Files are parsed, never imported.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     rows, seen_prompts, seen_responses = [], set(), {}
@@ -341,7 +351,7 @@ def harvest_pydoc() -> list[tuple[bool, dict]]:
         except (OSError, SyntaxError, ValueError):
             continue
         test = held_out("/".join(parts))
-        lines = source.splitlines()
+        lines, own = source.splitlines(), []
         for row in documented(tree, lines):
             prompt, response = row["prompt"], row["response"]
             count = seen_responses.get(response, 0)
@@ -349,7 +359,10 @@ def harvest_pydoc() -> list[tuple[bool, dict]]:
                 continue
             seen_prompts.add(prompt)
             seen_responses[response] = count + 1
-            rows.append((test, row))
+            own.append(row)
+        for i, row in enumerate(own):
+            others = (r["response"] for r in own[i + 1 :] + own[:i] if r["response"] != row["response"])
+            rows.append((test, {**row, "next_response": next(others, None)}))
     return rows
 
 

@@ -5,12 +5,13 @@ Every measure is kept per row (evals/<iteration>.parquet), so that intervals and
 
 import contextlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import models, rewards
+from common import UserError, models, rewards
 from common.data import encode, load_rows, read_pairs, render_prompt, tokenise_prompts, write_pairs
 from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
@@ -82,16 +83,56 @@ def load_demonstrations(args, tokenizer) -> list[dict]:
     return encoded
 
 
-def load_held_out(args, tokenizer) -> list[dict]:
-    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that do not exist."""
+def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
+    """--max-preferences training rows of --preference-dataset, encoded: prompt_ids, chosen_ids, rejected_ids.
+
+    Where it is --dataset itself, no row serves as demonstration and as preference. Pairs whose responses have the same
+    tokens are dropped and counted; prompts shared with the demonstrations are counted.
+    """
+    flag, name = "--preference-dataset", args.preference_dataset
+    rows = load_rows(name, "train", "preferences", flag)
+    if name == args.dataset:
+        taken = {d["row"] for d in demonstrations}
+        rows = [r for r in rows if r["row"] not in taken]
+        expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"
+        require(bool(rows), "preference_dataset", f"none of {name}", expected)
+    order = data_order(len(rows), args.seed, 1)
+    rows = [rows[i] for i in sorted(order[: args.max_preferences or len(rows)])]
+    pairs = [
+        {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
+        for r in encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag=flag)
+    ]
+    kept = [p for p in pairs if p["chosen_ids"] != p["rejected_ids"]]
+    if len(kept) < len(pairs):
+        same = next(p["row"] for p in pairs if p["chosen_ids"] == p["rejected_ids"])
+        found = (
+            f"{flag}: found {len(pairs) - len(kept)} of {len(pairs)} pairs with chosen equal to rejected (row {same})"
+        )
+        if not kept:
+            raise UserError(f"{found}, expected responses that differ")
+        warnings.warn(f"{found}: left out", stacklevel=2)
+    prompts = {d["prompt_text"] for d in demonstrations}
+    if shared := sum(p["prompt_text"] in prompts for p in kept):
+        warnings.warn(f"{flag}: found {shared} of {len(kept)} prompts among the demonstrations' too", stacklevel=2)
+    return kept
+
+
+def load_held_out(args, tokenizer, preferences: str = "") -> list[dict]:
+    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that do not exist.
+
+    preferences: the source to take held-out preferences from where --eval-dataset is auto; their chosen responses stand
+    as demonstrations beside their rejected ones.
+    """
     if args.gold_reward_model:
         models.load_config(args.gold_reward_model, args.trust_remote_code, rewards.FLAG)
     if args.baseline:
         models.load_tokenizer(args, args.baseline, "--baseline")
-    if args.eval_dataset == "auto":
-        rows = load_rows(args.dataset, "test")
-    else:
+    if args.eval_dataset != "auto":
         rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset")
+    elif preferences:
+        rows = load_rows(preferences, "test", "preferences", "--preference-dataset")
+    else:
+        rows = load_rows(args.dataset, "test")
     picked = sorted(data_order(len(rows), EVAL_SEED)[: args.eval_samples])
     return encode([rows[i] for i in picked], tokenizer, args.max_length, args.max_prompt_length, flag="--eval-dataset")
 

@@ -250,12 +250,16 @@ def progress(phase: str, total: int, show: bool = True) -> Iterator[Callable[[in
     yield advance
 
 
-def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """Linear warm-up to `peak` over the first warmup_ratio of `total` updates, then linear to 0. `step` counts from 0."""
+def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float, kind: str = "linear") -> float:
+    """Linear warm-up to `peak` over the first warmup_ratio of `total` updates, then to 0, linearly or as a cosine.
+
+    `step` counts from 0.
+    """
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    return peak * (total - step) / max(total - warmup, 1)
+    left = (total - step) / max(total - warmup, 1)
+    return peak * (left if kind == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
@@ -466,7 +470,7 @@ class Run:
             names = list(stats)
             totals = totals + share * torch.stack([torch.stack([s.double(), c.double()]) for s, c in stats.values()])
         totals = self.accelerator.reduce(totals, reduction="sum")
-        row = {name: (s / c).item() for name, (s, c) in zip(names, totals, strict=True)}
+        row = {name: (s / c).item() for name, (s, c) in zip(names, totals, strict=True) if c > 0}
         row["grad_norm"] = float(self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm))
         row["learning_rate"] = lr
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
