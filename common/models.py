@@ -266,10 +266,11 @@ def train_tiny(path: Path) -> None:
 
 
 # ---- what it costs ----
-def memory_plan(config, args, sequences_per_row: int, scalar_config=None) -> dict[str, dict[str, float]]:
+def memory_plan(config, args, sequences_per_row: int, scalar_config=None, value=True) -> dict:
     """Estimated GiB per device: {phase: {part: GiB}} for training, generation and scoring with data parallelism.
 
-    With scalar_config, that of a reward model: the reward step and PPO, where policy, value, reward and reference are in memory.
+    With scalar_config, that of a reward model: the reward step and the policy step, where policy, reward and reference are in
+    memory, and with `value` a model of PPO's values too.
     Counted exactly: weights, gradients, optimizer state, logits, KV cache. Activations: about 34 hidden-sized values per
     token and layer (2 with gradient checkpointing), an estimate.
     """
@@ -305,19 +306,20 @@ def memory_plan(config, args, sequences_per_row: int, scalar_config=None) -> dic
         }
     else:
         scalar, scalar_trained = (n * width for n in parameter_counts(scalar_config, args))
-        shared = {"policy": weights, "value": scalar, "reward": scalar}
+        values = int(value)
+        shared = {"policy": weights, "value": values * scalar, "reward": scalar}
         reference = {"reference": 0 if args.lora_r else weights}
-        optimizer = {"optimizer": (trained + 2 * scalar_trained) * states}
+        optimizer = {"optimizer": (trained + (1 + values) * scalar_trained) * states}
         plan = {
             "reward step": shared
             | {"gradients": scalar_trained, "optimizer": scalar_trained * states}
             | {"activations": activations(scalar_config, 2 * args.per_device_train_batch_size)},
-            "PPO answers": shared | reference | optimizer | {"kv_cache": cache, "logits": logits["score"]},
-            "PPO update": shared
+            "answers": shared | reference | optimizer | {"kv_cache": cache, "logits": logits["score"]},
+            "policy update": shared
             | reference
             | optimizer
-            | {"gradients": trained + scalar_trained, "logits": logits["train"]}
-            | {"activations": activations(config, sequences) + activations(scalar_config, sequences)},
+            | {"gradients": trained + values * scalar_trained, "logits": logits["train"]}
+            | {"activations": activations(config, sequences) + values * activations(scalar_config, sequences)},
         }
     return {phase: {part: value / gib for part, value in parts.items()} for phase, parts in plan.items()}
 
@@ -337,10 +339,10 @@ def parameter_counts(config, args) -> tuple[int, int]:
     return count, sum(args.lora_r * (m.in_features + m.out_features) for m in layers) if args.lora_r else count
 
 
-def print_memory_plan(args, sequences_per_row: int, scalar: str = "") -> None:
-    """The memory plan of --model, and of the scalar models made from `scalar` beside it, on the console."""
+def print_memory_plan(args, sequences_per_row: int, scalar: str = "", value: bool = True) -> None:
+    """The memory plan of --model, and of the scalar models (reward, and value) made from `scalar` beside it, on the console."""
     config = load_config(args.model, args.trust_remote_code)
     scalar_config = load_config(scalar, args.trust_remote_code, "--reward-model") if scalar else None
-    for phase, parts in memory_plan(config, args, sequences_per_row, scalar_config).items():
+    for phase, parts in memory_plan(config, args, sequences_per_row, scalar_config, value).items():
         detail = ", ".join(f"{part} {gib:.3f}" for part, gib in parts.items() if gib)
         print(f"  memory per device, {phase}: about {sum(parts.values()):.2f} GiB ({detail})")

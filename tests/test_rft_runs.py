@@ -249,7 +249,7 @@ def test_dry_run_counts_what_a_run_would_do(place):
     assert (
         "2 PPO updates of 2 optimizer steps on 4 answers" in done.stdout and "in all 33 optimizer steps" in done.stdout
     )
-    assert "memory per device, PPO update" in done.stdout
+    assert "memory per device, policy update" in done.stdout
 
 
 def test_two_processes_give_the_weights_of_one(place):

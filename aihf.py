@@ -1,0 +1,673 @@
+"""AIHF: one reward from demonstrations and preferences, then online DPO against it. --demo-weight 0 is RLHF.
+
+Paper: Learning Reward and Policy Jointly from Demonstration and Preference Improves Alignment, arXiv:2406.06874, Algorithm 1,
+with the policy step of App. A.1.4.
+
+One scalar reward explains both sources of feedback (Eq. 5 to 8): the demonstrations as answers of its KL-regularised optimum,
+the preferences as Bradley-Terry choices. In each of T outer iterations the policy answers the prompts of the
+demonstrations, the reward is trained to score demonstrations above these answers (weight w1) and chosen above rejected
+responses, and online DPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 42): of N answers to a prompt, the one
+the reward scores highest is preferred to the one it scores lowest.
+
+Not the paper: D1 DPO takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size; the
+paper answers all prompts first). D2 rewards are centred so that held-out chosen responses average 0. D3 schedules and the policy
+optimizer's state start anew in every outer iteration. D4 --sft-epochs first fine-tunes the model on the demonstrations.
+
+Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number of outer iterations), N answers to a prompt.
+
+Laptop CPU, minutes:   python aihf.py
+
+The paper's run:       accelerate launch aihf.py --model mistral-7b-sft-beta
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import UserError, evals, models, rewards
+from common.data import collate, read_pairs, write_pairs
+from common.generation import Generator
+from common.logprobs import masked_sum, response_logprobs
+from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
+
+SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
+        max_new_tokens=48, learning_rate=1e-4, lr_scheduler_type="linear", reward_model="", reward_learning_rate=5e-4,
+        sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, num_generations=4, total_prompts=640, rollout_batch_size=64,
+        eval_updates=5, per_device_train_batch_size=32, per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # AIHF paper, Sec. 5; what the paper does not give is as below
+        dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
+        max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="pythia-1.4b",
+        reward_learning_rate=5e-6, sft_epochs=1, sft_learning_rate=2e-5, batch_size=64, num_generations=4,
+        total_prompts=0, rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=4, per_device_eval_batch_size=32,
+    ),
+    "other": dict(  # AIHF paper, App. A.1.4: data, rate, schedule, length; N, batch and the reward's rate are ours
+        dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
+        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="",
+        reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64, num_generations=4, total_prompts=0,
+        rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=2, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args(RunArgs):
+    T: int = 2
+    """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""
+    num_train_epochs: int = 1
+    """passes of the reward model over demonstrations and preferences in one outer iteration, >= 1; K follows from it."""
+    preference_dataset: str = "auto"
+    """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations."""
+    max_preferences: int | Auto = "auto"
+    """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH."""
+    demo_weight: float = 1.0
+    """w1 of Eq. 5, >= 0: weight of the demonstrations beside the preferences' 1. 0 is RLHF: no demonstration is trained on."""
+    prompts: Literal["preferences", "demonstrations"] = "preferences"
+    """whose prompts the policy step answers. Paper, Sec. 5: those of the preferences."""
+    beta: float = 0.1
+    """weight of KL(pi || pi_ref), reward units per nat, > 0: in the policy step, and in a linear reward step."""
+    reward_loss: Literal["logistic", "linear"] = "logistic"
+    """logistic: -log sigmoid of both differences, bounded; linear: the likelihoods' own gradients (Eq. 17 to 19), unbounded."""
+    reward_model: str = "auto"
+    """what the reward is made from: a causal model or a classifier with one label; empty: the policy's own model."""
+    reward_init: Literal["previous", "sft", "base"] = "previous"
+    """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
+    sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
+    reward_learning_rate: float | Auto = "auto"
+    """peak learning rate of the reward model, > 0. Paper: 5e-7."""
+    init: Literal["previous", "initial"] = "previous"
+    """where the policy step starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
+    ref: Literal["initial", "previous"] = "initial"
+    """reference policy of DPO: the initial (SFT) policy (the equations), or that of the last iteration."""
+    sft_epochs: int | Auto = "auto"
+    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
+    sft_learning_rate: float | Auto = "auto"
+    """peak learning rate of --sft-epochs, > 0."""
+    temperature: float = 1.0
+    """of sampled answers, > 0; it divides the logits of every log-prob the policy step uses."""
+    lr_scheduler_type: Literal["linear", "cosine"] | Auto = "auto"
+    """how a learning rate falls to 0 after its warm-up. Paper: cosine (App. A.1.4)."""
+    num_generations: int | Auto = "auto"
+    """N, answers to a prompt of which the best and the worst make a pair, >= 2."""
+    total_prompts: int | Auto = "auto"
+    """prompts the policy step answers in one outer iteration; 0 means all there are."""
+    rollout_batch_size: int | Auto = "auto"
+    """prompts answered at a time, over all devices, before DPO takes its steps on them, > 0. Paper: all prompts at once."""
+    num_policy_epochs: int = 1
+    """passes of DPO over each batch of pairs, >= 1."""
+    missing_eos_penalty: float = 1.0
+    """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
+    eval_updates: int | Auto = "auto"
+    """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("T", "num_train_epochs", "num_policy_epochs"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more, to choose a pair from")
+        positive = (
+            "beta",
+            "temperature",
+            "reward_learning_rate",
+            "sft_learning_rate",
+            "rollout_batch_size",
+            "eval_updates",
+        )
+        for name in positive:
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        for name in ("demo_weight", "max_preferences", "total_prompts", "missing_eos_penalty", "sft_epochs"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(
+            not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
+            f"no --reward-model beside it ({self.reward_model}): the reward starts from the SFT policy",
+        )  # fmt: skip
+
+
+METRICS = {  # name -> meaning, unit, range
+    "sft/loss": "NLL, nats per response token, of --sft-epochs",
+    "reward/loss": "w1 demonstrations/loss + preferences/loss, over an epoch; falls",
+    "demonstrations/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
+    "demonstrations/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
+    "demonstrations/margin": "mean of r(demonstration) - r(answer), reward units; rises",
+    "preferences/loss": "preference_loss, mean over pairs; near log 2 = 0.693 at the start, falls",
+    "preferences/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; near 0.5 at the start, rises",
+    "preferences/margin": "mean of r(chosen) - r(rejected), reward units; rises",
+    "reward/demonstrations": "mean reward of the demonstrations in the batch",
+    "reward/answers": "mean reward of the policy's answers in the batch",
+    "eval/reward/center": "what was subtracted so that held-out chosen responses average 0",
+    "objective/scores": "mean score of all answers, missing-EOS penalty taken off; rises",
+    "objective/scores_best": "mean score of the preferred answers",
+    "objective/scores_margin": "mean difference of best and worst score of a prompt",
+    "objective/pairs": "share of prompts whose answers do not all have one score; the others make no pair",
+    "policy/loss": "dpo_loss, mean over the pairs of a step, then over the steps of an update",
+    "rewards/chosen": "beta (log pi - log pi_ref) of the preferred answers; 0 at the start",
+    "rewards/rejected": "the same of the other ones; 0 at the start, falls",
+    "rewards/margins": "rewards/chosen - rewards/rejected; 0 at the start, rises",
+    "rewards/accuracies": "share of pairs with a margin above 0, ties half; 0.5 at the start",
+    "logps/chosen": "log pi of the preferred answers, nats per response",
+    "logps/rejected": "log pi of the other ones, nats per response",
+    "entropy": "of the next-token distribution, exact, nats per response token",
+    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
+    "completions/mean_length": "tokens of the answers, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    **evals.EVAL_METRICS,
+    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+}
+
+
+# ---- the maths: reward ----
+def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
+    """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
+
+    linear:   -(r(x, y) - r(x, y~)) / beta, whose gradient is -g_{t,k} (RFT paper, Alg. 1 and Eq. 13).
+    logistic: -log sigmoid(r(x, y) - r(x, y~)) (IRL paper, Eq. 11): the same direction, bounded.
+    ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = demonstration_scores - answer_scores
+    return -F.logsigmoid(d) if kind == "logistic" else -d / beta
+
+
+def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
+    """Per-pair Bradley-Terry loss. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
+
+    linear:   -log sigmoid((r(x, y_w) - r(x, y_l)) / beta) (AIHF paper, Eq. 8): the likelihood in the units of reward_loss.
+    logistic: -log sigmoid(r(x, y_w) - r(x, y_l)), the usual reward model.
+    ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = chosen_scores - rejected_scores
+    return -F.logsigmoid(d if kind == "logistic" else d / beta)
+
+
+# ---- the maths: online DPO ----
+def max_min(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(best, worst): index of the highest and of the lowest of N scores, the first of equal ones. (B, N) -> (B,), (B,).
+
+    AIHF paper, App. A.1.4. They are the same where all N scores are equal, and nowhere else.
+    """
+    n = scores.shape[-1]
+    index = torch.arange(n, device=scores.device).expand_as(scores)
+    best = torch.where(scores == scores.amax(-1, keepdim=True), index, n).amin(-1)
+    worst = torch.where(scores == scores.amin(-1, keepdim=True), index, n).amin(-1)
+    return best, worst
+
+
+def dpo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> Tensor:
+    """-log sigmoid(beta d), d = (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l). DPO, arXiv:2305.18290, Eq. 7.
+
+    All (B,), summed over response tokens, nats; gradient through the policy's. Returns (B,). ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,)
+    return -F.logsigmoid(beta * d)
+
+
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
+
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
+
+
+# ---- what is scored, by which model ----
+def sft_batch_loss(policy, rows: list[dict], device) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations -> ((B,), {})."""
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    return nll_loss(response_logprobs(policy, batch).logprobs, batch.response_mask), {}
+
+
+def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """Weighted losses of pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences.
+
+    A pair has chosen_ids, rejected_ids, weight, and is a demonstration with the policy's answer, or a preference.
+    """
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
+    demonstrated = torch.tensor([p["demonstrated"] for p in pairs], device=chosen.device)
+    losses = torch.where(
+        demonstrated,
+        reward_loss(chosen, rejected, args.beta, args.reward_loss),
+        preference_loss(chosen, rejected, args.beta, args.reward_loss),
+    )
+    with torch.no_grad():
+        won = (chosen > rejected) + 0.5 * (chosen == rejected)
+        stats = {}
+        for name, mask in (("demonstrations", demonstrated), ("preferences", ~demonstrated)):
+            stats |= {
+                f"{name}/loss": (losses[mask].sum(), mask.sum()),
+                f"{name}/accuracy": (won[mask].sum(), mask.sum()),
+                f"{name}/margin": ((chosen - rejected)[mask].sum(), mask.sum()),
+            }
+        stats["reward/demonstrations"] = (chosen[demonstrated].sum(), demonstrated.sum())
+        stats["reward/answers"] = (rejected[demonstrated].sum(), demonstrated.sum())
+    return losses * losses.new_tensor([p["weight"] for p in pairs]), stats
+
+
+def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """dpo_loss of scored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    batch = collate(sequences, pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch, args.temperature)
+    logps = masked_sum(scores.logprobs, batch.response_mask)
+    chosen, rejected = logps.chunk(2)
+    ref_chosen, ref_rejected = (chosen.new_tensor([p[f"ref_{kind}"] for p in pairs]) for kind in ("chosen", "rejected"))
+    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
+    with torch.no_grad():
+        sampled = logps.new_tensor([p[f"sampled_{kind}"] for kind in ("chosen", "rejected") for p in pairs])
+        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
+        count, tokens = chosen.new_tensor(len(pairs)), batch.response_mask.sum()
+        stats = {
+            "rewards/chosen": (r_chosen.sum(), count),
+            "rewards/rejected": (r_rejected.sum(), count),
+            "rewards/margins": ((r_chosen - r_rejected).sum(), count),
+            "rewards/accuracies": (((r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)).sum(), count),
+            "logps/chosen": (chosen.sum(), count),
+            "logps/rejected": (rejected.sum(), count),
+            "entropy": (scores.entropy.sum(), tokens),
+            "sampling/logp_difference": ((logps - sampled).abs().sum(), tokens),
+        }
+    return losses, stats
+
+
+# ---- the plan: numbers of optimizer steps, known before anything runs ----
+@dataclass
+class Steps:
+    demonstrations: int
+    sft: int
+    K: int  # reward steps in one outer iteration
+    updates: int  # policy updates in one outer iteration
+    per_update: int  # optimizer steps of one policy update, at most
+
+    def first(self, t: int) -> int:
+        """Optimizer steps before outer iteration t."""
+        return self.sft + t * (self.K + self.updates * self.per_update)
+
+
+def count_steps(n: int, m: int, args: Args) -> Steps:
+    """Steps for n demonstrations and m preferences. An epoch of the reward passes once over both (mixed_batches)."""
+    batches = math.ceil(n / args.batch_size)
+    mixed = math.ceil(max(n if args.demo_weight else 0, m) / args.batch_size)
+    prompts = args.total_prompts or (m if args.prompts == "preferences" else n)
+    updates = math.ceil(prompts / args.rollout_batch_size)
+    per_update = args.num_policy_epochs * math.ceil(min(args.rollout_batch_size, prompts) / args.batch_size)
+    return Steps(n, args.sft_epochs * batches, args.num_train_epochs * mixed, updates, per_update)
+
+
+def mixed_batches(n: int, m: int, args, *key: int) -> list[tuple[list[int], list[int]]]:
+    """(demonstrations, preferences) of each step of one epoch over n and m of them: one pass over both, in equal parts."""
+    steps = math.ceil(max(n, m) / args.batch_size)
+    first, second = data_order(n, args.seed, *key), data_order(m, args.seed, *key, 1)
+    return [
+        (first[k * n // steps : (k + 1) * n // steps], second[k * m // steps : (k + 1) * m // steps])
+        for k in range(steps)
+    ]
+
+
+def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: int, args: Args) -> list[dict]:
+    """Rows of step k of an epoch. Weights are such that the losses of the epoch's steps average to w1 mean_D + mean_P."""
+    first, second = batches[k]
+    size = len(first) + len(second)  # a step's objective is the mean over its rows
+    weights = [
+        weight * len(batches) * size / max(n, 1)
+        for weight, n in ((args.demo_weight, len(pairs)), (1.0, len(preferences)))
+    ]
+    rows = [{**pairs[i], "weight": weights[0], "demonstrated": True} for i in first]
+    return rows + [{**preferences[i], "weight": weights[1], "demonstrated": False} for i in second]
+
+
+# ---- rollouts of online DPO ----
+def collect(run, policy, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
+    """For every prompt the best and the worst of its N answers, with the log-probs of policy and reference.
+
+    The policy's log-probs are those they were sampled with; the reference sees the two that are kept, all else nothing twice.
+    reference() is a context that yields the reference policy.
+    """
+    args = run.args
+
+    def work(indices: list[int]) -> list[dict]:
+        n = args.num_generations
+        with run.timed("sample"):
+            asked = [(rows[i]["prompt_ids"], i * n + j) for i in indices for j in range(n)]
+            rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
+        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
+        with run.timed("score"):
+            scores = torch.tensor(run.score_batches(sequences, lambda batch: reward_model(batch).tolist()))
+            scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool)
+            scores = scores.view(-1, n)
+        best, worst = (index + torch.arange(len(scores)) * n for index in max_min(scores))
+        kept = [*best.tolist(), *worst.tolist()]
+        with run.timed("reference"), reference() as ref_policy:
+            ref = run.score_batches(
+                [sequences[k] for k in kept], lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature)
+            )
+        pairs = []
+        for i, (b, w) in enumerate(zip(best.tolist(), worst.tolist(), strict=True)):
+            own = range(i * n, (i + 1) * n)
+            pairs.append({
+                "prompt_ids": sequences[b][0], "chosen_ids": sequences[b][1], "rejected_ids": sequences[w][1],
+                "sampled_chosen": sum(rollout.logprobs[b]), "sampled_rejected": sum(rollout.logprobs[w]),
+                "ref_chosen": ref[i][0], "ref_rejected": ref[len(best) + i][0], "scores": scores[i].tolist(),
+                "lengths": [len(rollout.response_ids[k]) for k in own], "finished": [rollout.finished[k] for k in own],
+            })  # fmt: skip
+        return pairs
+
+    with evals.evaluating(policy), evals.evaluating(reward_model):
+        return run.map_rows(len(rows), work)
+
+
+def measure_answers(pairs: list[dict]) -> dict[str, float]:
+    """Metrics of all N answers to the prompts of a batch."""
+    scores = torch.tensor([p["scores"] for p in pairs], dtype=torch.float64)
+    best, worst = scores.amax(-1), scores.amin(-1)
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/scores_best": best.mean().item(),
+        "objective/scores_margin": (best - worst).mean().item(),
+        "objective/pairs": (best > worst).double().mean().item(),
+        "completions/mean_length": torch.tensor([p["lengths"] for p in pairs], dtype=torch.float64).mean().item(),
+        "completions/clipped_ratio": 1
+        - torch.tensor([p["finished"] for p in pairs], dtype=torch.float64).mean().item(),
+    }
+
+
+def dpo_update(run, policy, optimizer, pairs: list[dict], lr: float, *key: int) -> dict[str, float]:
+    """--num-policy-epochs passes of DPO over the pairs that differ in score -> metrics, means over the steps."""
+    args, steps = run.args, []
+    pairs = [p for p in pairs if max(p["scores"]) > min(p["scores"])]
+    for epoch in range(args.num_policy_epochs):
+        order = data_order(len(pairs), args.seed, *key, epoch)
+        for begin in range(0, len(order), args.batch_size):
+            rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
+            loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
+            steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, lr))
+    if not steps:
+        return {}
+    first = steps[0]["sampling/logp_difference"]
+    if not first < 0.05:
+        raise UserError(
+            f"first DPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling, expected"
+            " rounding: the policy that is trained is not the one that answered"
+        )
+    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": first}
+
+
+def row_length(row: dict) -> int:
+    return len(row["prompt_ids"]) + len(row["response_ids"])
+
+
+def pair_length(pair: dict) -> int:
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+
+# ---- the algorithm ----
+class AIHF:
+    """The parts of a run and Alg. 1's steps over them. Every step skips what a resumed run has done already."""
+
+    def __init__(self, run: Run, tokenizer, demonstrations: list[dict], preferences: list[dict], held_rows: list[dict]):
+        args = run.args
+        self.run, self.args, self.tokenizer = run, args, tokenizer
+        self.demonstrations, self.preferences, self.held_rows = demonstrations, preferences, held_rows
+        self.prompts = preferences if args.prompts == "preferences" else demonstrations
+        self.steps = count_steps(len(demonstrations), len(preferences), args)
+        source = args.reward_model or args.model
+        policy = models.autocast_forward(run, models.prepare_policy(args))
+        reward_model = models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model"))
+        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.accelerator.prepare(
+            policy, make_optimizer(args.optimizer, policy.parameters()),
+            reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
+        )  # fmt: skip
+        self.bare, self.bare_reward = (run.accelerator.unwrap_model(m) for m in (self.policy, self.reward_model))
+        self.generator = Generator(self.bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
+        self.position = {"outer_iteration": 0, "step": 0}
+        self.held = None
+
+    def done(self, t: int, k: int, save: bool) -> None:
+        """One more optimizer step, or policy update, is done: move the position, save where due, stop where asked."""
+        self.position.update(outer_iteration=t, step=k)
+        if save:
+            self.run.save_checkpoint(self.position)
+        self.run.stop_if_asked(self.position)
+
+    def warm_start(self) -> None:
+        """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
+        run, args, total = self.run, self.args, self.steps.sft
+        self.policy.train()
+        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, e)]
+        with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
+            for step, batch in enumerate(batches):
+                if step >= self.position["step"]:
+                    rows = [self.demonstrations[i] for i in batch]
+                    scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+
+                    def loss_fn(part, scale=scale):
+                        losses, stats = sft_batch_loss(self.policy, part, run.accelerator.device)
+                        return losses * scale, stats
+
+                    lr = learning_rate_at(
+                        step, total, args.sft_learning_rate, args.warmup_ratio, args.lr_scheduler_type
+                    )
+                    row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr)
+                    if (step + 1) % args.logging_steps == 0:
+                        run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
+                    self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
+                advance(1)
+        if total and self.position["step"] == total:
+            card = run.model_card("SFT", "arXiv:2406.06874, Sec. 5")
+            run.save_final(self.policy, self.tokenizer, card, name="sft")
+
+    def sample_pairs(self, t: int) -> list[dict]:
+        """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
+        run, rows = self.run, self.demonstrations
+        if not self.args.demo_weight:
+            return []
+        path = run.dir / "generations" / f"iter_{t}.parquet"
+        if not path.exists():
+            if self.position["step"] > self.steps.first(t):
+                raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
+            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
+                rollout = evals.sample_rows(
+                    run, self.generator, rows, self.args.seed * 10_007 + t, self.args.temperature, advance
+                )
+            pairs = [
+                {
+                    "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
+                    "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
+                    "chosen_ids": r["response_ids"], "rejected_ids": y,
+                }
+                for r, y in zip(rows, rollout.response_ids, strict=True)
+            ]  # fmt: skip
+            if run.is_main:
+                write_pairs(path, pairs)
+            run.accelerator.wait_for_everyone()
+        return read_pairs(path)
+
+    def start_reward(self, t: int) -> None:
+        """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
+        args = self.args
+        if args.reward_init == "previous" and (t > 0 or args.reward_model):
+            return
+        source = self.sft_policy if args.reward_init != "base" else args.reward_model or args.model
+        torch.manual_seed(args.seed)  # LoRA's first weights
+        self.bare_reward.load_state_dict(rewards.prepare_scalar(args, source, "--reward-model").state_dict())
+        self.reward_optimizer.state.clear()
+
+    def reward_step(self, t: int) -> None:
+        """Alg. 1, reward step: K gradient steps on pairs and preferences; then the reward is centred and measured."""
+        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
+        pairs = self.sample_pairs(t)
+        if self.position["step"] <= first:
+            self.start_reward(t)
+        self.reward_model.train()
+        epochs = [mixed_batches(len(pairs), len(self.preferences), args, t, 1, e) for e in range(args.num_train_epochs)]
+        steps = [(batches, k) for batches in epochs for k in range(len(batches))]
+        with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
+            for k, place in enumerate(steps):
+                if first + k >= self.position["step"]:
+                    row = run.step(
+                        self.reward_model, self.reward_optimizer, weighted_rows(pairs, self.preferences, *place, args),
+                        lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
+                        pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type),
+                    )  # fmt: skip
+                    if (k + 1) % args.logging_steps == 0:
+                        run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
+                    self.done(t, first + k + 1, (k + 1) % args.save_steps == 0 or k + 1 == K)
+                advance(1)
+        if self.position["step"] == first + K:
+            row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
+            center = row.pop("eval/reward/demonstrations")
+            self.bare_reward.center += center  # D2
+            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
+
+    def start_policy(self, t: int) -> str:
+        """Before online DPO: optimizer anew, policy as --init says. Returns the reference's model or folder."""
+        run, args = self.run, self.args
+        begun = self.position["step"] > self.steps.first(t) + self.steps.K
+        reference = self.sft_policy
+        if args.ref == "previous" and t > 0:
+            reference = str(run.dir / f"policy_{t}")
+            if not begun:
+                card = run.model_card("AIHF", "arXiv:2406.06874, Alg. 1")
+                run.save_final(self.policy, self.tokenizer, card, name=f"policy_{t}")
+        if not begun:
+            self.optimizer.state.clear()  # D3
+            if args.init == "initial" and t > 0:
+                torch.manual_seed(args.seed)
+                self.bare.load_state_dict(models.prepare_policy(args, self.sft_policy).state_dict())
+        return reference
+
+    def policy_step(self, t: int) -> None:
+        """Alg. 1, policy alignment: online DPO against the reward, with an evaluation every --eval-updates updates."""
+        run, args, steps = self.run, self.args, self.steps
+        first = steps.first(t) + steps.K
+        source = self.start_policy(t)
+        reference = models.open_reference(run, self.bare, source)
+        save_every = max(1, args.save_steps // steps.per_update)
+        n, size = len(self.prompts), args.rollout_batch_size
+        total = args.total_prompts or n
+        order = [i for e in range(math.ceil(total / n)) for i in data_order(n, args.seed, t, 2, e)][:total]
+        self.policy.train()
+        with run.phase(f"iteration {t}: online DPO", steps.updates, updates=True, outer_iteration=t) as advance:
+            for u in range(steps.updates + 1):
+                if self.position["step"] > first + u * steps.per_update:
+                    advance(1)
+                    continue
+                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
+                    with run.timed("evaluate"):
+                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
+                if u == steps.updates:
+                    break
+                rows = [self.prompts[i] for i in order[u * size : (u + 1) * size]]
+                seed = (args.seed * 10_007 + t) * 1_000_003 + u + 1
+                pairs = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+                run.stop_if_asked(self.position)
+                row = measure_answers(pairs)
+                with run.timed("update"):
+                    lr = learning_rate_at(
+                        u, steps.updates, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type
+                    )
+                    row |= dpo_update(run, self.policy, self.optimizer, pairs, lr, t, 3, u)
+                step = first + (u + 1) * steps.per_update
+                if (u + 1) % args.logging_steps == 0:
+                    run.log(row, step=step, outer_iteration=t, episodes=self.episodes(t, u + 1))
+                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
+                advance(1)
+
+    def episodes(self, t: int, updates: int) -> int:
+        """Answers sampled by the policy steps so far."""
+        total = self.args.total_prompts or len(self.prompts)
+        return (t * total + min(updates * self.args.rollout_batch_size, total)) * self.args.num_generations
+
+    def measure(self, t: int, updates: int, reference=None) -> None:
+        """Evaluation of the policy after so many policy updates, against the initial policy, loaded unless it is given."""
+        run = self.run
+        reference = (reference or models.open_reference(run, self.bare, self.sft_policy))()
+        row = evals.evaluate(
+            run, self.bare, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
+            self.bare_reward,
+        )  # fmt: skip
+        episodes = self.episodes(t, updates - t * self.steps.updates)
+        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        if args.resume and (position := run.load_checkpoint()):
+            self.position = position
+        self.warm_start()
+        self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
+        for t in range(self.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
+
+
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    if args.reward_model:
+        rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
+    demonstrations = evals.load_demonstrations(args, tokenizer)
+    preferences = evals.load_preferences(args, tokenizer, demonstrations)
+    if args.dry_run:
+        print_steps(args, count_steps(args.select_top_k or len(demonstrations), len(preferences), args))
+        return
+    held_rows = evals.load_held_out(args, tokenizer, args.preference_dataset)
+
+    run = Run(args, "aihf", METRICS)
+    if run.finished():
+        return
+    aihf = AIHF(run, tokenizer, evals.select_demonstrations(run, demonstrations), preferences, held_rows)
+    steps, method = aihf.steps, "AIHF" if args.demo_weight else "RLHF"
+    run.say(
+        f"aihf: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {steps.sft} SFT steps,"
+        f" T = {args.T}, K = {steps.K}, {steps.updates} policy updates on {args.rollout_batch_size} prompts x"
+        f" {args.num_generations} answers, {run.world} process(es), {run.dir}"
+    )
+    aihf.learn()
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
+    note = rewards.pad_for_readers(aihf.bare_reward.model.config, tokenizer)
+    aihf.bare_reward.model.config.reward_center = aihf.bare_reward.center.item()
+    note += "A score is the classifier's output minus `reward_center` of config.json: held-out chosen responses average 0.\n\n"
+    card = run.model_card(f"{method}, reward model", "arXiv:2406.06874, Alg. 1", note)
+    reward_path = run.save_final(aihf.reward_model, tokenizer, card, name="reward", part="model")
+    tokenizer = models.load_tokenizer(args)
+    card = run.model_card(method, "arXiv:2406.06874, Alg. 1")
+    path = run.save_final(aihf.policy, tokenizer, card)
+    run.say(f"model: {path}   reward model: {reward_path}")
+    run.end()
+
+
+def print_steps(args: Args, steps: Steps) -> None:
+    """--dry-run: what would run, and what it would cost."""
+    print(
+        f"aihf --dry-run: model {args.model}, reward from {args.reward_model or args.model}, demonstrations {args.dataset},"
+        f" preferences {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}"
+    )
+    answers, tokens = steps.demonstrations if args.demo_weight else 0, args.max_new_tokens
+    print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
+    print(f"  {answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,")
+    size = args.rollout_batch_size * args.num_generations
+    print(f"  {steps.updates} policy updates of {steps.per_update} optimizer steps, each after")
+    print(f"  up to {size} answers ({size * tokens} tokens at most)")
+    print(f"  in all {steps.first(args.T)} optimizer steps")
+    models.print_memory_plan(args, sequences_per_row=2, scalar=args.reward_model or args.model, value=False)
+
+
+if __name__ == "__main__":
+    main(lambda: train(parse_args(Args, __doc__, SETTINGS)))
