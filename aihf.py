@@ -6,8 +6,8 @@ with the policy step of App. A.1.4.
 One scalar reward explains both sources of feedback (Eq. 5 to 8): the demonstrations as answers of its KL-regularised optimum,
 the preferences as Bradley-Terry choices. In each of T outer iterations the policy answers the prompts of the
 demonstrations, the reward is trained to score demonstrations above these answers (weight w1) and chosen above rejected
-responses, and online DPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 42): of N answers to a prompt, the one
-the reward scores highest is preferred to the one it scores lowest.
+responses, and online DPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 42), and past it if it goes on for long: of N
+answers to a prompt, the one the reward scores highest is always preferred to the one it scores lowest.
 
 Not the paper: D1 DPO takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size; the
 paper answers all prompts first). D2 rewards are centred so that held-out chosen responses average 0. D3 schedules and the policy
@@ -67,7 +67,7 @@ class Args(RunArgs):
     max_preferences: int | Auto = "auto"
     """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH."""
     demo_weight: float = 1.0
-    """w1 of Eq. 5, >= 0: weight of the demonstrations beside the preferences' 1. 0 is RLHF: no demonstration is trained on."""
+    """w1 of Eq. 5, >= 0: weight of the demonstrations beside the preferences' 1. 0 is RLHF: the reward sees no demonstration."""
     prompts: Literal["preferences", "demonstrations"] = "preferences"
     """whose prompts the policy step answers. Paper, Sec. 5: those of the preferences."""
     beta: float = 0.1
@@ -80,7 +80,7 @@ class Args(RunArgs):
     """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
     sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
     reward_learning_rate: float | Auto = "auto"
-    """peak learning rate of the reward model, > 0. Paper: 5e-7."""
+    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B)."""
     init: Literal["previous", "initial"] = "previous"
     """where the policy step starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
     ref: Literal["initial", "previous"] = "initial"
@@ -111,15 +111,8 @@ class Args(RunArgs):
         for name in ("T", "num_train_epochs", "num_policy_epochs"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more, to choose a pair from")
-        positive = (
-            "beta",
-            "temperature",
-            "reward_learning_rate",
-            "sft_learning_rate",
-            "rollout_batch_size",
-            "eval_updates",
-        )
-        for name in positive:
+        positive = ("beta", "temperature", "reward_learning_rate", "sft_learning_rate")
+        for name in (*positive, "rollout_batch_size", "eval_updates"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ("demo_weight", "max_preferences", "total_prompts", "missing_eos_penalty", "sft_epochs"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -206,9 +199,11 @@ def max_min(scores: Tensor) -> tuple[Tensor, Tensor]:
 def dpo_loss(
     policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> Tensor:
-    """-log sigmoid(beta d), d = (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l). DPO, arXiv:2305.18290, Eq. 7.
+    """Per-pair -log likelihood of the preference under r = beta log pi/pi_ref. DPO, arXiv:2305.18290, Eq. 7.
 
-    All (B,), summed over response tokens, nats; gradient through the policy's. Returns (B,). ValueError unless beta > 0.
+    policy_chosen, policy_rejected: (B,) log pi(y_w|x) and log pi(y_l|x), summed over response tokens, nats; carry gradient.
+    ref_chosen, ref_rejected:       (B,) the same under pi_ref, no gradient.
+    Returns (B,): -log sigmoid(beta d), with d = (policy - ref)_chosen - (policy - ref)_rejected. ValueError unless beta > 0.
     """
     if beta <= 0:
         raise ValueError(f"beta must be > 0, got {beta}")
@@ -269,7 +264,8 @@ def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tenso
     ref_chosen, ref_rejected = (chosen.new_tensor([p[f"ref_{kind}"] for p in pairs]) for kind in ("chosen", "rejected"))
     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
     with torch.no_grad():
-        sampled = logps.new_tensor([p[f"sampled_{kind}"] for kind in ("chosen", "rejected") for p in pairs])
+        sampled = [logps.new_tensor(p[f"sampled_{kind}"]) for kind in ("chosen", "rejected") for p in pairs]
+        off = sum((now[: len(old)] - old).abs().sum() for now, old in zip(scores.logprobs, sampled, strict=True))
         r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
         count, tokens = chosen.new_tensor(len(pairs)), batch.response_mask.sum()
         stats = {
@@ -280,7 +276,7 @@ def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tenso
             "logps/chosen": (chosen.sum(), count),
             "logps/rejected": (rejected.sum(), count),
             "entropy": (scores.entropy.sum(), tokens),
-            "sampling/logp_difference": ((logps - sampled).abs().sum(), tokens),
+            "sampling/logp_difference": (off, tokens),
         }
     return losses, stats
 
@@ -347,9 +343,9 @@ def collect(run, policy, reward_model, generator, reference, rows: list[dict], s
             rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
         with run.timed("score"):
-            scores = torch.tensor(run.score_batches(sequences, lambda batch: reward_model(batch).tolist()))
-            scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool)
-            scores = scores.view(-1, n)
+            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
+            scores = torch.tensor(scores, dtype=torch.float64).view(len(indices), n)
+            scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool).view(len(indices), n)
         best, worst = (index + torch.arange(len(scores)) * n for index in max_min(scores))
         kept = [*best.tolist(), *worst.tolist()]
         with run.timed("reference"), reference() as ref_policy:
@@ -361,7 +357,7 @@ def collect(run, policy, reward_model, generator, reference, rows: list[dict], s
             own = range(i * n, (i + 1) * n)
             pairs.append({
                 "prompt_ids": sequences[b][0], "chosen_ids": sequences[b][1], "rejected_ids": sequences[w][1],
-                "sampled_chosen": sum(rollout.logprobs[b]), "sampled_rejected": sum(rollout.logprobs[w]),
+                "sampled_chosen": rollout.logprobs[b], "sampled_rejected": rollout.logprobs[w],
                 "ref_chosen": ref[i][0], "ref_rejected": ref[len(best) + i][0], "scores": scores[i].tolist(),
                 "lengths": [len(rollout.response_ids[k]) for k in own], "finished": [rollout.finished[k] for k in own],
             })  # fmt: skip
@@ -587,7 +583,8 @@ class AIHF:
                 step = first + (u + 1) * steps.per_update
                 if (u + 1) % args.logging_steps == 0:
                     run.log(row, step=step, outer_iteration=t, episodes=self.episodes(t, u + 1))
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
+                due = any((u + 1) % every == 0 for every in (save_every, args.eval_updates, steps.updates))
+                self.done(t, step, due)
                 advance(1)
 
     def episodes(self, t: int, updates: int) -> int:

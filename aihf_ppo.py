@@ -65,7 +65,7 @@ class Args(RunArgs):
     max_preferences: int | Auto = "auto"
     """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH."""
     demo_weight: float = 1.0
-    """w1 of Eq. 5, >= 0: weight of the demonstrations beside the preferences' 1. 0 is RLHF: no demonstration is trained on."""
+    """w1 of Eq. 5, >= 0: weight of the demonstrations beside the preferences' 1. 0 is RLHF: the reward sees no demonstration."""
     prompts: Literal["preferences", "demonstrations"] = "preferences"
     """whose prompts the policy step answers. Paper, Sec. 5: those of the preferences."""
     beta: float = 0.1
@@ -78,7 +78,7 @@ class Args(RunArgs):
     """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
     sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
     reward_learning_rate: float | Auto = "auto"
-    """peak learning rate of the reward model, > 0. Paper: 5e-7."""
+    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B)."""
     init: Literal["previous", "initial"] = "previous"
     """where PPO starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
     ref: Literal["initial", "previous"] = "initial"
@@ -121,15 +121,8 @@ class Args(RunArgs):
         positive = ("beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value")
         for name in (*positive, "gamma", "total_episodes", "rollout_batch_size", "eval_updates"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        weights = (
-            "demo_weight",
-            "max_preferences",
-            "vf_coef",
-            "missing_eos_penalty",
-            "sft_epochs",
-            "value_warmup_updates",
-        )
-        for name in weights:
+        weights = ("demo_weight", "vf_coef", "missing_eos_penalty")
+        for name in (*weights, "max_preferences", "sft_epochs", "value_warmup_updates"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         updates = math.ceil(self.total_episodes / self.rollout_batch_size)
         require(
@@ -671,7 +664,8 @@ class AIHF:
                 step = first + (u + 1) * steps.per_update
                 if (u + 1) % args.logging_steps == 0:
                     run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
+                due = any((u + 1) % every == 0 for every in (save_every, args.eval_updates, steps.updates))
+                self.done(t, step, due)
                 advance(1)
 
     def measure(self, t: int, updates: int, reference=None) -> None:

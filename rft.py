@@ -600,7 +600,8 @@ class RFT:
                 step = first + (u + 1) * steps.per_update
                 if (u + 1) % args.logging_steps == 0:
                     run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
+                due = any((u + 1) % every == 0 for every in (save_every, args.eval_updates, steps.updates))
+                self.done(t, step, due)
                 advance(1)
 
     def measure(self, t: int, updates: int, reference=None) -> None:

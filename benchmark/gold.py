@@ -80,6 +80,7 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     run = Run(args, "gold", METRICS)
     train_rows, test_rows = short_rows(args, "train"), short_rows(args, "test")
+    train_rows = [train_rows[i] for i in data_order(len(train_rows), args.seed)[: args.max_samples or len(train_rows)]]
     lines = {"demonstrations": [r for r in train_rows if not for_gold(r)], "held_out": test_rows}
     for name, kept in lines.items():
         text = "".join(json.dumps({"prompt": r["prompt"], "completion": r["response"]}) + "\n" for r in kept)

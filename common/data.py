@@ -83,6 +83,11 @@ def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "
     return kept
 
 
+def source_id(name: str) -> str:
+    """The same for every way to write one source: relative or absolute path, short name or hub id."""
+    return str(Path(name).resolve()) if Path(name).exists() else DATASETS.get(name, (name,))[0]
+
+
 def held_out(prompt) -> bool:
     """Whether a prompt belongs to the held-out tenth of a source without a split of its own."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)

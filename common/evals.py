@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, models, rewards
-from common.data import encode, load_rows, read_pairs, render_prompt, tokenise_prompts, write_pairs
+from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
 from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
 from common.run import data_order, require
@@ -91,7 +91,7 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
     """
     flag, name = "--preference-dataset", args.preference_dataset
     rows = load_rows(name, "train", "preferences", flag)
-    if name == args.dataset:
+    if source_id(name) == source_id(args.dataset):
         taken = {d["row"] for d in demonstrations}
         rows = [r for r in rows if r["row"] not in taken]
         expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"

@@ -567,10 +567,12 @@ class Run:
             f"| {k} | {v:.4g} | {self.metrics.get(k, '')} |" for k, v in last.items() if k in self.metrics
         )
         lora = f", LoRA r = {args.lora_r} merged" if args.lora_r else ""
+        data = list(dict.fromkeys(filter(None, (args.dataset, getattr(args, "preference_dataset", "")))))
+        listed, named = "\n- ".join(data), " and ".join(f"`{name}`" for name in data)
         return (
-            f"---\nlibrary_name: transformers\nbase_model: {args.model}\ndatasets:\n- {args.dataset}\n"
+            f"---\nlibrary_name: transformers\nbase_model: {args.model}\ndatasets:\n- {listed}\n"
             f"tags:\n- cleanirl\n- {self.script}\n---\n\n# {args.model} after {method}\n\n"
-            f"Trained with `{self.script}.py` of CleanIRL ({paper}) on `{args.dataset}`{lora}.\n\n{note}"
+            f"Trained with `{self.script}.py` of CleanIRL ({paper}) on {named}{lora}.\n\n{note}"
             f"```\n{' '.join(['python', *sys.argv])}\n```\n\nAll settings: `args.json` of the run.\n\n"
             f"| held-out measure | value | meaning |\n|---|---|---|\n{measured}\n"
         )
@@ -583,7 +585,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         path, partial = self.dir / name, self.dir / f".partial_{name}"
         state = self.accelerator.get_state_dict(model)
-        model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=bool(part))  # a part is trained on
+        model = self.accelerator.unwrap_model(model)  # with its mixed precision: training may go on
         if part:
             model = model.get_submodule(part)
             state = {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(f"{part}.")}

@@ -10,12 +10,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import aihf  # noqa: E402
+import aihf_direct  # noqa: E402
+import aihf_ppo  # noqa: E402
 import evaluate  # noqa: E402
 import irft  # noqa: E402
 import rft  # noqa: E402
 import sft  # noqa: E402
 
-SCRIPTS = {"irft": irft, "rft": rft, "sft": sft, "evaluate": evaluate}
+SCRIPTS = {module.__name__: module for module in (aihf, aihf_direct, aihf_ppo, evaluate, irft, rft, sft)}
 
 
 def field_docs(cls) -> dict[str, str]:

@@ -121,7 +121,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-def drive(scenarios: list[dict], cwd: Path = ROOT) -> tuple[list[int], str]:
+def drive(scenarios: list[dict], cwd: Path = ROOT, **env: str) -> tuple[list[int], str]:
     """(exit statuses, what the children printed) of scenarios for kill_at.py."""
-    done = run([sys.executable, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], cwd=cwd, timeout=500)
+    done = run([sys.executable, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], cwd=cwd, timeout=500, **env)
     return json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -60,12 +60,15 @@ def child(scenario: dict) -> int:
 
 def main() -> None:
     import accelerate  # noqa: F401
+    import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401
     import safetensors.torch  # noqa: F401
     import transformers
     import tyro  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    get_checkpoint_conversion_mapping("gpt_neox")  # fills a cache
     for name in (
         "AutoModelForCausalLM",
         "AutoModelForSequenceClassification",

@@ -660,3 +660,41 @@ def test_harvest_holds_out_whole_modules_deterministically(library):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert library == harvest_pydoc()
+
+
+# ---- preferences of the embedded data ----
+def preferred(rows: list[dict]) -> dict[int, tuple[str, str, str]]:
+    return {r["row"]: (r["prompt"], r["chosen"], r["rejected"]) for r in rows}
+
+
+def test_pydoc_preferences_are_the_demonstrations_beside_the_next_summary_of_their_module(
+    library, tmp_path, monkeypatch
+):
+    """Same row ids, same prompts, same side; chosen is the definition's own summary, rejected the next other one."""
+    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        shown = {r["row"]: r for r in load_rows("pydoc", split)}
+        pairs = preferred(load_rows("pydoc", split, "preferences"))
+        assert pairs.keys() == shown.keys() and len(pairs) > 9
+        assert all((p, c) == (shown[i]["prompt"], shown[i]["response"]) for i, (p, c, _) in pairs.items())
+    texts = {
+        p: (c, r)
+        for split in ("train", "test")
+        for p, c, r in preferred(load_rows("pydoc", split, "preferences")).values()
+    }
+    for i in range(60):
+        module = f"mod{i}"
+        own = {p: pair for p, pair in texts.items() if p.split()[1].startswith(f"{module}_")}
+        summaries = [c for c, _ in own.values()]  # in the order of the file
+        assert [r for _, r in own.values()] == summaries[1:] + summaries[:1] and len(set(summaries)) in (3, 4)
+
+
+def test_pydoc_pairs_differ_and_a_lone_summary_makes_none(pydoc, tmp_path, monkeypatch):
+    lone = [(False, {"prompt": "p", "response": "Do it all.", "next_response": None})]
+    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "harvest_pydoc", lambda: lone + pydoc)
+    rows = load_rows("pydoc", "train", "preferences") + load_rows("pydoc", "test", "preferences")
+    assert 0.9 * len(pydoc) < len(rows) and 0 not in {r["row"] for r in rows}
+    assert all(r["chosen"] != r["rejected"] and r.keys() == {"row", "prompt", "chosen", "rejected"} for r in rows)
+    summaries = {row["response"] for _, row in pydoc}
+    assert {r["rejected"] for r in rows} <= summaries

@@ -41,12 +41,15 @@ def judged(place) -> list[str]:
     return ["--gold-reward-model", str(place / "gold"), "--baseline", str(place / "model")]
 
 
-@pytest.mark.parametrize("script", ["irft.py", "sft.py", "rft.py", "evaluate.py"])
+PAPERS = {"aihf.py": "2406.06874", "aihf_direct.py": "2406.06874", "aihf_ppo.py": "2406.06874"}
+
+
+@pytest.mark.parametrize("script", [*PAPERS, "irft.py", "sft.py", "rft.py", "evaluate.py"])
 def test_help_works_offline_and_is_quick(script):
     started = time.time()
     done = run([sys.executable, script, "--help"])
     assert time.time() - started < 15  # 4 s on an idle machine; the suite may run beside other work
-    assert "--per-device-eval-batch-size" in done.stdout and "arXiv:2405.17888" in done.stdout
+    assert "--per-device-eval-batch-size" in done.stdout and f"arXiv:{PAPERS.get(script, '2405.17888')}" in done.stdout
 
 
 # ---- bad input ----

@@ -1,0 +1,466 @@
+"""Direct AIHF and Self-Play AIHF: one policy loss on demonstrations and preferences. With one of them: DPO, IPO or IRFT.
+
+Paper: Learning Reward and Policy Jointly from Demonstration and Preference Improves Alignment, arXiv:2406.06874, Eq. 10 and 11.
+
+The reward is r = beta log pi/pi_ref of the policy itself, so there is no reward model, and the preferences' likelihood is DPO's
+loss. Beside it, with weight w1, stands what the demonstrations say: -log pi(y) (--objective direct, Eq. 10), or IRFT's loss on
+y and the policy's own answer y~, which it gives anew in each of T outer iterations (--objective self_play, Eq. 11).
+
+Not the paper: D1 log-probs are summed over the response tokens with EOS (paper silent). D2 beta stands inside the sigmoid, as in
+irft.py. D3 one learning-rate schedule over the whole run (paper silent). D4 an epoch passes once over both sets, a part of each
+in every update, with weights such that the updates average to w1 mean_D + mean_P (paper silent).
+
+Dims: B pairs, T response tokens (T alone, as a flag, is the number of outer iterations).
+
+Laptop CPU, minutes:   python aihf_direct.py
+
+The paper's run:       accelerate launch aihf_direct.py --model mistral-7b-sft-beta
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import UserError, evals, models
+from common.data import collate, read_pairs, source_id, write_pairs
+from common.generation import Generator
+from common.logprobs import masked_sum, response_logprobs
+from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
+
+SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
+        max_new_tokens=48, learning_rate=5e-5, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # AIHF paper, Sec. 5; rate, batch and lengths are irft.py's, the paper gives none
+        dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
+        max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64, per_device_train_batch_size=4,
+        per_device_eval_batch_size=32,
+    ),
+    "other": dict(  # AIHF paper, Sec. 5 and App. A.1.4; batch 64 from SPIN
+        dataset="ultrachat_200k", max_samples=50_000, preference_dataset="ultrafeedback_binarized", max_preferences=0,
+        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64,
+        per_device_train_batch_size=1, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args(RunArgs):
+    objective: Literal["self_play", "direct"] = "self_play"
+    """the demonstrations' part: irft_loss against the policy's own answers (Eq. 11), or -log pi (Eq. 10), without answers."""
+    preference_loss: Literal["dpo", "ipo"] = "dpo"
+    """the preferences' part: -log sigmoid(beta d) (Eq. 10, 11), or (d - 1/(2 beta))^2 of IPO."""
+    demo_weight: float = 1.0
+    """w1, >= 0: weight of the demonstrations beside the preferences' 1. 0 is DPO or IPO: no demonstration is trained on."""
+    preference_dataset: str = "auto"
+    """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations.
+    none: no preferences, which makes self_play IRFT and direct SFT."""
+    max_preferences: int | Auto = "auto"
+    """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH; all 61.1k of UltraFeedback."""
+    T: int = 2
+    """outer iterations, >= 1: how often the policy answers anew. With direct another factor of --num-train-epochs."""
+    num_train_epochs: int = 1
+    """passes over demonstrations and preferences in one outer iteration, >= 1. Paper: answers anew at each epoch (A.1.4)."""
+    beta: float = 0.1
+    """weight of KL(pi || pi_ref), reward units per nat, > 0."""
+    ref: Literal["initial", "previous"] = "initial"
+    """reference policy: the model the run starts from (the equations), or that of the last iteration (SPIN)."""
+    temperature: float = 1.0
+    """of sampled answers, > 0. At 1 they come from the distribution whose log-probs enter the loss."""
+    lr_scheduler_type: Literal["auto", "linear", "cosine"] = "auto"
+    """how the learning rate falls to 0 after its warm-up. Paper: cosine (A.1.4)."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("T", "num_train_epochs"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("beta", "temperature"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        for name in ("demo_weight", "max_preferences"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(
+            self.demo_weight > 0 or self.preference_dataset != "none", "demo_weight", self.demo_weight,
+            "a number above 0 beside --preference-dataset none: nothing is left to learn from",
+        )  # fmt: skip
+        require(
+            self.demo_weight > 0 or not self.select_top_k, "select_top_k", self.select_top_k,
+            "0 beside --demo-weight 0, which trains on no demonstration",
+        )  # fmt: skip
+
+
+METRICS = {  # name -> meaning, unit, range
+    "loss": "w1 demonstrations/loss + preferences/loss, over an epoch; (1 + w1) log 2 at the start (self_play, dpo)",
+    "preferences/loss": "dpo_loss or ipo_loss, mean over pairs; log 2 = 0.693 (dpo), 1 / (4 beta^2) (ipo) at the start, falls",
+    "rewards/chosen": "beta (log pi - log pi_ref) of chosen responses; 0 at the start, should not fall far",
+    "rewards/rejected": "the same of rejected responses; 0 at the start, falls",
+    "rewards/margins": "rewards/chosen - rewards/rejected; 0 at the start, rises",
+    "rewards/accuracies": "share of pairs with a margin above 0, ties half; near 0.5 at the start",
+    "logps/chosen": "log pi of chosen responses, nats per response",
+    "logps/rejected": "log pi of rejected responses, nats per response",
+    "demonstrations/loss": "irft_loss, mean over pairs; log 2 at the start (self_play); -log pi, nats per response (direct)",
+    "demonstrations/chosen": "beta (log pi - log pi_ref) of demonstrations; 0 at the start, should not fall (self_play)",
+    "demonstrations/rejected": "the same of the policy's own answers; 0 at the start, falls (self_play)",
+    "demonstrations/margins": "demonstrations/chosen - demonstrations/rejected; 0 at the start, rises (self_play)",
+    "demonstrations/accuracies": "share of demonstrations with a margin above 0, ties half; near 0.5 at the start (self_play)",
+    "demonstrations/logps/chosen": "log pi of demonstrations, nats per response",
+    "demonstrations/logps/rejected": "log pi of the policy's own answers, nats per response (self_play)",
+    "entropy": "of the next-token distribution, exact, nats per response token",
+    "mean_token_accuracy": "share of response tokens that are the model's most likely one",
+    "num_tokens": "prompt and response tokens trained on so far",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    "epoch": "passes over demonstrations and preferences so far",
+    "completions/mean_length": "tokens of the answers of this outer iteration, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    **evals.EVAL_METRICS,
+}
+
+
+# ---- the maths ----
+def irft_loss(
+    policy_chosen: Tensor,
+    policy_generated: Tensor,
+    ref_chosen: Tensor,
+    ref_generated: Tensor,
+    beta: float,
+    loss_type: str = "logistic",
+) -> Tensor:
+    """Per-pair loss whose gradient is a stochastic estimate of the likelihood gradient. RFT paper, Eq. 6 and 7; SPIN's loss.
+
+    policy_chosen, policy_generated: (B,) log pi(y|x) and log pi(y~|x), summed over response tokens, nats; carry gradient.
+    ref_chosen, ref_generated:       (B,) the same under pi_ref, no gradient.
+    Returns (B,): logistic -log sigmoid(beta d), linear -d, with d = (policy - ref)_chosen - (policy - ref)_generated.
+    ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = (policy_chosen - ref_chosen) - (policy_generated - ref_generated)  # (B,)
+    return -F.logsigmoid(beta * d) if loss_type == "logistic" else -d  # D2
+
+
+def dpo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> Tensor:
+    """Per-pair -log likelihood of the preference under r = beta log pi/pi_ref. DPO, arXiv:2305.18290, Eq. 7.
+
+    policy_chosen, policy_rejected: (B,) log pi(y_w|x) and log pi(y_l|x), summed over response tokens, nats; carry gradient.
+    ref_chosen, ref_rejected:       (B,) the same under pi_ref, no gradient.
+    Returns (B,): -log sigmoid(beta d), with d = (policy - ref)_chosen - (policy - ref)_rejected. ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,)
+    return -F.logsigmoid(beta * d)
+
+
+def ipo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> Tensor:
+    """Per-pair squared distance of d from 1 / (2 beta), in nats^2, arguments and d as in dpo_loss. IPO, arXiv:2310.12036, Eq. 17.
+
+    Returns (B,): (d - 1 / (2 beta))^2. ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,)
+    return (d - 1 / (2 * beta)) ** 2
+
+
+def mixed_loss(policy, rows: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Weighted losses of rows -> ((B,), {metric: (sum, count)}). One forward pass over all their sequences.
+
+    A row has prompt_ids, chosen_ids, rejected_ids and is a demonstration with the policy's answer, or without one
+    (rejected_ids None: one sequence), or a preference; `weight` multiplies its loss (weighted_rows).
+    """
+    pairs = [i for i, r in enumerate(rows) if r["rejected_ids"] is not None]
+    sequences = [(r["prompt_ids"], r["chosen_ids"]) for r in rows] + [
+        (rows[i]["prompt_ids"], rows[i]["rejected_ids"]) for i in pairs
+    ]
+    batch = collate(sequences, pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch)
+    chosen, answers = masked_sum(scores.logprobs, batch.response_mask).split([len(rows), len(pairs)])  # D1
+    rejected = torch.zeros_like(chosen).index_copy(0, torch.tensor(pairs, dtype=torch.long, device=device), answers)
+    ref_chosen = chosen.new_tensor([r.get("ref_chosen", 0.0) for r in rows])
+    ref_rejected = chosen.new_tensor([r.get("ref_rejected", 0.0) for r in rows])
+    is_pair = torch.tensor([r["rejected_ids"] is not None for r in rows], device=device)
+    demonstrated = torch.tensor([r["demonstrated"] for r in rows], device=device)
+    compare = {"dpo": dpo_loss, "ipo": ipo_loss}[args.preference_loss]
+    losses = torch.where(
+        demonstrated,
+        torch.where(is_pair, irft_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta), -chosen),
+        compare(chosen, rejected, ref_chosen, ref_rejected, args.beta),
+    )
+    with torch.no_grad():
+        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
+        won = (r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)
+        answered = demonstrated & is_pair
+        columns = {
+            "preferences/loss": (losses, ~demonstrated),
+            "rewards/chosen": (r_chosen, ~demonstrated),
+            "rewards/rejected": (r_rejected, ~demonstrated),
+            "rewards/margins": (r_chosen - r_rejected, ~demonstrated),
+            "rewards/accuracies": (won, ~demonstrated),
+            "logps/chosen": (chosen, ~demonstrated),
+            "logps/rejected": (rejected, ~demonstrated),
+            "demonstrations/loss": (losses, demonstrated),
+            "demonstrations/chosen": (r_chosen, answered),
+            "demonstrations/rejected": (r_rejected, answered),
+            "demonstrations/margins": (r_chosen - r_rejected, answered),
+            "demonstrations/accuracies": (won, answered),
+            "demonstrations/logps/chosen": (chosen, demonstrated),
+            "demonstrations/logps/rejected": (rejected, answered),
+        }
+        stats = {name: (values[mask].sum(), mask.sum()) for name, (values, mask) in columns.items()}
+        count, tokens = chosen.new_tensor(len(rows)), batch.response_mask.sum()
+        stats |= {
+            "entropy": (scores.entropy.sum(), tokens),
+            "mean_token_accuracy": (scores.correct.sum(), tokens),
+            "num_tokens": (batch.attention_mask.sum(), count),
+        }
+    return losses * losses.new_tensor([r["weight"] for r in rows]), stats
+
+
+# ---- the plan: updates, and the rows and weights of each, known before anything runs ----
+def count_updates(n: int, m: int, args: Args) -> int:
+    """K, updates of one outer iteration on n demonstrations and m preferences (mixed_batches)."""
+    return args.num_train_epochs * math.ceil(max(n, m) / args.batch_size)
+
+
+def mixed_batches(n: int, m: int, args, *key: int) -> list[tuple[list[int], list[int]]]:
+    """(demonstrations, preferences) of each step of one epoch over n and m of them: one pass over both, in equal parts."""
+    steps = math.ceil(max(n, m) / args.batch_size)
+    first, second = data_order(n, args.seed, *key), data_order(m, args.seed, *key, 1)
+    return [
+        (first[k * n // steps : (k + 1) * n // steps], second[k * m // steps : (k + 1) * m // steps])
+        for k in range(steps)
+    ]
+
+
+def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: int, args: Args) -> list[dict]:
+    """Rows of step k of an epoch. Weights are such that the losses of the epoch's steps average to w1 mean_D + mean_P."""
+    first, second = batches[k]
+    size = len(first) + len(second)  # a step's objective is the mean over its rows
+    weights = [
+        weight * len(batches) * size / max(n, 1)
+        for weight, n in ((args.demo_weight, len(pairs)), (1.0, len(preferences)))
+    ]
+    rows = [{**pairs[i], "weight": weights[0], "demonstrated": True} for i in first]
+    return rows + [{**preferences[i], "weight": weights[1], "demonstrated": False} for i in second]
+
+
+# ---- both sets as they are trained on: the policy's answers, and what the reference says of every pair ----
+def demonstration_rows(run, t: int, K: int, position, demonstrations, policy, generator, tokenizer) -> list[dict]:
+    """Demonstrations of outer iteration t: alone (direct), or with answers and reference log-probs (self_play).
+
+    The latter from generations/iter_<t>.parquet if already made.
+    """
+    args = run.args
+    if args.objective == "direct" or not demonstrations:
+        return [
+            {"prompt_ids": d["prompt_ids"], "chosen_ids": d["response_ids"], "rejected_ids": None}
+            for d in demonstrations
+        ]
+    path = run.dir / "generations" / f"iter_{t}.parquet"
+    if path.exists():
+        return read_pairs(path)
+    if position["step"] > t * K:
+        raise UserError(f"--resume: found no {path}, expected the pairs this outer iteration was already training on")
+    rows = [demonstrations[i] for i in data_order(len(demonstrations), args.seed)]  # the one chunk of irft.py
+    with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
+        rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, args.temperature, advance)
+    pairs = [
+        {
+            "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
+            "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
+            "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+        }
+        for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
+    ]  # fmt: skip
+    return score_reference(run, t, pairs, policy, path)
+
+
+def preference_rows(run, t: int, K: int, position, preferences, policy, tokenizer) -> list[dict]:
+    """Preferences with the log-probs of the reference, from generations/preferences.parquet if already made.
+
+    With --ref previous from preferences_<t>.parquet: the reference is another one in every outer iteration.
+    """
+    if not preferences:
+        return []
+    moves = run.args.ref == "previous"
+    path = run.dir / "generations" / (f"preferences_{t}.parquet" if moves else "preferences.parquet")
+    if path.exists():
+        return read_pairs(path)
+    if position["step"] > (t * K if moves else 0):
+        raise UserError(f"--resume: found no {path}, expected the preferences the run was already training on")
+    pairs = [
+        {
+            "row": p["row"], "prompt": p["prompt_text"],
+            "chosen": tokenizer.decode(p["chosen_ids"], skip_special_tokens=True), "rejected": p["rejected_text"],
+            "prompt_ids": p["prompt_ids"], "chosen_ids": p["chosen_ids"], "rejected_ids": p["rejected_ids"],
+        }
+        for p in preferences
+    ]  # fmt: skip
+    return score_reference(run, t, pairs, policy, path)
+
+
+def score_reference(run, t: int, pairs: list[dict], policy, path) -> list[dict]:
+    """The pairs with ref_chosen and ref_rejected of outer iteration t's reference; they are kept at `path`."""
+    is_reference = run.args.ref == "previous" or t == 0
+    with (
+        run.phase(f"iteration {t}: reference, {path.stem}", 2 * len(pairs), outer_iteration=t) as advance,
+        models.reference_policy(run, policy, is_reference) as ref_policy,
+    ):
+        for kind in ("chosen", "rejected"):
+            sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
+            scored = evals.sequence_logprobs(run, ref_policy, sequences, advance=advance)
+            for pair, (logp, _) in zip(pairs, scored, strict=True):
+                pair[f"ref_{kind}"] = logp
+    if run.is_main:
+        write_pairs(path, pairs)
+    run.accelerator.wait_for_everyone()
+    return read_pairs(path)
+
+
+def check_first_losses(run, row: dict[str, float]) -> None:
+    """While policy and reference coincide every margin is 0: IRFT and DPO start at log 2, IPO at 1 / (4 beta^2), to rounding."""
+    args = run.args
+    exact = run.accelerator.mixed_precision == "no" and args.dtype == "float32"
+    ipo = args.preference_loss == "ipo"
+    checks = [("preferences/loss", 0.25 / args.beta**2 if ipo else math.log(2), args.beta**-2 if ipo else 1.0)]
+    if args.objective == "self_play":
+        checks.append(("demonstrations/loss", math.log(2), 1.0))
+    for name, expected, scale in checks:
+        if name in row and not abs(row[name] - expected) < (1e-4 if exact else 5e-2) * scale:
+            raise UserError(
+                f"first {name}: found {row[name]:.6f}, expected {expected:.6f}: policy and reference should coincide here but"
+                " do not"
+            )
+
+
+def load_both(args: Args, tokenizer) -> tuple[list[dict], list[dict]]:
+    """(demonstrations, preferences) to train on. With one source for both, w1 = 0 leaves the preferences as they are."""
+    demonstrations, preferences = [], []
+    if args.demo_weight or source_id(args.preference_dataset) == source_id(args.dataset):
+        demonstrations = evals.load_demonstrations(args, tokenizer)
+    if args.preference_dataset != "none":
+        preferences = evals.load_preferences(args, tokenizer, demonstrations)
+    return demonstrations if args.demo_weight else [], preferences
+
+
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    demonstrations, preferences = load_both(args, tokenizer)
+    K = count_updates(args.select_top_k or len(demonstrations), len(preferences), args)
+    if args.dry_run:
+        print_updates(args, args.select_top_k or len(demonstrations), len(preferences), K)
+        return
+    held_rows = evals.load_held_out(args, tokenizer, args.preference_dataset if preferences else "")
+
+    run = Run(args, "aihf_direct", METRICS)
+    if run.finished():
+        return
+    demonstrations = evals.select_demonstrations(run, demonstrations)
+    model = models.prepare_policy(args)
+    policy, optimizer = run.accelerator.prepare(model, make_optimizer(args.optimizer, model.parameters()))
+    bare = run.accelerator.unwrap_model(policy)
+    generator = Generator(bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    method, asked = method_name(args), len(demonstrations) if args.objective == "self_play" else 0
+    run.say(
+        f"aihf_direct, {method}: {len(demonstrations)} demonstrations, {len(preferences)} preferences, T = {args.T}, K = {K},"
+        f" {run.world} process(es), {run.dir}"
+    )
+
+    start = run.load_checkpoint() if args.resume else None
+    position = start or {"outer_iteration": 0, "step": 0, "num_tokens": 0}
+    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
+
+    def measure(iteration: int) -> None:
+        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
+        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
+        run.log(row, step=position["step"], outer_iteration=iteration, episodes=iteration * asked)
+
+    if start is None:
+        measure(0)
+    for t in range(position["outer_iteration"], args.T):
+        # ---- answers of the current policy (Eq. 11); all pairs scored once under the reference ----
+        pairs = demonstration_rows(run, t, K, position, demonstrations, bare, generator, tokenizer)
+        compared = preference_rows(run, t, K, position, preferences, bare, tokenizer)
+        # ---- K updates on both sets ----
+        policy.train()
+        epochs = [mixed_batches(len(pairs), len(compared), args, t, e) for e in range(args.num_train_epochs)]  # D4
+        steps = [(batches, k) for batches in epochs for k in range(len(batches))]
+        answers = {}
+        if asked:
+            answers["completions/mean_length"] = sum(len(p["rejected_ids"]) for p in pairs) / asked
+            answers["completions/clipped_ratio"] = 1 - sum(p["finished"] for p in pairs) / asked
+        with run.phase(f"iteration {t}: training", K, updates=True, outer_iteration=t) as advance:
+            for k, place in enumerate(steps):
+                step = t * K + k
+                if step < position["step"]:
+                    advance(1)
+                    continue
+                rows = weighted_rows(pairs, compared, *place, args)
+                lr = learning_rate_at(
+                    step, args.T * K, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type
+                )  # D3
+                row = run.step(
+                    policy, optimizer, rows,
+                    lambda part: mixed_loss(policy, part, args, run.accelerator.device), longest_sequence, lr,
+                )  # fmt: skip
+                if k == 0 and (t == 0 or args.ref == "previous"):
+                    check_first_losses(run, row)
+                position["num_tokens"] += round(row["num_tokens"] * len(rows))
+                position.update(outer_iteration=t, step=step + 1)
+                row.update(answers, num_tokens=position["num_tokens"], epoch=(step + 1) * args.num_train_epochs / K)
+                if (step + 1) % args.logging_steps == 0:
+                    run.log(row, step=step + 1, outer_iteration=t, episodes=(t + 1) * asked)
+                if (k + 1) % args.save_steps == 0 or k + 1 == K:
+                    run.save_checkpoint(position)
+                run.stop_if_asked(position)
+                advance(1)
+        measure(t + 1)
+        position.update(outer_iteration=t + 1)
+    evals.print_table(run, "start", method)
+    equation = "Eq. 10" if args.objective == "direct" else "Eq. 11"
+    path = run.save_final(policy, tokenizer, run.model_card(method, f"arXiv:2406.06874, {equation}"))
+    run.say(f"model: {path}")
+    run.end()
+
+
+def method_name(args: Args) -> str:
+    """What the objective is called, special cases by their own names."""
+    if not args.demo_weight:
+        return args.preference_loss.upper()
+    if args.preference_dataset == "none":
+        return "SFT" if args.objective == "direct" else "SPIN" if args.T == 1 else "IRFT"
+    return "Direct AIHF" if args.objective == "direct" else "Self-Play AIHF"
+
+
+def print_updates(args: Args, n: int, m: int, K: int) -> None:
+    """--dry-run: what would run, and what it would cost."""
+    print(
+        f"aihf_direct --dry-run: {method_name(args)}, model {args.model}, demonstrations {args.dataset}, preferences"
+        f" {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}"
+    )
+    asked = n if args.objective == "self_play" else 0
+    for t in range(args.T):
+        print(
+            f"  iteration {t}: {asked} answers of up to {args.max_new_tokens} tokens ({asked * args.max_new_tokens} at most),"
+            f" {K} updates on {n} demonstrations and {m} preferences"
+        )
+    print(f"  in all {args.T * K} updates of up to {args.batch_size} demonstrations and {args.batch_size} preferences")
+    models.print_memory_plan(args, sequences_per_row=2)
+
+
+def longest_sequence(row: dict) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"] or []))
+
+
+if __name__ == "__main__":
+    main(lambda: train(parse_args(Args, __doc__, SETTINGS)))
