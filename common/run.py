@@ -96,7 +96,7 @@ class RunArgs(BaseArgs):
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """both without weight decay. RFT paper: rmsprop."""
     warmup_ratio: float = 0.1
-    """part of the updates in which the learning rate rises linearly; then it falls linearly to 0. Released code: 0.1."""
+    """part of the updates in which the learning rate rises linearly; then it falls to 0. Released code: 0.1."""
     max_grad_norm: float = 1.0
     """gradient norm is clipped at this value, > 0."""
     batch_size: int | Auto = "auto"
