@@ -8,14 +8,16 @@ and PPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 9), the optimum o
 
 Not the paper: D1 the policy step is written out (the paper calls TRL's PPO; the released code does something else). D2 rewards
 are centred so that held-out demonstrations average 0. D3 value model, optimizers' schedules and the PPO optimizer's state start
-anew in every outer iteration (paper: T = 1). D4 --sft-epochs first fine-tunes the model on the demonstrations.
+anew in every outer iteration, each of which passes over all demonstrations (paper: T = 1). D4 --sft-epochs first fine-tunes
+the model on the demonstrations. D5 with --value-warmup-ratio the value model learns alone at first.
 
 Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer iterations).
 
 Laptop CPU, minutes:   python rft.py
 
-The paper's run:       accelerate launch rft.py --model pythia-1.4b --max-samples 0 --select-top-k 10000 --gold-reward-model
-beaver-7b-v3.0-reward
+The paper's run, from a pythia-1.4b that sft.py has fine-tuned on all of HH (docs/rft.md):
+
+accelerate launch rft.py --model runs/base/final --max-samples 0 --select-top-k 10000 --gold-reward-model beaver-7b-v3.0-reward
 """
 
 import math
@@ -30,25 +32,36 @@ from common import UserError, evals, models, rewards
 from common.data import collate, read_pairs, write_pairs
 from common.generation import Generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
-from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
+from common.run import (
+    Auto,
+    Run,
+    RunArgs,
+    data_order,
+    learning_rate_at,
+    main,
+    make_optimizer,
+    parse_args,
+    require,
+    stream_seed,
+)
 
 SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
         reward_model="", reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, total_episodes=2560,
-        rollout_batch_size=64, value_warmup_updates=5, eval_updates=20, per_device_train_batch_size=32,
+        rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=20, per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # RFT paper, Sec. 5.1 and App. C; episodes and their batch are ours, the paper gives none
         dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
         reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64,
-        total_episodes=100_000, rollout_batch_size=256, value_warmup_updates=0, eval_updates=20, per_device_train_batch_size=4,
+        total_episodes=100_000, rollout_batch_size=256, value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=4,
         per_device_eval_batch_size=32,
     ),
     "other": dict(
         dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
         reward_model="", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64,
-        total_episodes=100_000, rollout_batch_size=256, value_warmup_updates=0, eval_updates=20, per_device_train_batch_size=2,
+        total_episodes=100_000, rollout_batch_size=256, value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=2,
         per_device_eval_batch_size=16,
     ),
 }  # fmt: skip
@@ -95,8 +108,8 @@ class Args(RunArgs):
     """clip of the change of a value, reward units, > 0. TRL: 0.2."""
     vf_coef: float = 0.1
     """weight of the value loss, >= 0. TRL: 0.1."""
-    value_warmup_updates: int | Auto = "auto"
-    """first PPO updates of an outer iteration in which the value model learns alone, >= 0. TRL: 0."""
+    value_warmup_ratio: float | Auto = "auto"
+    """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). TRL: 0."""
     gamma: float = 1.0
     """discount per token, in (0, 1]. TRL: 1."""
     lam: float = 0.95
@@ -113,13 +126,10 @@ class Args(RunArgs):
         positive = ("beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value")
         for name in (*positive, "gamma", "total_episodes", "rollout_batch_size", "eval_updates"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("vf_coef", "missing_eos_penalty", "sft_epochs", "value_warmup_updates"):
+        for name in ("vf_coef", "missing_eos_penalty", "sft_epochs"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        updates = math.ceil(self.total_episodes / self.rollout_batch_size)
-        require(
-            self.value_warmup_updates < updates, "value_warmup_updates", self.value_warmup_updates,
-            f"less than the {updates} PPO updates",
-        )  # fmt: skip
+        ratio = self.value_warmup_ratio
+        require(0 <= ratio < 1, "value_warmup_ratio", ratio, "at least 0 and below 1")
         require(self.gamma <= 1, "gamma", self.gamma, "at most 1")
         require(0 <= self.lam <= 1, "lam", self.lam, "between 0 and 1")
         require(
@@ -128,9 +138,11 @@ class Args(RunArgs):
         )  # fmt: skip
         require(
             not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
-            f"no --reward-model beside it ({self.reward_model}): the reward starts from the SFT policy",
+            f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
         )  # fmt: skip
 
+
+SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
 
 METRICS = {  # name -> meaning, unit, range
     "sft/loss": "NLL, nats per response token, of --sft-epochs",
@@ -411,12 +423,12 @@ def ppo_update(
                 return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
 
             steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, lr))
-    first = steps[0]["sampling/logp_difference"]
-    if not first < 0.05:
-        raise UserError(
-            f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling, expected"
-            " rounding: the policy that is trained is not the one that answered"
-        )
+            first = steps[0]["sampling/logp_difference"]
+            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
+                raise UserError(
+                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
+                    " expected rounding: the policy that is trained is not the one that answered"
+                )
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
     return {**row, "sampling/logp_difference": first}
 
@@ -425,7 +437,7 @@ def row_length(row: dict) -> int:
     return len(row["prompt_ids"]) + len(row["response_ids"])
 
 
-def reward_pair_length(pair: dict) -> int:
+def pair_length(pair: dict) -> int:
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
@@ -465,7 +477,7 @@ class RFT:
         """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
         run, args, total = self.run, self.args, self.steps.sft
         self.actor_critic.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, e)]
+        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
         with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
             for step, batch in enumerate(batches):
                 if step >= self.position["step"]:
@@ -477,7 +489,9 @@ class RFT:
                         return losses * scale, stats
 
                     lr = learning_rate_at(step, total, args.sft_learning_rate, args.warmup_ratio)
-                    row = run.step(self.actor_critic, self.optimizer, rows, loss_fn, row_length, lr)
+                    row = run.step(
+                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate"
+                    )
                     if (step + 1) % args.logging_steps == 0:
                         run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
                     self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
@@ -494,9 +508,8 @@ class RFT:
             if self.position["step"] > self.steps.first(t):
                 raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
             with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                rollout = evals.sample_rows(
-                    run, self.generator, rows, self.args.seed * 10_007 + t, self.args.temperature, advance
-                )
+                seed = stream_seed(self.args.seed, t, PAIRS)
+                rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
             pairs = [
                 {
                     "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
@@ -525,16 +538,17 @@ class RFT:
         run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
         pairs = self.sample_pairs(t)
         if self.position["step"] <= first:
+            self.optimizer.state.clear()  # D3; and its memory, until PPO
             self.start_reward(t)
         self.reward_model.train()
-        batches = [b for e in range(args.num_train_epochs) for b in run.batches(len(pairs), t, 1, e)]
+        batches = [b for e in range(args.num_train_epochs) for b in run.batches(len(pairs), t, REWARD, e)]
         with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
             for k, batch in enumerate(batches):
                 if first + k >= self.position["step"]:
                     row = run.step(
                         self.reward_model, self.reward_optimizer, [pairs[i] for i in batch],
                         lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        reward_pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio),
+                        pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio), "reward_learning_rate",
                     )  # fmt: skip
                     if (k + 1) % args.logging_steps == 0:
                         run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
@@ -547,7 +561,7 @@ class RFT:
             run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
-        """Before PPO: value from reward, optimizer anew, policy as --init says. Returns the reference's model or folder."""
+        """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
         begun = self.position["step"] > self.steps.first(t) + self.steps.K
         reference = self.sft_policy
@@ -558,7 +572,6 @@ class RFT:
                 run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
         if not begun:
             self.bare.value.load_state_dict(self.bare_reward.state_dict())
-            self.optimizer.state.clear()  # D3
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
                 self.bare.policy.load_state_dict(models.prepare_policy(args, self.sft_policy).state_dict())
@@ -573,7 +586,7 @@ class RFT:
         save_every = max(1, args.save_steps // steps.per_update)
         n, size = len(self.demonstrations), args.rollout_batch_size
         epochs = math.ceil(steps.updates * size / n)
-        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, 2, e)]
+        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, PPO, e)]
         self.actor_critic.train()
         with run.phase(f"iteration {t}: PPO", steps.updates, updates=True, outer_iteration=t) as advance:
             for u in range(steps.updates + 1):
@@ -581,27 +594,29 @@ class RFT:
                     advance(1)
                     continue
                 if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
+                    run.save_checkpoint(
+                        self.position
+                    )  # an evaluation is long, and a stop in it loses what is not saved
                     with run.timed("evaluate"):
                         self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
                 if u == steps.updates:
                     break
                 rows = [self.demonstrations[i] for i in order[u * size : (u + 1) * size]]
-                seed = (args.seed * 10_007 + t) * 1_000_003 + u + 1
+                seed = stream_seed(args.seed, t, PPO, u)
                 rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
                 run.stop_if_asked(self.position)
                 row = add_advantages(rollouts, args)
                 with run.timed("update"):
-                    warmup = args.value_warmup_updates
+                    warmup = int(steps.updates * args.value_warmup_ratio)  # D5
                     after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
                     lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
                     row |= ppo_update(
-                        run, self.actor_critic, self.optimizer, rollouts, lr, t, 3, u, policy_weight=weight
+                        run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
                     )
                 step = first + (u + 1) * steps.per_update
                 if (u + 1) % args.logging_steps == 0:
                     run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                due = any((u + 1) % every == 0 for every in (save_every, args.eval_updates, steps.updates))
-                self.done(t, step, due)
+                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
                 advance(1)
 
     def measure(self, t: int, updates: int, reference=None) -> None:
@@ -620,6 +635,8 @@ class RFT:
         run, args = self.run, self.args
         if args.resume and (position := run.load_checkpoint()):
             self.position = position
+        if args.gold_reward_model:
+            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
         for t in range(self.position["outer_iteration"], args.T):
@@ -651,7 +668,8 @@ def train(args: Args) -> None:
     note = rewards.pad_for_readers(rft.bare_reward.model.config, tokenizer)
     rft.bare_reward.model.config.reward_center = rft.bare_reward.center.item()
     note += "A score is the classifier's output minus `reward_center` of config.json: held-out demonstrations average 0.\n\n"
-    card = run.model_card("RFT, reward model", "arXiv:2405.17888, Alg. 1", note)
+    source = args.reward_model or args.model
+    card = run.model_card("RFT, reward model", "arXiv:2405.17888, Alg. 1", note, source, "eval/reward/accuracy")
     reward_path = run.save_final(rft.reward_model, tokenizer, card, name="reward", part="model")
     tokenizer = models.load_tokenizer(args)
     card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")

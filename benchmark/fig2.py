@@ -20,7 +20,8 @@ from common.evals import bootstrap_interval  # noqa: E402
 from common.run import main  # noqa: E402
 
 MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
-    "gold score": ("gold/score", 3),
+    "gold score": ("gold/score", 2),
+    "score - base's": ("gold/gain", 2),
     "win rate over base": ("gold/win_rate_base", 3),
     "win rate over SFT": ("gold/win_rate_baseline", 3),
     "learned reward": ("reward/samples", 3),
@@ -65,11 +66,16 @@ def summarise(runs: list[dict], levels: list[dict]) -> dict[str, dict]:
     for name in ("demonstrations", "base", "baseline"):
         label = {"demonstrations": "demonstrations", "base": "base", "baseline": "SFT, selected"}[name]
         table[label] = {"gold/score": mean_and_interval([level[name] for level in levels])}
+        gain = [level[name] - level["base"] for level in levels]
+        table[label]["gold/gain"] = mean_and_interval(gain)
         if name == "baseline":
             over = [(lv["baseline"] > lv["base"]) + 0.5 * (lv["baseline"] == lv["base"]) for lv in levels]
             table[label]["gold/win_rate_base"] = mean_and_interval(over)
     for updates in runs[0]:
-        rows = [run[updates] for run in runs]
+        rows = [
+            {**run[updates], "gold/gain": run[updates]["gold/score"] - level["base"]}
+            for run, level in zip(runs, levels, strict=True)
+        ]
         table[f"RFT, {updates} updates"] = {
             metric: mean_and_interval([r[metric] for r in rows]) for metric, _ in MEASURES.values() if metric in rows[0]
         }

@@ -2,7 +2,8 @@
 
 Real (prompt, response) rows are split in two by a hash of the prompt. One half makes preferences: the row's own response is
 chosen over another row's, so the gold reward says how well a text fits its prompt. A classifier with one label is trained
-on these by the Bradley-Terry loss. The other half is for policies, as demonstrations.jsonl; the two never meet.
+on these by the Bradley-Terry loss. The other half is for policies, as demonstrations.jsonl. (The embedded model, from which gold
+reward and policies start, was trained as a language model on all training rows of pydoc; held-out rows nobody has seen.)
 
     python benchmark/gold.py --dataset pydoc --output-dir runs/gold
 """
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rft  # noqa: E402
 from common import evals, models, rewards  # noqa: E402
 from common.data import encode, load_rows  # noqa: E402
-from common.run import Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args  # noqa: E402
+from common.run import Auto, BaseArgs, Run, data_order, learning_rate_at, main, make_optimizer, parse_args  # noqa: E402
 
 SETTINGS = {
     "other": dict(
@@ -29,11 +30,23 @@ SETTINGS = {
 
 
 @dataclass
-class Args(RunArgs):
-    num_train_epochs: int = 6
-    """passes over the preferences; each pairs a prompt with another row's response anew."""
+class Args(BaseArgs):
+    max_samples: int = 0
+    """training rows of --dataset to use, the first N in a seeded order; 0 means all."""
     prompt_chars: int = 160
     """prompts are cut at the last line that ends before this many characters."""
+    num_train_epochs: int = 6
+    """passes over the preferences; each pairs a prompt with another row's response anew."""
+    learning_rate: float | Auto = "auto"
+    """peak; AdamW, linear warm-up over a tenth of the updates, then linear to 0."""
+    batch_size: int | Auto = "auto"
+    """preferences per update."""
+    per_device_train_batch_size: int | Auto = "auto"
+    """preferences per forward pass."""
+    max_grad_norm: float = 1.0
+    """gradient norm is clipped at this value."""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass."""
 
 
 METRICS = {
@@ -98,7 +111,7 @@ def train(args: Args) -> None:
                 row = run.step(
                     model, optimizer, [pairs[i] for i in batch],
                     lambda part: rft.reward_batch_loss(model, part, rft.Args(reward_loss="logistic"), run.accelerator.device),
-                    rft.reward_pair_length, learning_rate_at(step, total, args.learning_rate, args.warmup_ratio),
+                    rft.pair_length, learning_rate_at(step, total, args.learning_rate, 0.1),
                 )  # fmt: skip
                 step += 1
                 run.log(row, step=step)

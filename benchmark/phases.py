@@ -38,7 +38,7 @@ def phases(path: Path) -> dict[str, tuple[int, float]]:
     inside = any("evaluate" in r for r in rows)  # evaluations within PPO are also phases of their own
     for r in rows:
         name = re.sub(r"(iteration|evaluation|reward|epoch) \d+", r"\1", r["phase"]).removeprefix("iteration: ")
-        if name == "evaluation" and inside and r["evaluation"] > 0:
+        if name == "evaluation" and inside:
             continue
         parts = {k: v for k, v in r.items() if k not in KNOWN}
         for part, seconds in parts.items():

@@ -9,7 +9,10 @@ out=${1:-runs/rft_small}
 data=${2:-pydoc}
 seeds=${SEEDS:-1 2 3}
 export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
-once "$out" gold benchmark/gold.py --dataset "$data"
+if [ ! -f "$out/gold/final/manifest.json" ]; then
+  rm -rf "$out/gold" # it cannot be resumed
+  python benchmark/gold.py --dataset "$data" --output-dir "$out/gold"
+fi
 shared=(--dataset "$out/gold/demonstrations.jsonl" --eval-dataset "$out/gold/held_out.jsonl" --max-samples 0 --eval-samples 200
   --max-length 256 --max-new-tokens 48 --batch-size 32 --per-device-train-batch-size 32 --per-device-eval-batch-size 64
   --gold-reward-model "$out/gold/final")
@@ -18,7 +21,7 @@ one_seed() {
   once "$out/$1" sft sft.py --model "$out/base/final" --seed "$1" --select-top-k 800 --num-train-epochs 3 --learning-rate 2e-4 "${shared[@]}"
   once "$out/$1" rft rft.py --model "$out/base/final" --seed "$1" --select-top-k 800 --baseline "$out/$1/sft/final" --sft-epochs 0 \
     --reward-learning-rate 5e-4 --num-train-epochs 2 --learning-rate 1e-4 --total-episodes 5120 \
-    --rollout-batch-size 64 --eval-updates 10 --sft-learning-rate 2e-4 "${shared[@]}"
+    --rollout-batch-size 64 --eval-updates 10 --value-warmup-ratio 0.0625 "${shared[@]}"
 }
 runs=
 for seed in $seeds; do # two lanes, each on half of the cores

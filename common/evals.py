@@ -196,7 +196,7 @@ def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, 
 
     def work(indices: list[int]) -> list:
         prompts, ids = [rows[i]["prompt_ids"] for i in indices], [rows[i]["row"] for i in indices]
-        part = generator.sample(prompts, ids, seed, temperature, advance)
+        part = generator.sample(prompts, ids, seed, temperature, run.shared(advance))
         return list(zip(part.response_ids, part.finished, part.logprobs, strict=True))
 
     results = run.map_rows(len(rows), work)

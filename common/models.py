@@ -1,12 +1,14 @@
 """Models: names, loading, the embedded `tiny`, LoRA, the reference policy, and what a run costs in memory."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -96,9 +98,11 @@ def load_model(args, name: str = "", flag: str = "--model"):
 
 
 def without_dropout(model):
+    """The same model with every rate of dropout 0: nn.Dropout's, and those that a module keeps for its own use."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
     return model
 
 
@@ -125,7 +129,10 @@ def autocast_forward(run, model):
     """The model on the run's device, its forward under the run's mixed precision: for models accelerate does not prepare."""
     model.to(run.accelerator.device)
     if run.accelerator.mixed_precision == "bf16":
-        model.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(model.forward)
+        # a weak reference: a bound method kept in the model itself would keep it in memory when it is no longer used
+        forward, this = type(model).forward, weakref.ref(model)
+        wrapped = functools.wraps(forward)(lambda *args, **kwargs: forward(this(), *args, **kwargs))
+        model.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(wrapped)
     return model
 
 
@@ -272,7 +279,7 @@ def memory_plan(config, args, sequences_per_row: int, scalar_config=None, value=
     With scalar_config, that of a reward model: the reward step and the policy step, where policy, reward and reference are in
     memory, and with `value` a model of PPO's values too.
     Counted exactly: weights, gradients, optimizer state, logits, KV cache. Activations: about 34 hidden-sized values per
-    token and layer (2 with gradient checkpointing), an estimate.
+    token and layer (2 with gradient checkpointing), an estimate. Not counted: a gold model or baseline while it is used.
     """
     gib = 2**30
     width = 2 if args.dtype == "bfloat16" else 4
@@ -308,7 +315,8 @@ def memory_plan(config, args, sequences_per_row: int, scalar_config=None, value=
         scalar, scalar_trained = (n * width for n in parameter_counts(scalar_config, args))
         values = int(value)
         shared = {"policy": weights, "value": values * scalar, "reward": scalar}
-        reference = {"reference": 0 if args.lora_r else weights}
+        adapter_off = args.lora_r and args.sft_epochs == 0 and args.ref == "initial"
+        reference = {"reference": 0 if adapter_off else weights}
         optimizer = {"optimizer": (trained + (1 + values) * scalar_trained) * states}
         plan = {
             "reward step": shared

@@ -84,12 +84,14 @@ def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) 
                 **kind,
             )
     except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
         raise UserError(f"{flag} {name}: found a classifier of several labels, expected one label") from error
     missing = sorted(k for k in info["missing_keys"] if not k.endswith(".rotary_emb.inv_freq"))
-    if missing and head_seed is None:
-        raise UserError(
-            f"{flag} {name}: found no weights for {', '.join(missing[:3])}, expected a model with a scalar head"
-        )
+    may_miss = set() if head_seed is None else {"score.weight"}
+    if set(missing) - may_miss:
+        expected = "a model with a scalar head" if head_seed is None else "a causal model, or a classifier on one"
+        raise UserError(f"{flag} {name}: found no weights for {', '.join(missing[:3])}, expected {expected}")
     if "score.weight" in missing:
         stream = torch.Generator().manual_seed(head_seed)
         hidden = model.score.weight.shape[1]
@@ -204,13 +206,16 @@ def gold_sequences(args, rows: list[dict], responses: list[str], config) -> list
 
 def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int = 4096) -> list[float]:
     """Gold scores through the user's cache folder: written after every block, so that a run cut off loses one block."""
+    from accelerate.utils import broadcast_object_list
+
     name = models.resolve_model(run.args.gold_reward_model)
     config = models.load_config(run.args.gold_reward_model, run.args.trust_remote_code, FLAG)
     precision = [run.args.dtype, run.accelerator.mixed_precision]
     identity = json.dumps([name, weights_identity(Path(name)), config.to_json_string(use_diff=False), precision])
     path = cache_folder() / f"gold-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.parquet"
-    known = {r["key"]: r["score"] for r in read_pairs(path)} if path.exists() else {}
-    run.accelerator.wait_for_everyone()
+    (known,) = broadcast_object_list(
+        [{r["key"]: r["score"] for r in read_pairs(path)} if run.is_main and path.exists() else {}]
+    )
     pairs = [json.dumps([r["prompt"], t]) for r, t in zip(rows, responses, strict=True)]
     keys = [hashlib.sha256(p.encode()).hexdigest() for p in pairs]
     missing = [i for i, key in enumerate(keys) if key not in known]
@@ -228,4 +233,8 @@ def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int =
 
 def weights_identity(folder: Path) -> list:
     """Name, size and time of a local model's weight files; a hub model is known by its name."""
-    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors"))
+    return sorted(
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns)
+        for p in folder.glob("*")
+        if p.suffix in (".safetensors", ".bin")
+    )

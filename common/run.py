@@ -96,7 +96,7 @@ class RunArgs(BaseArgs):
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """both without weight decay. RFT paper: rmsprop."""
     warmup_ratio: float = 0.1
-    """part of the updates in which the learning rate rises linearly; then it falls linearly to 0. Released code: 0.1."""
+    """part of the updates in which the learning rate rises linearly; then it falls to 0. Released code: 0.1."""
     max_grad_norm: float = 1.0
     """gradient norm is clipped at this value, > 0."""
     batch_size: int | Auto = "auto"
@@ -270,10 +270,14 @@ def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
 
 
+def stream_seed(*key: int) -> int:
+    """Seed of the random stream that a key names: a resumed run needs no stream position, and no two keys share one."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
 def data_order(n: int, *key: int) -> list[int]:
-    """A permutation of range(n) that is a function of the key alone: a resumed run needs no stream position."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    """A permutation of range(n) that is a function of the key alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(stream_seed(*key))).tolist()
 
 
 class Run:
@@ -435,19 +439,27 @@ class Run:
 
     def map_sequences(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
         """score_batches shared over ranks, gathered in order on all of them."""
+        shared = self.shared(advance)
         return self.map_rows(
-            len(sequences), lambda mine: self.score_batches([sequences[i] for i in mine], score, advance)
+            len(sequences), lambda mine: self.score_batches([sequences[i] for i in mine], score, shared)
         )
+
+    def shared(self, advance: Callable[[int], None]) -> Callable[[int], None]:
+        """Progress of work that all ranks share, from this rank's part of it."""
+        return lambda n: advance(n * self.world)
 
     def batches(self, n: int, *key: int) -> list[list[int]]:
         """Global batches of one epoch over range(n), in the order of (seed, key); the last one may be smaller."""
         order = data_order(n, self.args.seed, *key)
         return [order[i : i + self.args.batch_size] for i in range(0, n, self.args.batch_size)]
 
-    def step(self, model, optimizer, rows: list, loss_fn: Callable, length: Callable, lr: float) -> dict[str, float]:
+    def step(
+        self, model, optimizer, rows: list, loss_fn: Callable, length: Callable, lr: float, rate: str = "learning_rate"
+    ) -> dict[str, float]:
         """One optimizer step on `rows`, the global batch; the same on any number of devices and micro-batches.
 
         loss_fn(rows) -> (losses (b,), {name: (sum, count)}); the objective is the mean of all losses of the global batch.
+        lr is this step's learning rate, `rate` the name of the flag it comes from.
         Rows are sorted by length so that a micro-batch holds similar ones. Raises UserError on a loss that is not finite.
         """
         micro = self.args.per_device_train_batch_size
@@ -477,7 +489,7 @@ class Run:
             found = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
             raise UserError(
                 f"training diverged: found {found}, expected finite numbers; no update was made."
-                f" Lower --learning-rate; last good checkpoint: {self.last_checkpoint() or 'none yet'}"
+                f" Lower {flag(rate)}; last good checkpoint: {self.last_checkpoint() or 'none yet'}"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -549,6 +561,7 @@ class Run:
                 with contextlib.suppress(FileNotFoundError), open(self.dir / "metrics.jsonl", "r+b") as f:
                     f.truncate(size)
             self.say(f"resumed from {path}")
+            self.saved = str(position)
             return position
         if found:
             raise UserError(f"--resume: none of the {len(found)} checkpoints in {self.dir / 'checkpoint'} is whole")
@@ -556,25 +569,29 @@ class Run:
             (self.dir / "metrics.jsonl").unlink(missing_ok=True)
         return None
 
-    def model_card(self, method: str, paper: str, note: str = "") -> str:
-        """README.md of a saved model: front matter, how it was made, a note of its own, last measurements."""
-        args = self.args
-        rows = (
-            [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()] if self.is_main else []
+    def model_card(self, method: str, paper: str, note: str = "", base: str = "", measure: str = "eval/nll") -> str:
+        """README.md of a saved model: front matter, how it was made, a note of its own, the last row that holds `measure`.
+
+        base: the model it was made from, if that is not --model. Without such a row there is no table.
+        """
+        args, path = self.args, self.dir / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if self.is_main and path.exists() else []
+        last = next((r for r in reversed(rows) if measure in r), {})
+        measured = "".join(
+            f"| {k} | {v:.4g} | {meaning} |\n"
+            for k, v in last.items()
+            if (meaning := self.metrics.get(k, "").replace("|", "\\|"))
         )
-        last = next((r for r in reversed(rows) if any(k.startswith("eval/") for k in r)), {})
-        measured = "\n".join(
-            f"| {k} | {v:.4g} | {self.metrics.get(k, '')} |" for k, v in last.items() if k in self.metrics
-        )
+        table = f"| held-out measure | value | meaning |\n|---|---|---|\n{measured}" if measured else ""
+        base = base or args.model
         lora = f", LoRA r = {args.lora_r} merged" if args.lora_r else ""
-        data = list(dict.fromkeys(filter(None, (args.dataset, getattr(args, "preference_dataset", "")))))
+        data = [d for d in dict.fromkeys((args.dataset, getattr(args, "preference_dataset", "none"))) if d != "none"]
         listed, named = "\n- ".join(data), " and ".join(f"`{name}`" for name in data)
         return (
-            f"---\nlibrary_name: transformers\nbase_model: {args.model}\ndatasets:\n- {listed}\n"
-            f"tags:\n- cleanirl\n- {self.script}\n---\n\n# {args.model} after {method}\n\n"
+            f"---\nlibrary_name: transformers\nbase_model: {base}\ndatasets:\n- {listed}\n"
+            f"tags:\n- cleanirl\n- {self.script}\n---\n\n# {base} after {method}\n\n"
             f"Trained with `{self.script}.py` of CleanIRL ({paper}) on {named}{lora}.\n\n{note}"
-            f"```\n{' '.join(['python', *sys.argv])}\n```\n\nAll settings: `args.json` of the run.\n\n"
-            f"| held-out measure | value | meaning |\n|---|---|---|\n{measured}\n"
+            f"```\n{' '.join(['python', *sys.argv])}\n```\n\nAll settings: `args.json` of the run.\n\n{table}"
         )
 
     def save_final(self, model, tokenizer, card: str, name: str = "final", part: str = "") -> Path:

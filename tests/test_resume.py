@@ -222,6 +222,31 @@ def test_sigterm_in_any_phase_ends_the_run_soon_and_loses_nothing(runs, place, a
     assert (runs / "whole_irft.py" / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "at, n, after",
+    [
+        ("rft.collect", 1, "common.generation.Generator._batch"),
+        ("rft.collect", 2, "rft.add_advantages"),
+        ("common.evals.evaluate", 2, "common.evals.evaluate"),
+        ("rft.ppo_update", 1, "rft.collect"),
+    ],
+)
+def test_sigterm_in_ppo_and_again_after_the_resume_changes_nothing(runs, place, at, n, after):
+    """Around evaluations and the centring of the reward, whose rows must not be logged, nor made, twice."""
+    out = place / f"term_{at}_{n}"
+    resume = {"argv": ["rft.py", "--resume", str(out)]}
+    scenarios = [
+        {"argv": argv("rft.py", place, out), "at": at, "n": n, "signal": signal.SIGTERM},
+        {**resume, "at": after, "n": 1, "signal": signal.SIGTERM},
+        resume,
+    ]
+    statuses, printed = drive(scenarios)
+    assert statuses == [143, 143, 0], printed
+    expected, found = weights(runs / "whole_rft.py"), weights(out)
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert (runs / "whole_rft.py" / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+
+
 def test_resume_refuses_other_settings_and_says_when_finished(runs):
     out = runs / "whole_irft.py"
     statuses, printed = drive(

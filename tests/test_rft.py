@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import math
 import signal
+import weakref
 from types import SimpleNamespace
 
 import exact
@@ -187,7 +189,7 @@ def test_neither_micro_batches_nor_order_change_a_reward_step(make_run, kind):
         model = copy.deepcopy(scalar)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         loss = lambda part, model=model: rft.reward_batch_loss(model, part, run.args, "cpu")  # noqa: E731
-        row = run.step(model, optimizer, rows, loss, rft.reward_pair_length, 1.0)
+        row = run.step(model, optimizer, rows, loss, rft.pair_length, 1.0)
         moved = [(p - q).detach().flatten() for p, q in zip(scalar.parameters(), model.parameters(), strict=True)]
         assert close(torch.cat(moved), expected)
         assert row["reward/margin"] == pytest.approx((d - a).mean().item(), abs=1e-12)
@@ -296,6 +298,56 @@ def test_a_saved_reward_model_scores_the_same_through_plain_transformers(tmp_pat
             model(**AutoTokenizer.from_pretrained(tmp_path / "out")(texts, padding=True, return_tensors="pt"))
     else:
         assert tokenizer.pad_token_id == len(made) and not close(plain("before"), ours, 1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "mistral"])
+def test_a_new_head_is_drawn_from_the_seed_alone(tmp_path, architecture):
+    """N(0, 1/(H+1)) over H hidden sizes, whatever else was drawn before; no head, no seed: refused."""
+    args = arguments(model=str(make_model(tmp_path / "model", architecture, hidden_size=2048, num_attention_heads=64)))
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(heads))
+        heads.append(rewards.load_scalar_model(args, args.model, "--reward-model", seed).model.score.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    for head in heads[1:]:
+        scaled = head * math.sqrt(2049)
+        assert abs(scaled.mean()) < 4 / math.sqrt(2048) and abs(scaled.var() - 1) < 4 * math.sqrt(2 / 2048)
+    with pytest.raises(UserError, match=r"found no weights for score\.weight, expected a model with a scalar head"):
+        rewards.load_scalar_model(args, args.model, "--gold-reward-model")
+
+
+def test_weights_that_are_not_a_models_are_refused(tmp_path):
+    """A save whose names have a prefix, as a wrapper leaves them, would be read as a random backbone."""
+    from safetensors.torch import load_file, save_file
+
+    path = make_model(tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    save_file({f"wrapper.{k}": v for k, v in weights.items()}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="--reward-model .* found no weights for .*, expected a causal model"):
+        rewards.prepare_scalar(arguments(), str(path), "--reward-model")
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "mistral"])
+def test_training_mode_drops_nothing_out(tmp_path, architecture):
+    """With every rate of the configuration at 0.5 two passes in training mode agree: PPO's first ratio is 1."""
+    rates = {"attention_dropout": 0.5} | ({"hidden_dropout": 0.5} if architecture == "gpt_neox" else {})
+    args = arguments(model=str(make_model(tmp_path / "model", architecture, **rates)), reward_model="")
+    policy, scalar = models.prepare_policy(args).train(), rewards.prepare_scalar(args, args.model, "--model").train()
+    batch, ids = collate(SEQUENCES, pad_token_id=EOS), torch.arange(20)[None]
+    assert torch.equal(policy(input_ids=ids).logits, policy(input_ids=ids).logits)
+    assert torch.equal(scalar(batch), scalar(batch))
+
+
+def test_a_model_under_autocast_is_freed_with_its_last_name():
+    run = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+    model = models.autocast_forward(run, exact.make_model().float())
+    assert model(input_ids=torch.tensor([[0, 1]])).logits.dtype == torch.bfloat16
+    gone = weakref.ref(model)
+    gc.disable()
+    del model
+    freed = gone() is None
+    gc.enable()
+    assert freed
 
 
 # ---- the pieces of PPO, each with its mutants ----
@@ -756,6 +808,11 @@ def test_two_outer_iterations_raise_the_likelihood_of_the_demonstrations(make_ru
         eval_updates=1000, save_steps=100_000, max_grad_norm=1.0,
     )  # fmt: skip
     script = rft.RFT(run, tokenizer, demonstrations, held)
+    trained = [
+        {id(p) for g in o.param_groups for p in g["params"]} for o in (script.optimizer, script.reward_optimizer)
+    ]
+    assert trained[0] == {id(p) for m in (script.bare.policy, script.bare.value) for p in m.parameters()}
+    assert trained[1] == {id(p) for p in script.bare_reward.parameters()}
 
     def likelihood() -> float:
         return all_logprobs(script.bare.policy).gather(1, picked).mean().item()

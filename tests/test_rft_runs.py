@@ -70,7 +70,12 @@ def test_a_run_leaves_what_it_promises(finished, place):
     AutoModelForCausalLM.from_pretrained(finished / "sft")
     reward = AutoModelForSequenceClassification.from_pretrained(finished / "reward")
     assert reward.config.num_labels == 1 and reward.config.pad_token_id != tokenizer.eos_token_id
-    assert "reward_center" in (finished / "reward" / "README.md").read_text()
+    card = (finished / "reward" / "README.md").read_text()
+    assert "reward_center" in card and "eval/reward/accuracy" in card and "eval/nll" not in card
+    assert (
+        "eval/nll" in (finished / "final" / "README.md").read_text()
+        and "|---|" not in (finished / "sft" / "README.md").read_text()
+    )
     pairs = read_pairs(finished / "generations" / "iter_1.parquet")
     assert len(pairs) == 12 and {"prompt", "chosen", "rejected", "row"} <= pairs[0].keys()
     timing = {r["phase"]: r for r in map(json.loads, (finished / "timing.jsonl").read_text().splitlines())}
@@ -88,17 +93,27 @@ def test_first_update_sees_the_reference_and_the_policy_that_answered(finished):
             assert r["objective/rlhf_reward"] == pytest.approx(r["objective/scores"] - 0.1 * r["objective/kl"])
 
 
-def test_demonstrations_average_zero_on_held_out_data(finished):
-    """Through plain transformers: classifier output minus reward_center, at the last token, over held-out demonstrations."""
-    from transformers import AutoModelForSequenceClassification
+def test_demonstrations_average_zero_on_held_out_data(finished, place):
+    """As docs/rft.md says to score: plain transformers on the texts of the held-out rows, minus reward_center."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForSequenceClassification.from_pretrained(finished / "reward").eval()
-    rows = read_pairs(finished / "evals" / "reward_0001.parquet")
-    center = next(r["eval/reward/center"] for r in reversed(metrics(finished)) if "eval/reward/center" in r)
+    from common.data import load_rows, render_prompt
+
+    folder = finished / "reward"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = {
+        r["row"]: (render_prompt(tokenizer, r["prompt"]), r["response"])
+        for r in load_rows(str(place / "data.jsonl"), "all")
+    }
+    stored = read_pairs(finished / "evals" / "reward_0001.parquet")  # with the centre of the iteration before
+    scores = []
+    for prompt, response in (texts[r["row"]] for r in stored):
+        ids = tokenizer(prompt)["input_ids"] + tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
+        scores.append(model(input_ids=torch.tensor([ids])).logits[0, 0].item() - model.config.reward_center)
+    first, center = (r["eval/reward/center"] for r in metrics(finished) if "eval/reward/center" in r)
     assert model.config.reward_center == pytest.approx(center)
-    first = next(r["eval/reward/center"] for r in metrics(finished) if "eval/reward/center" in r)
-    assert sum(r["chosen"] for r in rows) / len(rows) == pytest.approx(center - first, abs=1e-5)
-    assert abs(first) > 1e-3  # there was something to subtract
+    assert scores == pytest.approx([r["chosen"] - (center - first) for r in stored], abs=1e-5)
+    assert sum(scores) == pytest.approx(0, abs=1e-4) and abs(first) > 1e-3  # there was something to subtract
 
 
 def test_gold_scores_and_win_rates_agree_with_the_rows(finished):
@@ -204,9 +219,9 @@ def bad_inputs(place):
         "unknown reward": (flags("--reward-model", "no-such"), "--reward-model no-such: found no local folder ./no-such"),
         "reward of another tokenizer": (flags("--reward-model", str(place / "foreign")), "expected the same one, since both read the same token ids"),
         "reward of two labels": (flags("--reward-model", str(place / "two_labels")), "found a classifier of several labels, expected one label"),
-        "reward twice": (flags("--reward-init", "sft", "--reward-model", str(place / "gold")), "--reward-init: found sft, expected no --reward-model beside it"),
-        "gold without head": (flags("--gold-reward-model", str(place / "other"), "--sft-epochs", "0"), "found no weights for score.weight, expected a model with a scalar head"),
-        "diverged": (flags("--reward-learning-rate", "1e30", "--reward-loss", "linear"), "training diverged: found loss"),
+        "reward twice": (flags("--reward-init", "sft", "--reward-model", str(place / "gold")), "--reward-init: found sft, expected --reward-model '' beside it"),
+        "gold without head": (flags("--gold-reward-model", str(place / "other")), "found no weights for score.weight, expected a model with a scalar head"),
+        "diverged": (flags("--reward-learning-rate", "1e30", "--reward-loss", "linear"), "Lower --reward-learning-rate"),
     }  # fmt: skip
 
 
@@ -266,7 +281,9 @@ def test_two_processes_give_the_weights_of_one(place):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
         start = load_file(place / "model" / "model.safetensors")
         assert max((a[k] - start[k]).abs().max() for k in a if k in start) > 5e-4
-        assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+        # no difference of two scores depends on the last bias: its gradient is rounding, which AdamW makes a step of
+        told = [k for k in a if (name, k) != ("reward", "gpt_neox.final_layer_norm.bias")]
+        assert max((a[k] - b[k]).abs().max() for k in told) < 2e-6
     for x, y in zip(metrics(one), metrics(two), strict=True):
         assert x == pytest.approx(y, rel=5e-3, abs=5e-4)
     ids = [[p["rejected_ids"] for p in read_pairs(out / "generations" / "iter_1.parquet")] for out in (one, two)]
