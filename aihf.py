@@ -11,7 +11,8 @@ answers to a prompt, the one the reward scores highest is always preferred to th
 
 Not the paper: D1 DPO takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size; the
 paper answers all prompts first). D2 rewards are centred so that held-out chosen responses average 0. D3 schedules and the policy
-optimizer's state start anew in every outer iteration. D4 --sft-epochs first fine-tunes the model on the demonstrations.
+optimizer's state start anew in every outer iteration, each of which passes over all data. D4 --sft-epochs first fine-tunes
+the model on the demonstrations.
 
 Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number of outer iterations), N answers to a prompt.
 
@@ -32,7 +33,18 @@ from common import UserError, evals, models, rewards
 from common.data import collate, read_pairs, write_pairs
 from common.generation import Generator
 from common.logprobs import masked_sum, response_logprobs
-from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
+from common.run import (
+    Auto,
+    Run,
+    RunArgs,
+    data_order,
+    learning_rate_at,
+    main,
+    make_optimizer,
+    parse_args,
+    require,
+    stream_seed,
+)
 
 SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
     "tiny": dict(
@@ -118,9 +130,11 @@ class Args(RunArgs):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(
             not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
-            f"no --reward-model beside it ({self.reward_model}): the reward starts from the SFT policy",
+            f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
         )  # fmt: skip
 
+
+SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
 
 METRICS = {  # name -> meaning, unit, range
     "sft/loss": "NLL, nats per response token, of --sft-epochs",
@@ -392,14 +406,14 @@ def dpo_update(run, policy, optimizer, pairs: list[dict], lr: float, *key: int) 
             rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
             loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
             steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, lr))
+            first = steps[0]["sampling/logp_difference"]
+            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
+                raise UserError(
+                    f"first DPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
+                    " expected rounding: the policy that is trained is not the one that answered"
+                )
     if not steps:
         return {}
-    first = steps[0]["sampling/logp_difference"]
-    if not first < 0.05:
-        raise UserError(
-            f"first DPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling, expected"
-            " rounding: the policy that is trained is not the one that answered"
-        )
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
     return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": first}
 
@@ -446,7 +460,7 @@ class AIHF:
         """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
         run, args, total = self.run, self.args, self.steps.sft
         self.policy.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, e)]
+        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
         with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
             for step, batch in enumerate(batches):
                 if step >= self.position["step"]:
@@ -460,7 +474,7 @@ class AIHF:
                     lr = learning_rate_at(
                         step, total, args.sft_learning_rate, args.warmup_ratio, args.lr_scheduler_type
                     )
-                    row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr)
+                    row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate")
                     if (step + 1) % args.logging_steps == 0:
                         run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
                     self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
@@ -479,9 +493,8 @@ class AIHF:
             if self.position["step"] > self.steps.first(t):
                 raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
             with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                rollout = evals.sample_rows(
-                    run, self.generator, rows, self.args.seed * 10_007 + t, self.args.temperature, advance
-                )
+                seed = stream_seed(self.args.seed, t, PAIRS)
+                rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
             pairs = [
                 {
                     "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
@@ -510,17 +523,21 @@ class AIHF:
         run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
         pairs = self.sample_pairs(t)
         if self.position["step"] <= first:
+            self.optimizer.state.clear()  # D3; and its memory, until the policy step
             self.start_reward(t)
         self.reward_model.train()
-        epochs = [mixed_batches(len(pairs), len(self.preferences), args, t, 1, e) for e in range(args.num_train_epochs)]
+        epochs = [
+            mixed_batches(len(pairs), len(self.preferences), args, t, REWARD, e) for e in range(args.num_train_epochs)
+        ]
         steps = [(batches, k) for batches in epochs for k in range(len(batches))]
         with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
             for k, place in enumerate(steps):
                 if first + k >= self.position["step"]:
+                    lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
                     row = run.step(
                         self.reward_model, self.reward_optimizer, weighted_rows(pairs, self.preferences, *place, args),
                         lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type),
+                        pair_length, lr, "reward_learning_rate",
                     )  # fmt: skip
                     if (k + 1) % args.logging_steps == 0:
                         run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
@@ -533,7 +550,7 @@ class AIHF:
             run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
-        """Before online DPO: optimizer anew, policy as --init says. Returns the reference's model or folder."""
+        """Before online DPO: policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
         begun = self.position["step"] > self.steps.first(t) + self.steps.K
         reference = self.sft_policy
@@ -543,7 +560,6 @@ class AIHF:
                 card = run.model_card("AIHF", "arXiv:2406.06874, Alg. 1")
                 run.save_final(self.policy, self.tokenizer, card, name=f"policy_{t}")
         if not begun:
-            self.optimizer.state.clear()  # D3
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
                 self.bare.load_state_dict(models.prepare_policy(args, self.sft_policy).state_dict())
@@ -558,7 +574,7 @@ class AIHF:
         save_every = max(1, args.save_steps // steps.per_update)
         n, size = len(self.prompts), args.rollout_batch_size
         total = args.total_prompts or n
-        order = [i for e in range(math.ceil(total / n)) for i in data_order(n, args.seed, t, 2, e)][:total]
+        order = [i for e in range(math.ceil(total / n)) for i in data_order(n, args.seed, t, PROMPTS, e)][:total]
         self.policy.train()
         with run.phase(f"iteration {t}: online DPO", steps.updates, updates=True, outer_iteration=t) as advance:
             for u in range(steps.updates + 1):
@@ -566,12 +582,14 @@ class AIHF:
                     advance(1)
                     continue
                 if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
+                    # an evaluation is long, and a stop in it would lose what is not saved
+                    run.save_checkpoint(self.position)
                     with run.timed("evaluate"):
                         self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
                 if u == steps.updates:
                     break
                 rows = [self.prompts[i] for i in order[u * size : (u + 1) * size]]
-                seed = (args.seed * 10_007 + t) * 1_000_003 + u + 1
+                seed = stream_seed(args.seed, t, PROMPTS, u)
                 pairs = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
                 run.stop_if_asked(self.position)
                 row = measure_answers(pairs)
@@ -579,12 +597,11 @@ class AIHF:
                     lr = learning_rate_at(
                         u, steps.updates, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type
                     )
-                    row |= dpo_update(run, self.policy, self.optimizer, pairs, lr, t, 3, u)
+                    row |= dpo_update(run, self.policy, self.optimizer, pairs, lr, t, STEPS, u)
                 step = first + (u + 1) * steps.per_update
                 if (u + 1) % args.logging_steps == 0:
                     run.log(row, step=step, outer_iteration=t, episodes=self.episodes(t, u + 1))
-                due = any((u + 1) % every == 0 for every in (save_every, args.eval_updates, steps.updates))
-                self.done(t, step, due)
+                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
                 advance(1)
 
     def episodes(self, t: int, updates: int) -> int:
@@ -608,6 +625,8 @@ class AIHF:
         run, args = self.run, self.args
         if args.resume and (position := run.load_checkpoint()):
             self.position = position
+        if args.gold_reward_model:
+            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
         for t in range(self.position["outer_iteration"], args.T):
@@ -641,7 +660,8 @@ def train(args: Args) -> None:
     note = rewards.pad_for_readers(aihf.bare_reward.model.config, tokenizer)
     aihf.bare_reward.model.config.reward_center = aihf.bare_reward.center.item()
     note += "A score is the classifier's output minus `reward_center` of config.json: held-out chosen responses average 0.\n\n"
-    card = run.model_card(f"{method}, reward model", "arXiv:2406.06874, Alg. 1", note)
+    source = args.reward_model or args.model
+    card = run.model_card(f"{method}, reward model", "arXiv:2406.06874, Alg. 1", note, source, "eval/reward/accuracy")
     reward_path = run.save_final(aihf.reward_model, tokenizer, card, name="reward", part="model")
     tokenizer = models.load_tokenizer(args)
     card = run.model_card(method, "arXiv:2406.06874, Alg. 1")

@@ -8,8 +8,9 @@ demonstrations, the reward is trained to score demonstrations above these answer
 responses, and PPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 42), the optimum of E[r] - beta KL(pi || pi_ref).
 
 Not the paper: D1 the policy step is written out. D2 rewards are centred so that held-out chosen responses average 0. D3 value
-model, optimizers' schedules and the PPO optimizer's state start anew in every outer iteration. D4 --sft-epochs first
-fine-tunes the model on the demonstrations.
+model, optimizers' schedules and the PPO optimizer's state start anew in every outer iteration, each of which passes over
+all data. D4 --sft-epochs first fine-tunes the model on the demonstrations. D5 with --value-warmup-ratio the value model learns
+alone at first.
 
 Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer iterations).
 
@@ -30,26 +31,37 @@ from common import UserError, evals, models, rewards
 from common.data import collate, read_pairs, write_pairs
 from common.generation import Generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
-from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
+from common.run import (
+    Auto,
+    Run,
+    RunArgs,
+    data_order,
+    learning_rate_at,
+    main,
+    make_optimizer,
+    parse_args,
+    require,
+    stream_seed,
+)
 
 SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
         max_new_tokens=48, learning_rate=1e-4, reward_model="", reward_learning_rate=5e-4, sft_epochs=2,
-        sft_learning_rate=2e-4, batch_size=32, total_episodes=1280, rollout_batch_size=64, value_warmup_updates=5,
+        sft_learning_rate=2e-4, batch_size=32, total_episodes=1280, rollout_batch_size=64, value_warmup_ratio=0.125,
         eval_updates=10, per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # AIHF paper, Sec. 5; rates, batches and episodes are ours, the paper gives none
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, reward_model="pythia-1.4b", reward_learning_rate=5e-6, sft_epochs=1,
-        sft_learning_rate=2e-5, batch_size=64, total_episodes=50_000, rollout_batch_size=256, value_warmup_updates=0,
+        sft_learning_rate=2e-5, batch_size=64, total_episodes=50_000, rollout_batch_size=256, value_warmup_ratio=0.0,
         eval_updates=20, per_device_train_batch_size=4, per_device_eval_batch_size=32,
     ),
     "other": dict(  # AIHF paper, App. A.1.4: data, rate and length; that run's policy step is aihf.py's
         dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
         eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, reward_model="", reward_learning_rate=5e-7,
         sft_epochs=0, sft_learning_rate=2e-5, batch_size=64, total_episodes=50_000, rollout_batch_size=256,
-        value_warmup_updates=0, eval_updates=20, per_device_train_batch_size=2, per_device_eval_batch_size=16,
+        value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=2, per_device_eval_batch_size=16,
     ),
 }  # fmt: skip
 
@@ -103,8 +115,8 @@ class Args(RunArgs):
     """clip of the change of a value, reward units, > 0. TRL: 0.2."""
     vf_coef: float = 0.1
     """weight of the value loss, >= 0. TRL: 0.1."""
-    value_warmup_updates: int | Auto = "auto"
-    """first PPO updates of an outer iteration in which the value model learns alone, >= 0. TRL: 0."""
+    value_warmup_ratio: float | Auto = "auto"
+    """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). TRL: 0."""
     gamma: float = 1.0
     """discount per token, in (0, 1]. TRL: 1."""
     lam: float = 0.95
@@ -122,13 +134,10 @@ class Args(RunArgs):
         for name in (*positive, "gamma", "total_episodes", "rollout_batch_size", "eval_updates"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         weights = ("demo_weight", "vf_coef", "missing_eos_penalty")
-        for name in (*weights, "max_preferences", "sft_epochs", "value_warmup_updates"):
+        for name in (*weights, "max_preferences", "sft_epochs"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        updates = math.ceil(self.total_episodes / self.rollout_batch_size)
-        require(
-            self.value_warmup_updates < updates, "value_warmup_updates", self.value_warmup_updates,
-            f"less than the {updates} PPO updates",
-        )  # fmt: skip
+        ratio = self.value_warmup_ratio
+        require(0 <= ratio < 1, "value_warmup_ratio", ratio, "at least 0 and below 1")
         require(self.gamma <= 1, "gamma", self.gamma, "at most 1")
         require(0 <= self.lam <= 1, "lam", self.lam, "between 0 and 1")
         require(
@@ -137,9 +146,11 @@ class Args(RunArgs):
         )  # fmt: skip
         require(
             not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
-            f"no --reward-model beside it ({self.reward_model}): the reward starts from the SFT policy",
+            f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
         )  # fmt: skip
 
+
+SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
 
 METRICS = {  # name -> meaning, unit, range
     "sft/loss": "NLL, nats per response token, of --sft-epochs",
@@ -471,12 +482,12 @@ def ppo_update(
                 return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
 
             steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, lr))
-    first = steps[0]["sampling/logp_difference"]
-    if not first < 0.05:
-        raise UserError(
-            f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling, expected"
-            " rounding: the policy that is trained is not the one that answered"
-        )
+            first = steps[0]["sampling/logp_difference"]
+            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
+                raise UserError(
+                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
+                    " expected rounding: the policy that is trained is not the one that answered"
+                )
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
     return {**row, "sampling/logp_difference": first}
 
@@ -485,7 +496,7 @@ def row_length(row: dict) -> int:
     return len(row["prompt_ids"]) + len(row["response_ids"])
 
 
-def reward_pair_length(pair: dict) -> int:
+def pair_length(pair: dict) -> int:
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
@@ -526,7 +537,7 @@ class AIHF:
         """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
         run, args, total = self.run, self.args, self.steps.sft
         self.actor_critic.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, e)]
+        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
         with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
             for step, batch in enumerate(batches):
                 if step >= self.position["step"]:
@@ -538,7 +549,9 @@ class AIHF:
                         return losses * scale, stats
 
                     lr = learning_rate_at(step, total, args.sft_learning_rate, args.warmup_ratio)
-                    row = run.step(self.actor_critic, self.optimizer, rows, loss_fn, row_length, lr)
+                    row = run.step(
+                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate"
+                    )
                     if (step + 1) % args.logging_steps == 0:
                         run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
                     self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
@@ -557,9 +570,8 @@ class AIHF:
             if self.position["step"] > self.steps.first(t):
                 raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
             with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                rollout = evals.sample_rows(
-                    run, self.generator, rows, self.args.seed * 10_007 + t, self.args.temperature, advance
-                )
+                seed = stream_seed(self.args.seed, t, PAIRS)
+                rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
             pairs = [
                 {
                     "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
@@ -588,9 +600,12 @@ class AIHF:
         run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
         pairs = self.sample_pairs(t)
         if self.position["step"] <= first:
+            self.optimizer.state.clear()  # D3; and its memory, until the policy step
             self.start_reward(t)
         self.reward_model.train()
-        epochs = [mixed_batches(len(pairs), len(self.preferences), args, t, 1, e) for e in range(args.num_train_epochs)]
+        epochs = [
+            mixed_batches(len(pairs), len(self.preferences), args, t, REWARD, e) for e in range(args.num_train_epochs)
+        ]
         steps = [(batches, k) for batches in epochs for k in range(len(batches))]
         with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
             for k, place in enumerate(steps):
@@ -598,7 +613,7 @@ class AIHF:
                     row = run.step(
                         self.reward_model, self.reward_optimizer, weighted_rows(pairs, self.preferences, *place, args),
                         lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        reward_pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio),
+                        pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio), "reward_learning_rate",
                     )  # fmt: skip
                     if (k + 1) % args.logging_steps == 0:
                         run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
@@ -611,7 +626,7 @@ class AIHF:
             run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
-        """Before PPO: value from reward, optimizer anew, policy as --init says. Returns the reference's model or folder."""
+        """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
         begun = self.position["step"] > self.steps.first(t) + self.steps.K
         reference = self.sft_policy
@@ -622,7 +637,6 @@ class AIHF:
                 run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
         if not begun:
             self.bare.value.load_state_dict(self.bare_reward.state_dict())
-            self.optimizer.state.clear()  # D3
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
                 self.bare.policy.load_state_dict(models.prepare_policy(args, self.sft_policy).state_dict())
@@ -637,7 +651,7 @@ class AIHF:
         save_every = max(1, args.save_steps // steps.per_update)
         n, size = len(self.prompts), args.rollout_batch_size
         epochs = math.ceil(steps.updates * size / n)
-        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, 2, e)]
+        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, PPO, e)]
         self.actor_critic.train()
         with run.phase(f"iteration {t}: PPO", steps.updates, updates=True, outer_iteration=t) as advance:
             for u in range(steps.updates + 1):
@@ -645,27 +659,28 @@ class AIHF:
                     advance(1)
                     continue
                 if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
+                    # an evaluation is long, and a stop in it would lose what is not saved
+                    run.save_checkpoint(self.position)
                     with run.timed("evaluate"):
                         self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
                 if u == steps.updates:
                     break
                 rows = [self.prompts[i] for i in order[u * size : (u + 1) * size]]
-                seed = (args.seed * 10_007 + t) * 1_000_003 + u + 1
+                seed = stream_seed(args.seed, t, PPO, u)
                 rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
                 run.stop_if_asked(self.position)
                 row = add_advantages(rollouts, args)
                 with run.timed("update"):
-                    warmup = args.value_warmup_updates
+                    warmup = int(steps.updates * args.value_warmup_ratio)  # D5
                     after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
                     lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
                     row |= ppo_update(
-                        run, self.actor_critic, self.optimizer, rollouts, lr, t, 3, u, policy_weight=weight
+                        run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
                     )
                 step = first + (u + 1) * steps.per_update
                 if (u + 1) % args.logging_steps == 0:
                     run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                due = any((u + 1) % every == 0 for every in (save_every, args.eval_updates, steps.updates))
-                self.done(t, step, due)
+                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
                 advance(1)
 
     def measure(self, t: int, updates: int, reference=None) -> None:
@@ -684,6 +699,8 @@ class AIHF:
         run, args = self.run, self.args
         if args.resume and (position := run.load_checkpoint()):
             self.position = position
+        if args.gold_reward_model:
+            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
         for t in range(self.position["outer_iteration"], args.T):
@@ -717,7 +734,8 @@ def train(args: Args) -> None:
     note = rewards.pad_for_readers(aihf.bare_reward.model.config, tokenizer)
     aihf.bare_reward.model.config.reward_center = aihf.bare_reward.center.item()
     note += "A score is the classifier's output minus `reward_center` of config.json: held-out chosen responses average 0.\n\n"
-    card = run.model_card(f"{method}, reward model", "arXiv:2406.06874, Alg. 1", note)
+    source = args.reward_model or args.model
+    card = run.model_card(f"{method}, reward model", "arXiv:2406.06874, Alg. 1", note, source, "eval/reward/accuracy")
     reward_path = run.save_final(aihf.reward_model, tokenizer, card, name="reward", part="model")
     tokenizer = models.load_tokenizer(args)
     card = run.model_card(method, "arXiv:2406.06874, Alg. 1")

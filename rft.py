@@ -594,9 +594,8 @@ class RFT:
                     advance(1)
                     continue
                 if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
-                    run.save_checkpoint(
-                        self.position
-                    )  # an evaluation is long, and a stop in it loses what is not saved
+                    # an evaluation is long, and a stop in it would lose what is not saved
+                    run.save_checkpoint(self.position)
                     with run.timed("evaluate"):
                         self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
                 if u == steps.updates:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The AIHF paper's comparison at small scale (its Tab. 2, Fig. 2, 3, 6, 7): a gold reward, a base policy, preferences labelled by
 # the gold reward, then every method from the same base on the same data, and four of them at other ratios of demonstrations
-# to preferences. Tables and figures stand in docs/aihf.md. Two runs at a time, each on half of the cores.
+# to preferences. Two runs at a time, each on half of the cores.
 #   SEEDS="1 2 3" bash benchmark/aihf_small.sh [OUT [DATA]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,10 @@ out=${1:-runs/aihf_small}
 data=${2:-pydoc}
 seeds=${SEEDS:-1 2 3}
 export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
-once "$out" gold benchmark/gold.py --dataset "$data" --max-samples 7000
+if [ ! -f "$out/gold/final/manifest.json" ]; then
+  rm -rf "$out/gold" # it cannot be resumed
+  python benchmark/gold.py --dataset "$data" --max-samples 7000 --output-dir "$out/gold"
+fi
 sizes=(--max-length 160 --max-new-tokens 48 --per-device-eval-batch-size 64)
 held=(--eval-dataset "$out/gold/held_out.jsonl" --eval-samples 200)
 once "$out" base sft.py --model tiny --dataset "$out/gold/demonstrations.jsonl" "${held[@]}" "${sizes[@]}" --max-samples 0 \
@@ -23,7 +26,7 @@ train=(--model "$out/base/final" --dataset "$out/data/demonstrations.jsonl" "${h
   --per-device-train-batch-size 32 --gold-reward-model "$out/gold/final")
 pairs=(--preference-dataset "$out/data/preferences.jsonl")
 online=("${pairs[@]}" --sft-epochs 0 --reward-learning-rate 5e-4 --learning-rate 1e-4 --eval-updates 5)
-ppo=("${online[@]}" --rollout-batch-size 64 --value-warmup-updates 2)
+ppo=("${online[@]}" --rollout-batch-size 64 --value-warmup-ratio 0.1)
 method() { # OUT NAME SEED DEMONSTRATIONS PREFERENCES
   local shared=(--seed "$3" --max-samples "$4" "${train[@]}") prefs=(--max-preferences "$5")
   case $2 in

@@ -967,7 +967,7 @@ def test_online_dpo_passes_the_optimal_policy_and_goes_on(make_run):
 
 
 ONLINE_DPO = dict(learning_rate=3e-3, total_prompts=512, num_generations=4)
-PPO = dict(learning_rate=0.01, total_episodes=2048, value_warmup_updates=0)
+PPO = dict(learning_rate=0.01, total_episodes=2048, value_warmup_ratio=0.0)
 
 
 @pytest.mark.parametrize("script, given", [(aihf, ONLINE_DPO), (aihf_ppo, PPO)], ids=["online_dpo", "ppo"])

@@ -327,7 +327,7 @@ def bad_inputs(place):
         "diverged": (flags("--reward-learning-rate", "1e30", "--reward-loss", "linear"), "training diverged: found loss"),
         "ppo: negative weight": (ppo("--demo-weight", "-1"), "--demo-weight: found -1.0, expected 0 or more"),
         "ppo: negative preferences": (ppo("--max-preferences", "-3"), "--max-preferences: found -3, expected 0 or more"),
-        "ppo: warm-up": (ppo("--value-warmup-updates", "2"), "--value-warmup-updates: found 2, expected less than the 2 PPO updates"),
+        "ppo: warm-up": (ppo("--value-warmup-ratio", "1"), "--value-warmup-ratio: found 1.0, expected at least 0 and below 1"),
         "ppo: minibatches": (ppo("--num-mini-batches", "3"), "--num-mini-batches: found 3, expected a divisor of --rollout-batch-size 4"),
         "ppo: no preferences": (ppo("--preference-dataset", data), "found columns prompt, completion, expected a preference"),
         "ppo: reward of another tokenizer": (ppo("--reward-model", str(place / "foreign")), "expected the same one, since both read the same token ids"),
