@@ -544,7 +544,7 @@ def test_without_demonstrations_the_reward_step_is_that_of_rlhf(make_run, langua
 
     own = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[optimizer]
     stepper = own(plain.parameters(), **({"weight_decay": 0.0} if optimizer == "adamw" else {}))
-    order, losses = [i for e in range(2) for i in data_order(12, run.args.seed, 0, 1, e, 1)], []
+    order, losses = [i for e in range(2) for i in data_order(12, run.args.seed, 0, script.REWARD, e, 1)], []
     for k in range(6):
         batch = [preferences[i] for i in order[4 * k : 4 * k + 4]]
         margins = [
@@ -827,7 +827,7 @@ def test_log_probs_that_are_not_those_of_sampling_end_the_run(make_run):
     run.args.temperature = 1.0
     with pytest.raises(UserError, match="the policy that is trained is not the one that answered"):
         dpo_step(run, policy, pairs)
-    run.args.temperature, pairs[0]["sampled_rejected"][0] = 0.6, pairs[0]["sampled_rejected"][0] - 4.0
+    run.args.temperature, pairs[0]["sampled_rejected"][0] = 0.6, pairs[0]["sampled_rejected"][0] - 8.0
     with pytest.raises(UserError, match="differ by 0\\..* nats per token from those at sampling"):
         dpo_step(run, policy, pairs)
 
@@ -974,8 +974,9 @@ PPO = dict(learning_rate=0.01, total_episodes=2048, value_warmup_ratio=0.0)
 def test_two_outer_iterations_fit_both_sources(make_run, language, monkeypatch, script, given):
     """Alg. 1 as the script runs it: answers, reward, policy step, twice; exact log-likelihood and exact expected reward.
 
-    Demonstrations are drawn from the optimum of a reward, preferences between answers of the start by Bradley-Terry. Of
-    seeds 1, 2 and 3 all raise the likelihood twice, from -3.36 to between -2.99 and -2.69; the reward rises, but not always twice.
+    Demonstrations are drawn from the optimum of a reward, preferences between answers of the start by Bradley-Terry. At seeds
+    1, 2 and 3 the reward rises twice; so does the likelihood with PPO, while online DPO may lose some of it in its second
+    iteration (docs/aihf_ppo.md has the numbers).
     """
     model, tokenizer, row = language
     start, truth, y = all_logprobs(exact.make_model()), letter_rewards(), exact.RESPONSES
@@ -1012,8 +1013,8 @@ def test_two_outer_iterations_fit_both_sources(make_run, language, monkeypatch, 
     monkeypatch.setattr(aligner, "policy_step", lambda t: (policy_step(t), path.append(measure())))
     aligner.learn()
     (likelihood, reward), prompts = zip(*path, strict=True), {id(p) for p in preferences}
-    assert likelihood[1] > likelihood[0] + 0.1 and likelihood[2] > likelihood[1] + 0.05
-    assert min(reward[1:]) > reward[0] + 0.15
+    assert min(likelihood[1:]) > likelihood[0] + 0.1 and (script is aihf or likelihood[2] > likelihood[1] + 0.05)
+    assert reward[2] > reward[1] > reward[0] + 0.1
     rows = metrics(run.dir)
     for name in ("demonstrations/accuracy", "preferences/accuracy"):
         first = [r[name] for r in rows if name in r and r["outer_iteration"] == 0]

@@ -170,7 +170,8 @@ def test_a_run_leaves_what_it_promises(finished, place, script):
     card = (out / "final" / "README.md").read_text()
     assert "after AIHF" in card and "2406.06874" in card
     assert f"datasets:\n- {place / 'data.jsonl'}\n- {place / 'prefs.jsonl'}\n" in card
-    assert "reward_center" in (out / "reward" / "README.md").read_text()
+    card = (out / "reward" / "README.md").read_text()
+    assert "reward_center" in card and "eval/reward/accuracy" in card and "AIHF, reward model" in card
     found = read_pairs(out / "generations" / "iter_1.parquet")
     assert len(found) == 12 and {"prompt", "chosen", "rejected", "row"} <= found[0].keys()
     assert {p["row"] for p in found} == {r["row"] for r in read_pairs(out / "generations" / "selected.parquet")}
@@ -321,7 +322,7 @@ def bad_inputs(place):
         "prompts too long": (flags("--preference-dataset", jsonl(place / "long.jsonl", [{**p, "prompt": "word " * 99 + str(i)} for i, p in enumerate(pairs(30))])), "--preference-dataset: found"),
         "reward of another tokenizer": (flags("--reward-model", str(place / "foreign")), "expected the same one, since both read the same token ids"),
         "reward of two labels": (flags("--reward-model", str(place / "two_labels")), "found a classifier of several labels, expected one label"),
-        "reward twice": (flags("--reward-init", "sft", "--reward-model", str(place / "classifier")), "--reward-init: found sft, expected no --reward-model beside it"),
+        "reward twice": (flags("--reward-init", "sft", "--reward-model", str(place / "classifier")), "--reward-init: found sft, expected --reward-model '' beside it, not "),
         "selection without gold": (flags("--select-top-k", "3"), "--select-top-k: found 3, expected --gold-reward-model beside it"),
         "gold without head": (flags("--gold-reward-model", str(place / "other"), "--sft-epochs", "0"), "found no weights for score.weight, expected a model with a scalar head"),
         "diverged": (flags("--reward-learning-rate", "1e30", "--reward-loss", "linear"), "training diverged: found loss"),
