@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import json
 import math
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import bandit
@@ -489,6 +491,7 @@ def test_direct_aihf_of_a_table_is_stationary_at_the_papers_closed_form():
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("direct")
     make_model(folder / "model")
+    make_model(folder / "unbiased", "mistral")
     make_data(folder / "data.jsonl", 20)
     make_data(folder / "preferences.jsonl", 14, preference=True)
     make_data(folder / "both.jsonl", 28, preference=True)
@@ -571,7 +574,9 @@ def done(place):
     both = ["--preference-dataset", str(place / "both.jsonl"), "--max-samples", "12"]
     judged = ["--gold-reward-model", str(place / "gold"), "--baseline", str(place / "model"), "--select-top-k", "10"]
     rare = ["--save-steps", "100"]
-    cases = {name: argv(place, name, *flags, *rare) for name, flags in RUNS.items()}
+    # written out in torch below: RMSprop makes full steps of the rounding that is the gradient of a key's bias
+    unbiased = {name: ["--model", str(place / "unbiased")] for name in ("dpo", "ipo", "dpo_direct")}
+    cases = {name: argv(place, name, *flags, *rare, *unbiased.get(name, [])) for name, flags in RUNS.items()}
     cases["irft"] = argv(place, "irft", *ALONE, "--num-chunks", "1", "--num-train-epochs", "2", script="irft.py")
     cases["sft"] = argv(
         place, "sft", "--max-samples", "16", "--num-train-epochs", "2", "--loss-reduction", "sequence", script="sft.py"
@@ -608,8 +613,9 @@ def bytewise(one, other) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def moved(place, out) -> float:
-    a, b = load(place, "model"), weights(out)
+def moved(out) -> float:
+    """Largest change of a weight by a run."""
+    a, b = load(Path(json.loads((out / "args.json").read_text())["args"]["model"]), ""), weights(out)
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
@@ -632,7 +638,7 @@ def test_every_variant_starts_where_policy_and_reference_coincide(done, place, n
             )
         if "demonstrations/margins" in row:
             assert row["demonstrations/loss"] == pytest.approx(math.log(2), abs=within)
-    assert (place / name / "final" / "model.safetensors").is_file() and moved(place, place / name) > 1e-4
+    assert (place / name / "final" / "model.safetensors").is_file() and moved(place / name) > 1e-4
     generated = sorted(p.name for p in (place / name / "generations").iterdir())
     asked = "demonstrations/margins" in rows[0]
     T = 1 if "--T" in flags else 2
@@ -651,7 +657,7 @@ def test_learning_rates_follow_the_scheduler(done, place):
 
 
 def test_self_play_without_preferences_ends_with_the_weights_of_irft(done, place):
-    assert done["irft"][0] == 0 and moved(place, place / "irft") > 1e-3
+    assert done["irft"][0] == 0 and moved(place / "irft") > 1e-3
     assert bytewise(place / "self_play_alone", place / "irft")
     ours, theirs = metrics(place / "self_play_alone"), metrics(place / "irft")
     for a, b in zip(ours, theirs, strict=True):
@@ -663,7 +669,7 @@ def test_self_play_without_preferences_ends_with_the_weights_of_irft(done, place
 
 
 def test_direct_without_preferences_ends_with_the_weights_of_supervised_fine_tuning(done, place):
-    assert done["sft"][0] == 0 and moved(place, place / "sft") > 1e-3
+    assert done["sft"][0] == 0 and moved(place / "sft") > 1e-3
     assert bytewise(place / "direct_alone", place / "sft")
 
 
@@ -678,7 +684,7 @@ def test_without_demonstrations_a_run_is_dpo_or_ipo_written_out(done, place, kin
     from transformers import AutoModelForCausalLM
 
     rows = read_pairs(place / kind / "generations" / "preferences.parquet")
-    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    model = AutoModelForCausalLM.from_pretrained(place / "unbiased")
     with torch.no_grad():
         ref = [
             logprob(model, r["prompt_ids"], r["chosen_ids"]) - logprob(model, r["prompt_ids"], r["rejected_ids"])
@@ -714,8 +720,8 @@ def test_without_demonstrations_a_run_is_dpo_or_ipo_written_out(done, place, kin
             a, b = (logprob(m, r["prompt_ids"], r[name]).item() for m in (model, ours))
             assert a == pytest.approx(b, abs=2e-3)
     found = ours.state_dict()
-    for name, value in model.state_dict().items():  # the gradient of a key's bias is rounding, which RMSprop blows up
-        assert (value - found[name]).abs().max() < (1e-3 if name.endswith("query_key_value.bias") else 1e-5), name
+    for name, value in model.state_dict().items():
+        assert (value - found[name]).abs().max() < 1e-5, name
 
 
 def test_without_demonstrations_the_objective_is_the_same_and_nothing_is_generated(done, place):
@@ -874,7 +880,7 @@ def test_first_losses_that_are_not_those_of_a_coinciding_reference_end_the_run(g
 
 def test_two_processes_give_the_weights_of_one(done, place):
     """Uneven shares of batches in which the two sets are uneven too."""
-    assert done["one"][0] == 0 and moved(place, place / "one") > 1e-3
+    assert done["one"][0] == 0 and moved(place / "one") > 1e-3
     flags = ["--batch-size", "5", "--learning-rate", "1e-4", "--lr-scheduler-type", "linear"]
     words = [launcher("torchrun"), "--nproc_per_node", "2", "--master_port", "29651", *argv(place, "two", *flags)]
     run(words, ACCELERATE_USE_CPU="true")
