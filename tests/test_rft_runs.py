@@ -46,7 +46,7 @@ def finished(place):
     out = place / "run"
     flags = ["--T", "2", "--gold-reward-model", str(place / "gold"), "--select-top-k", "12"]
     flags += ["--baseline", str(place / "other")]
-    run(["python", *argv(place, out, *flags, "--report-to", "tensorboard")], CLEANIRL_CACHE=str(place / "cache"))
+    run([sys.executable, *argv(place, out, *flags, "--report-to", "tensorboard")], CLEANIRL_CACHE=str(place / "cache"))
     return out
 
 
