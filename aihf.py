@@ -625,7 +625,7 @@ class AIHF:
         run, args = self.run, self.args
         if args.resume and (position := run.load_checkpoint()):
             self.position = position
-        if args.gold_reward_model:
+        if args.gold_reward_model and self.position["step"] < self.steps.sft:
             rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
@@ -657,13 +657,7 @@ def train(args: Args) -> None:
     )
     aihf.learn()
     evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
-    note = rewards.pad_for_readers(aihf.bare_reward.model.config, tokenizer)
-    aihf.bare_reward.model.config.reward_center = aihf.bare_reward.center.item()
-    note += "A score is the classifier's output minus `reward_center` of config.json: held-out chosen responses average 0.\n\n"
-    source = args.reward_model or args.model
-    card = run.model_card(f"{method}, reward model", "arXiv:2406.06874, Alg. 1", note, source, "eval/reward/accuracy")
-    reward_path = run.save_final(aihf.reward_model, tokenizer, card, name="reward", part="model")
-    tokenizer = models.load_tokenizer(args)
+    reward_path = rewards.save_reward(run, aihf.reward_model, method, "arXiv:2406.06874, Alg. 1", "chosen responses")
     card = run.model_card(method, "arXiv:2406.06874, Alg. 1")
     path = run.save_final(aihf.policy, tokenizer, card)
     run.say(f"model: {path}   reward model: {reward_path}")

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, evals, models, rewards
-from common.data import collate, read_pairs, write_pairs
+from common.data import collate, pad_right, read_pairs, write_pairs
 from common.generation import Generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.run import (
@@ -321,8 +321,7 @@ def ppo_batch_loss(
 
 def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
     """The rows' lists of that name as (B, T), 0 beyond each response; type and device of `like`."""
-    width = max(len(r[name]) for r in rows)
-    return like.new_tensor([[*r[name], *[0.0] * (width - len(r[name]))] for r in rows])
+    return pad_right([r[name] for r in rows], 0.0, like.dtype).to(like.device)
 
 
 # ---- the plan: numbers of optimizer steps, known before anything runs ----
@@ -634,7 +633,7 @@ class RFT:
         run, args = self.run, self.args
         if args.resume and (position := run.load_checkpoint()):
             self.position = position
-        if args.gold_reward_model:
+        if args.gold_reward_model and self.position["step"] < self.steps.sft:
             rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
@@ -664,13 +663,7 @@ def train(args: Args) -> None:
     )
     rft.learn()
     evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
-    note = rewards.pad_for_readers(rft.bare_reward.model.config, tokenizer)
-    rft.bare_reward.model.config.reward_center = rft.bare_reward.center.item()
-    note += "A score is the classifier's output minus `reward_center` of config.json: held-out demonstrations average 0.\n\n"
-    source = args.reward_model or args.model
-    card = run.model_card("RFT, reward model", "arXiv:2405.17888, Alg. 1", note, source, "eval/reward/accuracy")
-    reward_path = run.save_final(rft.reward_model, tokenizer, card, name="reward", part="model")
-    tokenizer = models.load_tokenizer(args)
+    reward_path = rewards.save_reward(run, rft.reward_model, "RFT", "arXiv:2405.17888, Alg. 1", "demonstrations")
     card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
     path = run.save_final(rft.actor_critic, tokenizer, card, part="policy")
     run.say(f"model: {path}   reward model: {reward_path}")

@@ -16,7 +16,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import UserError  # noqa: E402
 from common.data import read_pairs  # noqa: E402
-from common.evals import bootstrap_interval  # noqa: E402
+from common.evals import bootstrap_interval, wins  # noqa: E402
 from common.run import main  # noqa: E402
 
 MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
@@ -69,7 +69,7 @@ def summarise(runs: list[dict], levels: list[dict]) -> dict[str, dict]:
         gain = [level[name] - level["base"] for level in levels]
         table[label]["gold/gain"] = mean_and_interval(gain)
         if name == "baseline":
-            over = [(lv["baseline"] > lv["base"]) + 0.5 * (lv["baseline"] == lv["base"]) for lv in levels]
+            over = [wins(level["baseline"], level["base"]) for level in levels]
             table[label]["gold/win_rate_base"] = mean_and_interval(over)
     for updates in runs[0]:
         rows = [

@@ -506,9 +506,9 @@ def collate(sequences: list[tuple[list[int], list[int]]], pad_token_id: int) -> 
     )
 
 
-def pad_right(rows: list[list[int]], value: int) -> Tensor:
+def pad_right(rows: list[list], value: float, dtype: torch.dtype = torch.long) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor([list(row) + [value] * (width - len(row)) for row in rows], dtype=torch.long)
+    return torch.tensor([list(row) + [value] * (width - len(row)) for row in rows], dtype=dtype)
 
 
 # ---- stored rows ----

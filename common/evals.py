@@ -4,7 +4,6 @@ Every measure is kept per row (evals/<iteration>.parquet), so that intervals and
 """
 
 import contextlib
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,17 +68,17 @@ class HeldOut:
         return [(r["prompt_ids"], y) for r, y in zip(self.rows, self.responses(kind), strict=True)]
 
 
+def draw(rows: list, n: int, *key: int) -> list:
+    """n of the rows, all if n is 0, in their old order; which ones is a function of the key."""
+    return [rows[i] for i in sorted(data_order(len(rows), *key)[: n or len(rows)])]
+
+
 def load_demonstrations(args, tokenizer) -> list[dict]:
     """--max-samples training rows of --dataset, encoded; which ones depends on the seed, their order does not matter."""
-    rows = load_rows(args.dataset, "train")
-    picked = sorted(data_order(len(rows), args.seed)[: args.max_samples or len(rows)])
-    encoded = encode([rows[i] for i in picked], tokenizer, args.max_length, args.max_prompt_length)
-    require(
-        args.select_top_k <= len(encoded),
-        "select_top_k",
-        args.select_top_k,
-        f"at most {len(encoded)}, the demonstrations",
-    )
+    rows = draw(load_rows(args.dataset, "train"), args.max_samples, args.seed)
+    encoded = encode(rows, tokenizer, args.max_length, args.max_prompt_length)
+    expected = f"at most {len(encoded)}, the demonstrations"
+    require(args.select_top_k <= len(encoded), "select_top_k", args.select_top_k, expected)
     return encoded
 
 
@@ -96,8 +95,7 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
         rows = [r for r in rows if r["row"] not in taken]
         expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"
         require(bool(rows), "preference_dataset", f"none of {name}", expected)
-    order = data_order(len(rows), args.seed, 1)
-    rows = [rows[i] for i in sorted(order[: args.max_preferences or len(rows)])]
+    rows = draw(rows, args.max_preferences, args.seed, 1)
     pairs = [
         {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
         for r in encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag=flag)
@@ -133,8 +131,8 @@ def load_held_out(args, tokenizer, preferences: str = "") -> list[dict]:
         rows = load_rows(preferences, "test", "preferences", "--preference-dataset")
     else:
         rows = load_rows(args.dataset, "test")
-    picked = sorted(data_order(len(rows), EVAL_SEED)[: args.eval_samples])
-    return encode([rows[i] for i in picked], tokenizer, args.max_length, args.max_prompt_length, flag="--eval-dataset")
+    rows = draw(rows, args.eval_samples, EVAL_SEED)
+    return encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag="--eval-dataset")
 
 
 def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
@@ -474,8 +472,7 @@ def print_table(run, start: str, method: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    rows = [r for r in rows if "eval/nll" in r]
+    rows = [r for r in run.logged() if "eval/nll" in r]
     shown = {c: v for c, v in (TABLE | GOLD_TABLE).items() if any(v[0] in r for r in rows)}
     table = Table(title=f"held-out measures, {run.dir}")
     for column in ("policy", "iteration", "step", *shown):

@@ -169,15 +169,12 @@ def reference_policy(run, policy, is_initial: bool) -> Iterator[torch.nn.Module]
     The policy itself while it has not moved (`is_initial`); with LoRA the policy with its adapter off; else a second copy,
     loaded from disk and freed again, so that training never shares memory with it.
     """
-    args = run.args
     policy = run.accelerator.unwrap_model(policy)
     if is_initial:
         yield policy
-    elif args.lora_r:
-        with policy.disable_adapter():
-            yield policy
     else:
-        yield autocast_forward(run, load_model(args).eval())
+        with open_reference(run, policy, run.args.model)() as reference:
+            yield reference
 
 
 def open_reference(run, policy, source: str) -> Callable[[], contextlib.AbstractContextManager]:

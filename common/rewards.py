@@ -153,6 +153,23 @@ def pad_for_readers(config, tokenizer) -> str:
     return ""
 
 
+def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> Path:
+    """reward/: a trained ScalarModel, prepared by accelerate, as a classifier that plain transformers loads and reads.
+
+    centred_on: the responses whose mean score is 0.
+    """
+    args, scalar = run.args, run.accelerator.unwrap_model(reward_model)
+    tokenizer = models.load_tokenizer(args)
+    note = pad_for_readers(scalar.model.config, tokenizer)
+    scalar.model.config.reward_center = scalar.center.item()
+    note += (
+        f"A score is the classifier's output minus `reward_center` of config.json: held-out {centred_on} average 0.\n\n"
+    )
+    source = args.reward_model or args.model
+    card = run.model_card(f"{method}, reward model", paper, note, source, "eval/reward/accuracy")
+    return run.save_final(reward_model, tokenizer, card, name="reward", part="model")
+
+
 # ---- a gold reward model: text in, since its tokenizer is its own ----
 FLAG = "--gold-reward-model"
 BEAVER = ("BEGINNING OF CONVERSATION: ", "USER: {} ", "ASSISTANT:")  # the prompt format of safe-rlhf

@@ -385,6 +385,11 @@ class Run:
         if self.args.report_to != "none":
             self.accelerator.log(row, step=axis.get("step"))
 
+    def logged(self) -> list[dict]:
+        """Rows of metrics.jsonl so far."""
+        path = self.dir / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     @contextlib.contextmanager
     def phase(self, name: str, total: int, updates: bool = False, **axis: int) -> Iterator[Callable[[int], None]]:
         """Progress for one phase; its wall time goes to timing.jsonl, apart from the metrics, which a rerun repeats exactly.
@@ -574,9 +579,8 @@ class Run:
 
         base: the model it was made from, if that is not --model. Without such a row there is no table.
         """
-        args, path = self.args, self.dir / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if self.is_main and path.exists() else []
-        last = next((r for r in reversed(rows) if measure in r), {})
+        args = self.args
+        last = next((r for r in reversed(self.logged()) if measure in r), {}) if self.is_main else {}
         measured = "".join(
             f"| {k} | {v:.4g} | {meaning} |\n"
             for k, v in last.items()

@@ -15,6 +15,7 @@ import bandit
 import exact
 import numpy as np
 import pytest
+import test_rft
 import torch
 from helpers import metrics
 from test_exact import check_irft_loss
@@ -38,16 +39,13 @@ import aihf_ppo
 from aihf import dpo_loss, preference_loss, reward_loss
 from common import UserError
 from common.generation import Generator
-from common.run import Run, data_order, learning_rate_at, make_optimizer, resolve_auto
+from common.run import Run, data_order, learning_rate_at, make_optimizer
 
 SCRIPTS = {"aihf": aihf, "aihf_ppo": aihf_ppo}
 
 
 def arguments(script=aihf, **given):
-    sizes = dict(per_device_train_batch_size=1024, per_device_eval_batch_size=1024, max_grad_norm=1e9)
-    args = script.Args(**{**sizes, "mixed_precision": "no", "missing_eos_penalty": 0.0, **given})
-    resolve_auto(args, script.SETTINGS)
-    return args
+    return test_rft.arguments(script, **given)
 
 
 @pytest.fixture

@@ -27,10 +27,11 @@ BETA, EOS, NAN = 0.3, exact.EOS, float("nan")
 SEQUENCES = [([0], [1, 2, EOS]), ([1, 2, 0, 1], [EOS]), ([2, 0], [0, 1, 2, 0]), ([1], [2, EOS])]
 
 
-def arguments(**given) -> rft.Args:
+def arguments(script=rft, **given):
+    """A script's flags, whole batches in one pass and nothing clipped, unless given."""
     sizes = dict(per_device_train_batch_size=1024, per_device_eval_batch_size=1024, max_grad_norm=1e9)
-    args = rft.Args(**{**sizes, "mixed_precision": "no", "missing_eos_penalty": 0.0, **given})
-    resolve_auto(args, rft.SETTINGS)
+    args = script.Args(**{**sizes, "mixed_precision": "no", "missing_eos_penalty": 0.0, **given})
+    resolve_auto(args, script.SETTINGS)
     return args
 
 
