@@ -1,11 +1,13 @@
 """A gold reward model for experiments at small scale, and the data that goes with it.
 
 Real (prompt, response) rows are split in two by a hash of the prompt. One half makes preferences: the row's own response is
-chosen over another row's, so the gold reward says how well a text fits its prompt. A classifier with one label is trained
+chosen over another row's, so the gold reward says how well a text fits its prompt; with --sampler, in half of the pairs over
+that policy's own sample, so it also says how far a text reads like a person's. A classifier with one label is trained
 on these by the Bradley-Terry loss. The other half is for policies, as demonstrations.jsonl. (The embedded model, from which gold
 reward and policies start, was trained as a language model on all training rows of pydoc; held-out rows nobody has seen.)
 
     python benchmark/gold.py --dataset pydoc --output-dir runs/gold
+    python benchmark/gold.py --split-only --output-dir runs/split        # the two files of rows alone
 """
 
 import hashlib
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rft  # noqa: E402
 from common import evals, models, rewards  # noqa: E402
 from common.data import encode, load_rows  # noqa: E402
+from common.generation import Generator  # noqa: E402
 from common.run import Auto, BaseArgs, Run, data_order, learning_rate_at, main, make_optimizer, parse_args  # noqa: E402
 
 SETTINGS = {
@@ -35,6 +38,10 @@ class Args(BaseArgs):
     """training rows of --dataset to use, the first N in a seeded order; 0 means all."""
     prompt_chars: int = 160
     """prompts are cut at the last line that ends before this many characters."""
+    sampler: str = ""
+    """policy whose samples are rejected in every other pair; empty: other rows' responses in all of them."""
+    split_only: bool = False
+    """write demonstrations.jsonl and held_out.jsonl and stop: a --sampler can be trained on them."""
     num_train_epochs: int = 6
     """passes over the preferences; each pairs a prompt with another row's response anew."""
     learning_rate: float | Auto = "auto"
@@ -57,7 +64,8 @@ METRICS = {
     "reward/margin": "mean of r(chosen) - r(rejected)",
     "reward/demonstrations": "mean reward of chosen",
     "reward/answers": "mean reward of rejected",
-    "eval/accuracy": "reward/accuracy on prompts that were never seen",
+    "eval/accuracy": "reward/accuracy on prompts that were never seen, against another row's response",
+    "eval/accuracy_samples": "the same against the sampler's",
 }
 
 
@@ -79,14 +87,30 @@ def for_gold(row: dict) -> bool:
 def with_others(rows: list[dict], *key: int) -> list[dict]:
     """Preference pairs: each row's response against that of another row, a derangement of the rows."""
     order = data_order(len(rows), *key)
-    return [
-        {
-            "prompt_ids": rows[a]["prompt_ids"],
-            "chosen_ids": rows[a]["response_ids"],
-            "rejected_ids": rows[b]["response_ids"],
-        }
-        for a, b in zip(order, order[1:] + order[:1], strict=True)
-    ]
+    others = zip(order, order[1:] + order[:1], strict=True)
+    return [preference(rows[a], rows[b]["response_ids"]) for a, b in others]
+
+
+def preference(row: dict, rejected_ids: list[int]) -> dict:
+    return {"prompt_ids": row["prompt_ids"], "chosen_ids": row["response_ids"], "rejected_ids": rejected_ids}
+
+
+def with_samples(run, rows: list[dict], tokenizer) -> list[dict]:
+    """Preference pairs: each row's response against one of --sampler's, which has the tokenizer of --model."""
+    args = run.args
+    policy = models.autocast_forward(run, models.load_model(args, args.sampler, "--sampler").eval())
+    generator = Generator(policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    with run.phase("samples", len(rows)) as advance:
+        samples = evals.sample_rows(run, generator, rows, args.seed, 1.0, advance).response_ids
+    return [preference(row, y) for row, y in zip(rows, samples, strict=True)]
+
+
+def accuracy(run, model, pairs: list[dict]) -> float:
+    chosen, rejected = (
+        evals.sequence_scores(run, model, [(p["prompt_ids"], p[kind]) for p in pairs])
+        for kind in ("chosen_ids", "rejected_ids")
+    )
+    return sum(a > b for a, b in zip(chosen, rejected, strict=True)) / len(pairs)
 
 
 def train(args: Args) -> None:
@@ -98,14 +122,22 @@ def train(args: Args) -> None:
     for name, kept in lines.items():
         text = "".join(json.dumps({"prompt": r["prompt"], "completion": r["response"]}) + "\n" for r in kept)
         (run.dir / f"{name}.jsonl").write_text(text)
+    if args.split_only:
+        return run.end()
     rows = encode([r for r in train_rows if for_gold(r)], tokenizer, args.max_length, args.max_prompt_length)
-    held = with_others(encode(test_rows[: args.eval_samples], tokenizer, args.max_length, args.max_prompt_length), 0)
+    held_rows = encode(test_rows[: args.eval_samples], tokenizer, args.max_length, args.max_prompt_length)
+    held = {"eval/accuracy": with_others(held_rows, 0)}
+    if args.sampler:
+        sampled = with_samples(run, rows, tokenizer)
+        held["eval/accuracy_samples"] = with_samples(run, held_rows, tokenizer)
     model = rewards.prepare_scalar(args, args.model, "--model")
     model, optimizer = run.accelerator.prepare(model, make_optimizer("adamw", model.parameters()))
     total, step = args.num_train_epochs * -(-len(rows) // args.batch_size), 0
     run.say(f"gold: {len(rows)} preferences, {len(lines['demonstrations'])} demonstrations, {total} updates")
     for epoch in range(args.num_train_epochs):
         pairs = with_others(rows, args.seed, epoch)
+        if args.sampler:
+            pairs = [sampled[i] if (i + epoch) % 2 else pair for i, pair in enumerate(pairs)]
         with run.phase(f"epoch {epoch}", -(-len(rows) // args.batch_size), step=step) as advance:
             for batch in run.batches(len(pairs), epoch):
                 row = run.step(
@@ -116,15 +148,10 @@ def train(args: Args) -> None:
                 step += 1
                 run.log(row, step=step)
                 advance(1)
-        scores = [
-            evals.sequence_scores(run, model, [(p["prompt_ids"], p[kind]) for p in held])
-            for kind in ("chosen_ids", "rejected_ids")
-        ]
-        accuracy = sum(a > b for a, b in zip(*scores, strict=True)) / len(held)
-        run.log({"eval/accuracy": accuracy}, step=step)
-        run.say(
-            f"epoch {epoch}: accuracy {row['reward/accuracy']:.3f} on the last batch, {accuracy:.3f} on unseen prompts"
-        )
+        unseen = {name: accuracy(run, model, held_pairs) for name, held_pairs in held.items()}
+        run.log(unseen, step=step)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in unseen.items())
+        run.say(f"epoch {epoch}: accuracy {row['reward/accuracy']:.3f} on the last batch; {shown}")
     rewards.pad_for_readers(run.accelerator.unwrap_model(model).model.config, tokenizer)
     run.save_final(
         model, tokenizer, f"Gold reward model of CleanIRL's benchmark, made from {args.dataset}.\n", part="model"

@@ -1,0 +1,216 @@
+"""Tables and figures of benchmark/aihf_small.sh: every method with a gold reward, over seeds and ratios.
+
+Intervals are 95% bootstrap over held-out rows of the mean over seeds.
+
+    python benchmark/aihf_table.py --runs runs/aihf_small --output runs/aihf_small
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import UserError  # noqa: E402
+from common.data import read_pairs  # noqa: E402
+from common.evals import bootstrap_interval, wins  # noqa: E402
+from common.run import main  # noqa: E402
+
+METHODS = {  # folder -> label
+    "sft": "SFT", "dpo": "DPO", "ipo": "IPO", "spin": "SPIN", "rlhf": "RLHF (online DPO)", "rlhf_ppo": "RLHF (PPO)",
+    "direct": "Direct AIHF", "self_play": "Self-Play AIHF", "aihf": "AIHF (online DPO)", "aihf_ppo": "AIHF (PPO)",
+}  # fmt: skip
+RATIOS = {"10_1": "10:1", "1_1": "1:1", "1_10": "1:10"}  # demonstrations : preferences
+COLUMNS = {  # column -> metric of evals/<n>.parquet, digits
+    "gold score": ("gold/score", 2),
+    "less the base's": ("gold/gain", 2),
+    "win rate over base": ("gold/win_rate_base", 3),
+    "win rate over SFT": ("gold/win_rate_sft", 3),
+    "KL to the base, nats": ("kl_k1", 2),
+    "NLL": ("nll", 2),
+    "ROUGE-L": ("rouge_l", 3),
+    "length": ("completions/mean_length", 1),
+}
+COLORS = {
+    "sft": "#888888", "dpo": "#4477aa", "ipo": "#66ccee", "spin": "#ccbb44", "rlhf": "#ee6677", "rlhf_ppo": "#ee6677",
+    "direct": "#aa3377", "self_play": "#332288", "aihf": "#228833", "aihf_ppo": "#228833",
+}  # fmt: skip
+DASHED = {"rlhf_ppo", "aihf_ppo"}
+
+
+@dataclass
+class Args:
+    runs: str
+    """folder of benchmark/aihf_small.sh: <ratio>/<seed>/<method>."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    output: str = "runs/aihf_small"
+    """folder for the tables and figures."""
+
+
+Run = dict[int, dict[str, np.ndarray]]  # steps done -> {metric: (rows,)}
+
+
+def load(directory: Path) -> Run:
+    """Evaluations of a run, by the optimizer steps done. UserError if it has not finished."""
+    if not (directory / "final" / "manifest.json").is_file():
+        raise UserError(f"--runs: found no finished run in {directory}, expected one of every method, seed and ratio")
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in rows if "eval/nll" in r]
+    found = {}
+    for step, path in zip(steps, sorted((directory / "evals").glob("[0-9]*.parquet")), strict=True):
+        table = read_pairs(path)
+        found[step] = {k: np.array([r[k] for r in table]) for k in table[0] if k != "sample"}
+    return found
+
+
+def at(runs: list[Run], point: int) -> list[dict[str, np.ndarray]]:
+    """The evaluation of that place in the order (-1: the last) of each seed."""
+    return [run[sorted(run)[point]] for run in runs]
+
+
+def mean_and_interval(values: list[np.ndarray]) -> tuple[float, float, float]:
+    return float(np.mean(values)), *bootstrap_interval(np.mean(values, 0))
+
+
+def cell(evaluations: list[dict], metric: str, digits: int) -> str:
+    mean, low, high = mean_and_interval([e[metric] for e in evaluations])
+    spread = np.std([e[metric].mean() for e in evaluations], ddof=1) if len(evaluations) > 1 else 0.0
+    return f"{mean:.{digits}f} ±{spread:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def method_table(runs: dict[str, list[Run]]) -> str:
+    """Last evaluation of every method at 1:1. All are made on the same prompts with the same random streams."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    start, sft = at(runs["sft"], 0), at(runs["sft"], -1)
+    demonstrations = bootstrap_interval(start[0]["gold/demonstrations"])
+    mean = start[0]["gold/demonstrations"].mean()
+    lines.append(
+        f"| demonstrations | {mean:.2f} [{demonstrations[0]:.2f}, {demonstrations[1]:.2f}] |"
+        + " |" * (len(COLUMNS) - 1)
+    )
+    for label, evaluations in [("base", start), *((METHODS[m], at(r, -1)) for m, r in runs.items())]:
+        for own, first, other in zip(evaluations, start, sft, strict=True):
+            own["gold/gain"] = own["gold/score"] - first["gold/score"]
+            own["gold/win_rate_sft"] = wins(own["gold/score"], other["gold/score"])
+        lines.append(f"| {label} | " + " | ".join(cell(evaluations, *c) for c in COLUMNS.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ratio_table(runs: dict[str, dict[str, list[Run]]]) -> str:
+    names = list(runs["10_1"])
+    lines = [
+        "| demonstrations : preferences | " + " | ".join(METHODS[m] for m in names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for ratio, label in RATIOS.items():
+        lines.append(f"| {label} | " + " | ".join(cell(at(runs[ratio][m], -1), "gold/score", 2) for m in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def reward_table(runs: dict[str, list[Run]], folders: dict[str, list[Path]]) -> str:
+    """How rewards rank held-out pairs, and a learned one the policy's own last samples (the paper's Tab. 5 and Fig. 6)."""
+    names = (
+        "held-out preferences, implicit reward", "held-out preferences, learned reward",
+        "demonstration over the base's sample, learned reward", "rank correlation with gold on own samples",
+    )  # fmt: skip
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for method, directories in folders.items():
+        judged = [json.loads((d / "eval" / "evaluation.json").read_text())["measures"] for d in directories]
+        implicit, learned = (
+            [j[name]["value"] for j in judged if name in j]
+            for name in ("eval/rewards/accuracies", "eval/reward/accuracy")
+        )
+        columns = [implicit, learned, [], []]
+        if learned:
+            columns[2] = [last_logged(d, "eval/reward/accuracy") for d in directories]
+            columns[3] = [rank_correlation(e["reward/samples"], e["gold/score"]) for e in at(runs[method], -1)]
+        cells = [f"{np.mean(v):.3f} ({', '.join(f'{x:.3f}' for x in v)})" if v else "" for v in columns]
+        lines.append(f"| {METHODS[method]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def last_logged(directory: Path, name: str) -> float:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [r[name] for r in rows if name in r][-1]
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: of the ranks, how many values lie below each, equal ones counted half."""
+    first, second = (wins(v[:, None], v).sum(1) for v in (a, b))
+    return np.corrcoef(first, second)[0, 1]
+
+
+def figure(runs: dict[str, dict[str, list[Run]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    fig, axes = plt.subplots(2, 2, figsize=(10.5, 7.6), layout="constrained")
+    equal = runs["1_1"]
+    for method, seeds in equal.items():
+        points = len(seeds[0])
+        gold, kl = (
+            [np.mean([e[m].mean() for e in at(seeds, k)]) for k in range(points)] for m in ("gold/score", "kl_k1")
+        )
+        done = np.array(sorted(seeds[0]), float)
+        style = dict(
+            color=COLORS[method], ls="--" if method in DASHED else "-", marker="o", ms=3, lw=1.5, label=METHODS[method]
+        )
+        axes[0, 0].plot((done - done[0]) / (done[-1] - done[0]), gold, **style)
+        axes[0, 1].plot(kl, gold, **style)
+    axes[0, 0].set(xlabel="share of the training done", ylabel="gold reward of samples")
+    axes[0, 0].set_title("(a) score during training, 1:1", loc="left")
+    axes[0, 1].set(xlabel="KL to the base, nats per response", ylabel="gold reward of samples")
+    axes[0, 1].set_title("(b) score against KL, 1:1", loc="left")
+    axes[0, 1].legend(frameon=False, fontsize=7)
+    bins = np.linspace(-3, 3, 31)
+    for method in ("rlhf", "aihf"):
+        last = at(equal[method], -1)
+        for metric, fill in (("reward/samples", True), ("gold/score", False)):
+            values = np.concatenate([(e[metric] - e[metric].mean()) / e[metric].std() for e in last])
+            kind = dict(alpha=0.35) if fill else dict(histtype="step", lw=1.5)
+            label = f"{METHODS[method]}: {'learned' if fill else 'gold'}"
+            axes[1, 0].hist(values, bins, density=True, color=COLORS[method], label=label, **kind)
+    axes[1, 0].set(xlabel="reward of own samples, standardised", ylabel="density")
+    axes[1, 0].set_title("(c) learned and gold reward of own samples", loc="left")
+    axes[1, 0].legend(frameon=False, fontsize=7)
+    x = np.arange(len(RATIOS))
+    for i, method in enumerate(runs["10_1"]):
+        stats = [mean_and_interval([e["gold/score"] for e in at(runs[r][method], -1)]) for r in RATIOS]
+        mean, low, high = (np.array(v) for v in zip(*stats, strict=True))
+        axes[1, 1].errorbar(
+            x + 0.12 * (i - 1.5), mean, [mean - low, high - mean], fmt="o", color=COLORS[method], ms=4, capsize=2,
+            label=METHODS[method],
+        )  # fmt: skip
+    axes[1, 1].axhline(
+        np.mean([e["gold/score"].mean() for e in at(equal["sft"], 0)]), color="#bbbbbb", lw=1, label="base"
+    )
+    axes[1, 1].set_xticks(x, list(RATIOS.values()))
+    axes[1, 1].set(xlabel="demonstrations : preferences", ylabel="gold reward of samples")
+    axes[1, 1].set_title("(d) other ratios", loc="left")
+    axes[1, 1].legend(frameon=False, fontsize=7)
+    fig.savefig(path, dpi=130)
+
+
+def show(args: Args) -> None:
+    root, out = Path(args.runs), Path(args.output)
+    folders: dict[str, dict[str, list[Path]]] = {}
+    for ratio in RATIOS:
+        found = {m: [root / ratio / str(s) / m for s in args.seeds] for m in METHODS}
+        folders[ratio] = {m: directories for m, directories in found.items() if directories[0].is_dir()}
+    runs = {ratio: {m: [load(d) for d in dirs] for m, dirs in methods.items()} for ratio, methods in folders.items()}
+    parts = [method_table(runs["1_1"]), ratio_table(runs), reward_table(runs["1_1"], folders["1_1"])]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "aihf.md").write_text("\n".join(parts))
+    figure(runs, out / "aihf.png")
+    print("\n".join(parts))
+    print(f"tables: {out / 'aihf.md'}   figure: {out / 'aihf.png'}")
+
+
+if __name__ == "__main__":
+    main(lambda: show(tyro.cli(Args, description=__doc__)))

@@ -1,0 +1,78 @@
+"""Preferences with a known reward: two samples of a policy to each prompt, compared by a gold reward model.
+
+The label is drawn from the Bradley-Terry model that the algorithms assume, P(a over b) = sigmoid(gold(a) - gold(b)), as with
+synthetic labellers in Gao et al., arXiv:2210.10760. Prompts come from the part of the data that is not given away as
+demonstrations: the half of --dataset (rows with odd hash of the prompt) that this script reads; the other half goes to
+demonstrations.jsonl.
+
+    python benchmark/preferences.py --model runs/base/final --gold-reward-model runs/gold/final
+        --dataset runs/gold/demonstrations.jsonl
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import evals, models, rewards  # noqa: E402
+from common.data import encode, load_rows  # noqa: E402
+from common.generation import Generator  # noqa: E402
+from common.run import BaseArgs, Run, main, parse_args  # noqa: E402
+
+SETTINGS = {
+    "other": dict(dataset="pydoc", eval_samples=1, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
+}
+
+
+@dataclass
+class Args(BaseArgs):
+    max_preferences: int = 1000
+    """prompts to make a pair for, > 0."""
+
+
+def for_demonstrations(row: dict) -> bool:
+    return hashlib.sha256(b"split" + json.dumps(row["prompt"]).encode()).digest()[0] % 2 == 0
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    run = Run(args, "preferences", {})
+    rows = load_rows(args.dataset, "all")
+    given = [{"prompt": r["prompt"], "completion": r["response"]} for r in rows if for_demonstrations(r)]
+    write_jsonl(run.dir / "demonstrations.jsonl", given)
+    asked = [r for r in rows if not for_demonstrations(r)][: args.max_preferences]
+    asked = encode(asked, tokenizer, args.max_length, args.max_prompt_length)
+    policy = models.autocast_forward(run, models.load_model(args).eval())
+    generator = Generator(policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    texts = []
+    for k in range(2):
+        with run.phase(f"samples {k}", len(asked)) as advance:
+            rollout = evals.sample_rows(run, generator, asked, args.seed * 2 + k, 1.0, advance)
+        texts.append([evals.decode(tokenizer, y) for y in rollout.response_ids])
+    gold = rewards.GoldReward(run)
+    a, b = (np.array(gold.score(asked, t)) for t in texts)
+    first = np.random.default_rng(args.seed).random(len(asked)) < 1 / (1 + np.exp(b - a))
+    pairs = [
+        {"prompt": r["prompt"], "chosen": x if won else y, "rejected": y if won else x}
+        for r, x, y, won in zip(asked, *texts, first, strict=True)
+    ]
+    write_jsonl(run.dir / "preferences.jsonl", pairs)
+    agree = np.mean(first == (a > b))
+    run.say(
+        f"{len(pairs)} preferences, {len(given)} demonstrations; gold {np.mean([a, b]):.2f} +- {np.std([a, b]):.2f},"
+        f" mean |difference| {np.abs(a - b).mean():.2f}, the label is the higher one in {agree:.0%}"
+    )
+    run.end()
+
+
+if __name__ == "__main__":
+    main(lambda: make(parse_args(Args, __doc__, SETTINGS)))

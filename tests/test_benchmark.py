@@ -1,0 +1,170 @@
+"""The benchmarks' own parts: a gold reward with its data, preferences drawn from it, and the tables of the AIHF comparison."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, make_classifier, make_data, make_model, run
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from common.data import write_pairs
+from common.evals import bootstrap_interval
+
+sys.path.append(str(ROOT / "benchmark"))
+import aihf_table
+import gold
+
+SMALL = "--max-length 96 --max-new-tokens 8 --per-device-eval-batch-size 16".split()
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scores(folder, rows: list[dict], kind: str) -> np.ndarray:
+    """The classifier's output on prompt, response and EOS, a row at a time, by plain transformers."""
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.config.pad_token_id = None  # else its own search takes EOS, the last token, for padding
+    found = []
+    for r in rows:
+        parts = f"### Instruction: {r['prompt']}\n\n### Response: ", r[kind]
+        ids = [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+        with torch.no_grad():
+            found.append(model(torch.tensor([[*ids, tokenizer.eos_token_id]])).logits.item())
+    return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    make_model(folder / "model")
+    make_classifier(folder / "gold", folder / "model")
+    weights = load_file(folder / "gold" / "model.safetensors")
+    weights["score.weight"] *= 10  # differences of a few units: labels that are neither coin flips nor certain
+    save_file(weights, folder / "gold" / "model.safetensors", metadata={"format": "pt"})
+    make_data(folder / "data.jsonl", 240)
+    return folder
+
+
+def test_every_row_is_paired_once_with_another_one():
+    rows = [{"prompt_ids": [i], "response_ids": [10 + i]} for i in range(7)]
+    pairs = gold.with_others(rows, 1, 0)
+    assert sorted(p["prompt_ids"][0] for p in pairs) == list(range(7))
+    assert sorted(p["rejected_ids"][0] for p in pairs) == list(range(10, 17))
+    assert all(p["chosen_ids"] == [10 + p["prompt_ids"][0]] != p["rejected_ids"] for p in pairs)
+    assert pairs != gold.with_others(rows, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """gold.py with a sampler, two epochs; and its split alone."""
+    words = [
+        sys.executable,
+        "benchmark/gold.py",
+        "--dataset",
+        str(place / "data.jsonl"),
+        "--model",
+        str(place / "model"),
+    ]
+    words += [*SMALL, "--batch-size", "8", "--per-device-train-batch-size", "8"]
+    run([*words, "--split-only", "--output-dir", str(place / "split")])
+    flags = ["--sampler", str(place / "model"), "--num-train-epochs", "2", "--output-dir", str(place / "out")]
+    run([*words, *flags])
+    return place / "out"
+
+
+def test_gold_reward_and_policies_share_no_prompt(trained, place):
+    given, held = lines(trained / "demonstrations.jsonl"), lines(trained / "held_out.jsonl")
+    everything = {r["prompt"] for r in lines(place / "data.jsonl")}
+    asked, kept = {r["prompt"] for r in given}, {r["prompt"] for r in held}
+    assert asked and kept and not asked & kept and asked | kept < everything
+    assert not any(gold.for_gold(r) for r in given)
+    for name in ("demonstrations", "held_out"):
+        assert (trained / f"{name}.jsonl").read_bytes() == (place / "split" / f"{name}.jsonl").read_bytes()
+    assert not (place / "split" / "final").exists()
+
+
+def test_gold_reward_learns_both_kinds_of_pairs(trained):
+    rows = lines(trained / "metrics.jsonl")
+    unseen = [r for r in rows if "eval/accuracy" in r]
+    assert len(unseen) == 2 and all(0 <= r["eval/accuracy_samples"] <= 1 for r in unseen)
+    losses = [r["loss"] for r in rows if "loss" in r]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert AutoModelForSequenceClassification.from_pretrained(trained / "final").config.num_labels == 1
+
+
+def test_preferences_follow_bradley_terry_with_the_gold_reward(place):
+    """Labels are drawn with probability sigmoid of the difference, from the named stream; no prompt is demonstrated too."""
+    words = [sys.executable, "benchmark/preferences.py", "--model", str(place / "model"), "--gold-reward-model"]
+    words += [str(place / "gold"), "--dataset", str(place / "data.jsonl"), *SMALL, "--max-preferences", "60"]
+    run([*words, "--output-dir", str(place / "preferences")])
+    pairs, given = (lines(place / "preferences" / f"{name}.jsonl") for name in ("preferences", "demonstrations"))
+    assert len(pairs) == 60 and not {p["prompt"] for p in pairs} & {r["prompt"] for r in given}
+    margin = scores(place / "gold", pairs, "chosen") - scores(place / "gold", pairs, "rejected")
+    uniform = np.random.default_rng(1).random(60)
+
+    def possible(margin: np.ndarray) -> np.ndarray:
+        """Pairs whose chosen response, be it the first sample or the second, has won its draw."""
+        return (uniform < 1 / (1 + np.exp(-margin))) | (uniform >= 1 / (1 + np.exp(margin)))
+
+    assert possible(margin).all() and not possible(-margin).all()
+    assert 0.5 < (margin > 0).mean() < 1
+
+
+def make_run(folder, gold_scores: list[list[float]]) -> None:
+    """A finished run of one evaluation per list, with what the tables read."""
+    (folder / "final").mkdir(parents=True)
+    (folder / "final" / "manifest.json").write_text("{}")
+    (folder / "evals").mkdir()
+    (folder / "eval").mkdir()
+    judged = {"eval/rewards/accuracies": {"value": 0.7}}
+    if "rlhf" in folder.name or "aihf" in folder.name:
+        judged["eval/reward/accuracy"] = {"value": 0.8}
+    (folder / "eval" / "evaluation.json").write_text(json.dumps({"measures": judged}))
+    logged = []
+    for k, values in enumerate(gold_scores):
+        rows = [
+            {
+                "gold/score": v, "gold/demonstrations": 9.0, "gold/win_rate_base": 0.5, "kl_k1": float(k), "nll": 3.0, "rouge_l": 0.1,
+                "completions/mean_length": 4.0, "reward/samples": -v,
+            }
+            for v in values
+        ]  # fmt: skip
+        write_pairs(folder / "evals" / f"{k:04}.parquet", rows)
+        logged.append({"step": 5 + k, "eval/nll": 3.0, "eval/reward/accuracy": 0.5 + 0.1 * k})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in logged))
+
+
+def test_tables_are_means_over_seeds_paired_with_base_and_sft(tmp_path, capsys):
+    """Base 0; SFT 1, 2, 3 on its rows; the others 2, 2 and 2.5 or 3.5 by seed, ranked by their reward the other way round."""
+    for ratio in aihf_table.RATIOS:
+        for seed in (1, 2):
+            for method in aihf_table.METHODS if ratio == "1_1" else ("sft", "dpo", "rlhf", "aihf"):
+                last = [1.0, 2.0, 3.0] if method == "sft" else [2.0, 2.0, 1.5 + seed]
+                make_run(tmp_path / ratio / str(seed) / method, [[0.0, 0.0, 0.0], last])
+    aihf_table.show(aihf_table.Args(runs=str(tmp_path), seeds=(1, 2), output=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "aihf.md").read_text()
+    assert (tmp_path / "out" / "aihf.png").stat().st_size > 10_000
+    tables = (
+        {r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in part.splitlines()}
+        for part in text.split("\n\n")
+    )
+    first, second, third = tables
+    columns = dict(zip(aihf_table.COLUMNS, first["AIHF (PPO)"], strict=True))
+    low, high = bootstrap_interval(np.array([2.0, 2.0, 3.0]))
+    assert columns["gold score"] == f"2.33 ±0.24 [{low:.2f}, {high:.2f}]" == columns["less the base's"]
+    assert columns["win rate over SFT"].startswith("0.667 ±0.236")  # seed 1: 1, 1/2, 0; seed 2: 1, 1/2, 1
+    sft = dict(zip(aihf_table.COLUMNS, first["SFT"], strict=True))
+    assert sft["win rate over SFT"] == "0.500 ±0.000 [0.500, 0.500]"
+    assert first["demonstrations"][0] == "9.00 [9.00, 9.00]"
+    assert second["10:1"][0].startswith("2.00 ±0.00") and second["1:10"][3].startswith("2.33 ±0.24")
+    assert third["AIHF (PPO)"] == [f"{v} ({v}, {v})" for v in ("0.700", "0.800", "0.600", "-1.000")]
+    assert third["DPO"] == ["0.700 (0.700, 0.700)", "", "", ""]
+
+
+def test_an_unfinished_run_is_named(tmp_path):
+    with pytest.raises(aihf_table.UserError, match="--runs: found no finished run in .*sft"):
+        aihf_table.load(tmp_path / "sft")
