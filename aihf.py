@@ -389,23 +389,40 @@ def measure_answers(pairs: list[dict]) -> dict[str, float]:
         "objective/scores": scores.mean().item(),
         "objective/scores_best": best.mean().item(),
         "objective/scores_margin": (best - worst).mean().item(),
-        "objective/pairs": (best > worst).double().mean().item(),
+        "objective/pairs": sum(map(differs, pairs)) / len(pairs),
         "completions/mean_length": torch.tensor([p["lengths"] for p in pairs], dtype=torch.float64).mean().item(),
         "completions/clipped_ratio": 1
         - torch.tensor([p["finished"] for p in pairs], dtype=torch.float64).mean().item(),
     }
 
 
-def dpo_update(run, policy, optimizer, pairs: list[dict], lr: float, *key: int) -> dict[str, float]:
-    """--num-policy-epochs passes of DPO over the pairs that differ in score -> metrics, means over the steps."""
+def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
+    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
+    total = steps.updates * steps.per_update
+    return [
+        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
+    ]
+
+
+def differs(pair: dict) -> bool:
+    """Whether two answers are left to compare. (Equal ones can differ in score: padding changes the rounding.)"""
+    return max(pair["scores"]) > min(pair["scores"]) and pair["chosen_ids"] != pair["rejected_ids"]
+
+
+def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *key: int) -> dict[str, float]:
+    """--num-policy-epochs passes of DPO over the pairs that differ -> metrics, means over the steps.
+
+    rates: learning rate of each step; pairs that make no difference leave the last ones unused.
+    """
     args, steps = run.args, []
-    pairs = [p for p in pairs if max(p["scores"]) > min(p["scores"])]
+    pairs = [p for p in pairs if differs(p)]
     for epoch in range(args.num_policy_epochs):
         order = data_order(len(pairs), args.seed, *key, epoch)
         for begin in range(0, len(order), args.batch_size):
             rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
             loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
-            steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, lr))
+            steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
             first = steps[0]["sampling/logp_difference"]
             if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
                 raise UserError(
@@ -594,10 +611,9 @@ class AIHF:
                 run.stop_if_asked(self.position)
                 row = measure_answers(pairs)
                 with run.timed("update"):
-                    lr = learning_rate_at(
-                        u, steps.updates, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type
+                    row |= dpo_update(
+                        run, self.policy, self.optimizer, pairs, policy_rates(steps, u, args), t, STEPS, u
                     )
-                    row |= dpo_update(run, self.policy, self.optimizer, pairs, lr, t, STEPS, u)
                 step = first + (u + 1) * steps.per_update
                 if (u + 1) % args.logging_steps == 0:
                     run.log(row, step=step, outer_iteration=t, episodes=self.episodes(t, u + 1))
