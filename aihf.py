@@ -133,6 +133,9 @@ class Args(RunArgs):
             f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
         )  # fmt: skip
 
+    def needs_demonstrations(self) -> bool:
+        return any((self.demo_weight, self.sft_epochs, self.select_top_k, self.prompts == "demonstrations"))
+
 
 SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
 
@@ -574,7 +577,7 @@ class AIHF:
         if args.ref == "previous" and t > 0:
             reference = str(run.dir / f"policy_{t}")
             if not begun:
-                card = run.model_card("AIHF", "arXiv:2406.06874, Alg. 1")
+                card = run.model_card("AIHF" if args.demo_weight else "RLHF", "arXiv:2406.06874, Alg. 1")
                 run.save_final(self.policy, self.tokenizer, card, name=f"policy_{t}")
         if not begun:
             if args.init == "initial" and t > 0:
@@ -654,12 +657,11 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations = evals.load_demonstrations(args, tokenizer)
-    preferences = evals.load_preferences(args, tokenizer, demonstrations)
+    demonstrations, preferences = evals.load_both(args, tokenizer)
     if args.dry_run:
         print_steps(args, count_steps(args.select_top_k or len(demonstrations), len(preferences), args))
         return
-    held_rows = evals.load_held_out(args, tokenizer, args.preference_dataset)
+    held_rows = evals.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
 
     run = Run(args, "aihf", METRICS)
     if run.finished():
@@ -673,7 +675,8 @@ def train(args: Args) -> None:
     )
     aihf.learn()
     evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
-    reward_path = rewards.save_reward(run, aihf.reward_model, method, "arXiv:2406.06874, Alg. 1", "chosen responses")
+    centred_on = "chosen responses" if "rejected_ids" in held_rows[0] else "demonstrations"
+    reward_path = rewards.save_reward(run, aihf.reward_model, method, "arXiv:2406.06874, Alg. 1", centred_on)
     card = run.model_card(method, "arXiv:2406.06874, Alg. 1")
     path = run.save_final(aihf.policy, tokenizer, card)
     run.say(f"model: {path}   reward model: {reward_path}")

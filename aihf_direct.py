@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, evals, models
-from common.data import collate, read_pairs, source_id, write_pairs
+from common.data import collate, read_pairs, write_pairs
 from common.generation import Generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
@@ -92,6 +92,9 @@ class Args(RunArgs):
             self.demo_weight > 0 or not self.select_top_k, "select_top_k", self.select_top_k,
             "0 beside --demo-weight 0, which trains on no demonstration",
         )  # fmt: skip
+
+    def needs_demonstrations(self) -> bool:
+        return self.demo_weight > 0
 
 
 METRICS = {  # name -> meaning, unit, range
@@ -301,7 +304,8 @@ def preference_rows(run, t: int, K: int, position, preferences, policy, tokenize
     pairs = [
         {
             "row": p["row"], "prompt": p["prompt_text"],
-            "chosen": tokenizer.decode(p["chosen_ids"], skip_special_tokens=True), "rejected": p["rejected_text"],
+            "chosen": tokenizer.decode(p["chosen_ids"], skip_special_tokens=True),
+            "rejected": tokenizer.decode(p["rejected_ids"], skip_special_tokens=True),
             "prompt_ids": p["prompt_ids"], "chosen_ids": p["chosen_ids"], "rejected_ids": p["rejected_ids"],
         }
         for p in preferences
@@ -343,24 +347,16 @@ def check_first_losses(run, row: dict[str, float]) -> None:
             )
 
 
-def load_both(args: Args, tokenizer) -> tuple[list[dict], list[dict]]:
-    """(demonstrations, preferences) to train on. With one source for both, w1 = 0 leaves the preferences as they are."""
-    demonstrations, preferences = [], []
-    if args.demo_weight or source_id(args.preference_dataset) == source_id(args.dataset):
-        demonstrations = evals.load_demonstrations(args, tokenizer)
-    if args.preference_dataset != "none":
-        preferences = evals.load_preferences(args, tokenizer, demonstrations)
-    return demonstrations if args.demo_weight else [], preferences
-
-
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
-    demonstrations, preferences = load_both(args, tokenizer)
+    demonstrations, preferences = evals.load_both(args, tokenizer)
     K = count_updates(args.select_top_k or len(demonstrations), len(preferences), args)
     if args.dry_run:
         print_updates(args, args.select_top_k or len(demonstrations), len(preferences), K)
         return
-    held_rows = evals.load_held_out(args, tokenizer, args.preference_dataset if preferences else "")
+    held_rows = evals.load_held_out(
+        args, tokenizer, demonstrations + preferences, args.preference_dataset if preferences else ""
+    )
 
     run = Run(args, "aihf_direct", METRICS)
     if run.finished():

@@ -78,7 +78,7 @@ def evaluate(args: Args) -> None:
         rewards.check_same_tokenizer(args, tokenizer, args.ref_model, "--ref-model")
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    rows = evals.load_held_out(args, tokenizer)
+    rows = evals.load_held_out(args, tokenizer, [])
     if args.reward_model:
         scalar = rewards.load_scalar_model(args, args.reward_model, "--reward-model").eval()
 

@@ -248,7 +248,7 @@ def train(args: Args) -> None:
     if args.dry_run:
         print_plan(args, plan)
         return
-    held_rows = evals.load_held_out(args, tokenizer)
+    held_rows = evals.load_held_out(args, tokenizer, demonstrations)
 
     run = Run(args, "irft", METRICS)
     if run.finished():

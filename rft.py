@@ -650,7 +650,7 @@ def train(args: Args) -> None:
     if args.dry_run:
         print_steps(args, count_steps(args.select_top_k or len(demonstrations), args))
         return
-    held_rows = evals.load_held_out(args, tokenizer)
+    held_rows = evals.load_held_out(args, tokenizer, demonstrations)
 
     run = Run(args, "rft", METRICS)
     if run.finished():

@@ -104,7 +104,7 @@ def train(args: Args) -> None:
         print(f"  {total} updates of {args.batch_size} demonstrations, {args.num_train_epochs} epoch(s)")
         models.print_memory_plan(args, sequences_per_row=1)
         return
-    held_rows = evals.load_held_out(args, tokenizer)
+    held_rows = evals.load_held_out(args, tokenizer, demonstrations)
 
     run = Run(args, "sft", METRICS)
     if run.finished():

@@ -89,7 +89,9 @@ def source_id(name: str) -> str:
 
 
 def held_out(prompt) -> bool:
-    """Whether a prompt belongs to the held-out tenth of a source without a split of its own."""
+    """Whether a prompt belongs to the held-out tenth of a source without a split of its own; one turn counts as its text."""
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]["content"]
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10 == 0
 

@@ -82,6 +82,19 @@ def load_demonstrations(args, tokenizer) -> list[dict]:
     return encoded
 
 
+def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
+    """(demonstrations, preferences) to train on; either may be empty, demonstrations where the settings have no use for them.
+
+    A source of both is shared out all the same: what the preferences are does not depend on the use of the rest.
+    """
+    demonstrations, preferences = [], []
+    if args.needs_demonstrations() or source_id(args.preference_dataset) == source_id(args.dataset):
+        demonstrations = load_demonstrations(args, tokenizer)
+    if args.preference_dataset != "none":
+        preferences = load_preferences(args, tokenizer, demonstrations)
+    return demonstrations if args.needs_demonstrations() else [], preferences
+
+
 def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
     """--max-preferences training rows of --preference-dataset, encoded: prompt_ids, chosen_ids, rejected_ids.
 
@@ -115,9 +128,10 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
     return kept
 
 
-def load_held_out(args, tokenizer, preferences: str = "") -> list[dict]:
+def load_held_out(args, tokenizer, training: list[dict], preferences: str = "") -> list[dict]:
     """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that do not exist.
 
+    training: rows that are trained on; held-out prompts that are among theirs are counted.
     preferences: the source to take held-out preferences from where --eval-dataset is auto; their chosen responses stand
     as demonstrations beside their rejected ones.
     """
@@ -132,7 +146,12 @@ def load_held_out(args, tokenizer, preferences: str = "") -> list[dict]:
     else:
         rows = load_rows(args.dataset, "test")
     rows = draw(rows, args.eval_samples, EVAL_SEED)
-    return encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag="--eval-dataset")
+    rows = encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag="--eval-dataset")
+    prompts = {r["prompt_text"] for r in training}
+    if known := sum(r["prompt_text"] in prompts for r in rows):
+        found = f"found {known} of {len(rows)} held-out prompts among those trained on"
+        warnings.warn(f"--eval-dataset: {found}: what is measured on them is not held out", stacklevel=2)
+    return rows
 
 
 def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:

@@ -314,12 +314,15 @@ def memory_plan(config, args, sequences_per_row: int, scalar_config=None, value=
         shared = {"policy": weights, "value": values * scalar, "reward": scalar}
         adapter_off = args.lora_r and args.sft_epochs == 0 and args.ref == "initial"
         reference = {"reference": 0 if adapter_off else weights}
+        measured = (
+            {"reference": 2 * weights} if args.ref == "previous" and args.T > 1 else reference
+        )  # the initial one too
         optimizer = {"optimizer": (trained + (1 + values) * scalar_trained) * states}
         plan = {
             "reward step": shared
             | {"gradients": scalar_trained, "optimizer": scalar_trained * states}
             | {"activations": activations(scalar_config, 2 * args.per_device_train_batch_size)},
-            "answers": shared | reference | optimizer | {"kv_cache": cache, "logits": logits["score"]},
+            "answers": shared | measured | optimizer | {"kv_cache": cache, "logits": logits["score"]},
             "policy update": shared
             | reference
             | optimizer

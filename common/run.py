@@ -37,7 +37,7 @@ class BaseArgs:
     dataset: str = "auto"
     """demonstrations: pydoc (embedded), a .json/.jsonl/.parquet file, a folder, a short name or a hub id."""
     eval_dataset: str = "auto"
-    """held-out data; auto: the test split of --dataset, or a tenth of it, split by prompt."""
+    """held-out data; auto: the test split of --dataset (of --preference-dataset where there is one), or a tenth, by prompt."""
     eval_samples: int | Auto = "auto"
     """held-out rows to measure on, > 0."""
     max_length: int | Auto = "auto"
@@ -154,12 +154,24 @@ def resolve_auto(args: BaseArgs, settings: dict[str, dict]) -> str:
     """Fill the flags that are still auto from the row of `settings` whose key begins first_model. Returns the key."""
     name = first_model(args.model)
     key = next((k for k in settings if name.startswith(k)), "other")
+    given = [f for f in ("dataset", "preference_dataset") if getattr(args, f, "auto") != "auto"]
     for field, value in settings[key].items():
         if getattr(args, field) == "auto":
             setattr(args, field, value)
     if args.max_prompt_length == "auto":
         args.max_prompt_length = max(args.max_length - args.max_new_tokens, args.max_length // 2)
+    if len(given) == 1 and hasattr(args, "preference_dataset"):
+        check_sources(args, given[0])
     return key
+
+
+def check_sources(args, given: str) -> None:
+    """UserError if a user's own source of one kind would be joined by the table's source of the other kind."""
+    missing = "preference_dataset" if given == "dataset" else "dataset"
+    if given == "dataset" or (args.needs_demonstrations() and args.preference_dataset != "none"):
+        raise UserError(
+            f"{flag(missing)}: found none beside {flag(given)} {getattr(args, given)}, expected a source too; one may be both"
+        )
 
 
 def parse_args(cls, description: str, settings: dict[str, dict]):
@@ -271,7 +283,7 @@ def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
 
 
 def stream_seed(*key: int) -> int:
-    """Seed of the random stream that a key names: a resumed run needs no stream position, and no two keys share one."""
+    """Seed of the random stream that a key names: a resumed run needs no stream position."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 

@@ -24,6 +24,7 @@ import aihf
 import aihf_ppo
 from common import UserError, evals
 from common.data import load_rows, read_pairs
+from common.run import learning_rate_at
 
 SCRIPTS = {"aihf.py": aihf, "aihf_ppo.py": aihf_ppo}
 SHARED = "--sft-epochs 1 --reward-learning-rate 1e-3 --eval-updates 1 --rollout-batch-size 4".split()
@@ -105,6 +106,40 @@ def test_a_hub_id_is_its_short_name():
     from common.data import source_id
 
     assert source_id("Anthropic/hh-rlhf") == source_id("hh-rlhf") != source_id("pydoc")
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_rlhf_of_a_finished_model_needs_no_demonstrations(place, script):
+    """w1 = 0, no SFT, the preferences' prompts: --dataset is not read. Each of the other uses asks for it again."""
+    words = argv(script, place, place / "never", "--dataset", "auto", "--demo-weight", "0", "--sft-epochs", "0")
+    statuses, printed = drive([{"argv": [*words, "--dry-run"], "mark": "dry"}])
+    assert statuses == [0] and "0 SFT steps" in printed and "policy update" in printed, printed
+    for given in ({"demo_weight": 0.5}, {"sft_epochs": 1}, {"prompts": "demonstrations"}, {"select_top_k": 2}):
+        unused = {"demo_weight": 0, "sft_epochs": 0}
+        assert not SCRIPTS[script].Args(**unused).needs_demonstrations()
+        assert SCRIPTS[script].Args(**{**unused, **given}).needs_demonstrations()
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(place):
+    """However the prompt is written; a source that writes it otherwise is split alike."""
+    rows = load_rows(str(place / "data.jsonl"), "train")
+    as_messages = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}]}
+        for r in rows
+    ]
+    name = jsonl(place / "messages.jsonl", as_messages)
+    assert len(load_rows(name, "train")) == len(rows)
+    args = SimpleNamespace(
+        dataset=name, eval_dataset=name, eval_samples=99, max_samples=0, seed=1, max_length=96, max_prompt_length=64, select_top_k=0,
+        gold_reward_model="", baseline="",
+    )  # fmt: skip
+    tokenizer, everything = make_tokenizer(), len(load_rows(name, "all"))
+    demonstrations = evals.load_demonstrations(args, tokenizer)
+    with pytest.warns(UserWarning, match=f"found 5 of {everything} held-out prompts among those trained on"):
+        assert len(evals.load_held_out(args, tokenizer, demonstrations[3:8])) == everything
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evals.load_held_out(args, tokenizer, [])
 
 
 def test_prompts_of_both_sources_are_counted(place):
@@ -205,6 +240,18 @@ def test_the_loss_of_the_reward_step_is_that_of_both_sources(finished, script):
         for name, size in zip(("demonstrations", "preferences"), sizes, strict=True)
     ]
     assert sum(r["reward/loss"] for r in rows) / 5 == pytest.approx(sum(parts), rel=1e-5)
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_learning_rates_follow_the_scheduler_anew_in_each_iteration(finished, script):
+    rows, kind = metrics(finished[0][script]), {"aihf.py": "cosine", "aihf_ppo.py": "linear"}[script]
+    for name, peak, steps, times in (
+        ("sft/loss", 2e-5, 3, 1),
+        ("reward/loss", 1e-3, 5, 2),
+        ("objective/scores", 1e-3, 2, 2),
+    ):
+        expected = [learning_rate_at(k, steps, peak, 0.1, kind) for k in range(steps)] * times
+        assert [r["learning_rate"] for r in rows if name in r] == pytest.approx(expected, rel=1e-12), name
 
 
 def test_first_updates_see_the_reference_and_the_policy_that_answered(finished):
@@ -308,6 +355,9 @@ def bad_inputs(place):
     data, prefs = str(place / "data.jsonl"), str(place / "prefs.jsonl")
     return {
         "negative weight": (flags("--demo-weight", "-0.5"), "--demo-weight: found -0.5, expected 0 or more"),
+        "weight not a number": (flags("--demo-weight", "nan"), "--demo-weight: found nan, expected"),
+        "preferences alone": (flags("--dataset", "auto"), f"--dataset: found none beside --preference-dataset {prefs}, expected a source too"),
+        "demonstrations alone": (flags("--preference-dataset", "auto"), f"--preference-dataset: found none beside --dataset {data}, expected a source"),
         "one answer": (flags("--num-generations", "1"), "--num-generations: found 1, expected 2 or more, to choose a pair from"),
         "negative preferences": (flags("--max-preferences", "-1"), "--max-preferences: found -1, expected 0 or more"),
         "negative prompts": (flags("--total-prompts", "-1"), "--total-prompts: found -1, expected 0 or more"),
@@ -327,6 +377,7 @@ def bad_inputs(place):
         "gold without head": (flags("--gold-reward-model", str(place / "other"), "--sft-epochs", "0"), "found no weights for score.weight, expected a model with a scalar head"),
         "diverged": (flags("--reward-learning-rate", "1e30", "--reward-loss", "linear"), "training diverged: found loss"),
         "ppo: negative weight": (ppo("--demo-weight", "-1"), "--demo-weight: found -1.0, expected 0 or more"),
+        "ppo: weight not a number": (ppo("--demo-weight", "nan"), "--demo-weight: found nan, expected"),
         "ppo: negative preferences": (ppo("--max-preferences", "-3"), "--max-preferences: found -3, expected 0 or more"),
         "ppo: warm-up": (ppo("--value-warmup-ratio", "1"), "--value-warmup-ratio: found 1.0, expected at least 0 and below 1"),
         "ppo: minibatches": (ppo("--num-mini-batches", "3"), "--num-mini-batches: found 3, expected a divisor of --rollout-batch-size 4"),
@@ -336,10 +387,10 @@ def bad_inputs(place):
 
 
 BAD = [
-    "negative weight", "one answer", "negative preferences", "negative prompts", "no rollout", "no policy epoch", "zero beta", "no preferences",
+    "negative weight", "weight not a number", "preferences alone", "demonstrations alone", "one answer", "negative preferences", "negative prompts", "no rollout", "no policy epoch", "zero beta", "no preferences",
     "no preference file", "unknown preferences", "all equal", "nothing left", "prompts too long", "reward of another tokenizer",
     "reward of two labels", "reward twice", "selection without gold", "gold without head", "diverged", "ppo: negative weight",
-    "ppo: negative preferences", "ppo: warm-up", "ppo: minibatches", "ppo: no preferences", "ppo: reward of another tokenizer",
+    "ppo: weight not a number", "ppo: negative preferences", "ppo: warm-up", "ppo: minibatches", "ppo: no preferences", "ppo: reward of another tokenizer",
 ]  # fmt: skip
 
 
@@ -422,11 +473,14 @@ def test_two_processes_give_the_weights_of_one(place):
 
 # ---- resume ----
 POINTS = [  # (script, function, n-th call): one or more in every phase
+    ("aihf.py", "common.run.Run.step", 3),  # SFT
+    ("aihf.py", "common.evals.prepare_held_out", 1),
     ("aihf.py", "common.run.Run.save_final", 1),  # after 5 SFT steps, sft/ not yet kept
     ("aihf.py", "aihf.write_pairs", 1),  # answers sampled, not yet on disk
     ("aihf.py", "common.run.Run.step", 8),  # reward step: 6 to 10
     ("aihf.py", "common.evals.evaluate_reward", 1),
     ("aihf.py", "common.run.Run.step", 12),  # inside an update of online DPO
+    ("aihf.py", "common.evals.evaluate", 2),  # between updates
     ("aihf.py", "aihf.collect", 5),  # iteration 1: the reference is another policy now
     ("aihf_ppo.py", "common.run.Run.step", 9),  # reward step
     ("aihf_ppo.py", "aihf_ppo.collect", 1),
@@ -467,8 +521,8 @@ def assert_same_run(expected, found) -> None:
         assert sorted(p.name for p in (expected / folder).iterdir()) == sorted(
             p.name for p in (found / folder).iterdir()
         )
-    for path in (expected / "samples").iterdir():
-        assert path.read_bytes() == (found / "samples" / path.name).read_bytes()
+        for path in (expected / folder).iterdir():
+            assert path.read_bytes() == (found / folder / path.name).read_bytes(), path
 
 
 @pytest.mark.parametrize("i", range(len(POINTS)), ids=lambda i: "-".join(map(str, POINTS[i])))
