@@ -34,6 +34,10 @@ COLUMNS = {  # column -> metric of evals/<n>.parquet, digits
     "ROUGE-L": ("rouge_l", 3),
     "length": ("completions/mean_length", 1),
 }
+CLAIMS = [  # the paper: the first has the higher gold reward, and moves less from the base
+    ("aihf", "rlhf"), ("aihf_ppo", "rlhf_ppo"), ("direct", "rlhf"), ("self_play", "rlhf"), ("direct", "dpo"),
+    ("self_play", "dpo"), ("self_play", "spin"), ("aihf", "sft"), ("aihf_ppo", "sft"),
+]  # fmt: skip
 COLORS = {
     "sft": "#888888", "dpo": "#4477aa", "ipo": "#66ccee", "spin": "#ccbb44", "rlhf": "#ee6677", "rlhf_ppo": "#ee6677",
     "direct": "#aa3377", "self_play": "#332288", "aihf": "#228833", "aihf_ppo": "#228833",
@@ -96,6 +100,20 @@ def method_table(runs: dict[str, list[Run]]) -> str:
             own["gold/gain"] = own["gold/score"] - first["gold/score"]
             own["gold/win_rate_sft"] = wins(own["gold/score"], other["gold/score"])
         lines.append(f"| {label} | " + " | ".join(cell(evaluations, *c) for c in COLUMNS.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def contrast_table(runs: dict[str, list[Run]]) -> str:
+    """Differences of two methods' last evaluations, prompt by prompt and seed by seed."""
+    lines = ["| | gold score | each seed | KL to the base, nats |", "|---|---|---|---|"]
+    for first, second in CLAIMS:
+        pairs = list(zip(at(runs[first], -1), at(runs[second], -1), strict=True))
+        cells = []
+        for metric in ("gold/score", "kl_k1"):
+            mean, low, high = mean_and_interval([a[metric] - b[metric] for a, b in pairs])
+            cells.append(f"{mean:+.2f} [{low:.2f}, {high:.2f}]")
+        cells.insert(1, ", ".join(f"{(a['gold/score'] - b['gold/score']).mean():+.2f}" for a, b in pairs))
+        lines.append(f"| {METHODS[first]} less {METHODS[second]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -204,7 +222,12 @@ def show(args: Args) -> None:
         found = {m: [root / ratio / str(s) / m for s in args.seeds] for m in METHODS}
         folders[ratio] = {m: directories for m, directories in found.items() if directories[0].is_dir()}
     runs = {ratio: {m: [load(d) for d in dirs] for m, dirs in methods.items()} for ratio, methods in folders.items()}
-    parts = [method_table(runs["1_1"]), ratio_table(runs), reward_table(runs["1_1"], folders["1_1"])]
+    parts = [
+        method_table(runs["1_1"]),
+        contrast_table(runs["1_1"]),
+        ratio_table(runs),
+        reward_table(runs["1_1"], folders["1_1"]),
+    ]
     out.mkdir(parents=True, exist_ok=True)
     (out / "aihf.md").write_text("\n".join(parts))
     figure(runs, out / "aihf.png")

@@ -152,7 +152,7 @@ def test_tables_are_means_over_seeds_paired_with_base_and_sft(tmp_path, capsys):
         {r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in part.splitlines()}
         for part in text.split("\n\n")
     )
-    first, second, third = tables
+    first, contrasts, second, third = tables
     columns = dict(zip(aihf_table.COLUMNS, first["AIHF (PPO)"], strict=True))
     low, high = bootstrap_interval(np.array([2.0, 2.0, 3.0]))
     assert columns["gold score"] == f"2.33 ±0.24 [{low:.2f}, {high:.2f}]" == columns["less the base's"]
@@ -160,6 +160,12 @@ def test_tables_are_means_over_seeds_paired_with_base_and_sft(tmp_path, capsys):
     sft = dict(zip(aihf_table.COLUMNS, first["SFT"], strict=True))
     assert sft["win rate over SFT"] == "0.500 ±0.000 [0.500, 0.500]"
     assert first["demonstrations"][0] == "9.00 [9.00, 9.00]"
+    assert contrasts["AIHF (PPO) less SFT"][:2] == ["+0.33 [0.00, 1.00]", "+0.17, +0.50"]
+    assert contrasts["Direct AIHF less RLHF (online DPO)"] == [
+        "+0.00 [0.00, 0.00]",
+        "+0.00, +0.00",
+        "+0.00 [0.00, 0.00]",
+    ]
     assert second["10:1"][0].startswith("2.00 ±0.00") and second["1:10"][3].startswith("2.33 ±0.24")
     assert third["AIHF (PPO)"] == [f"{v} ({v}, {v})" for v in ("0.700", "0.800", "0.600", "-1.000")]
     assert third["DPO"] == ["0.700 (0.700, 0.700)", "", "", ""]
