@@ -2,13 +2,14 @@
 # The AIHF paper's comparison at small scale (its Tab. 2, Fig. 2, 3, 6, 7): a gold reward, a base policy, preferences labelled by
 # the gold reward, then every method from the same base on the same data, and four of them at other ratios of demonstrations
 # to preferences. Two runs at a time, each on half of the cores.
-#   SEEDS="1 2 3" bash benchmark/aihf_small.sh [OUT [DATA]]
+#   SEEDS="1 2 3" RATIO_SEEDS="1 2" bash benchmark/aihf_small.sh [OUT [DATA]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source benchmark/lib.sh
 out=${1:-runs/aihf_small}
 data=${2:-pydoc}
 seeds=${SEEDS:-1 2 3}
+ratio_seeds=${RATIO_SEEDS:-$seeds}
 export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
 [ -f "$out/split/held_out.jsonl" ] || python benchmark/gold.py --dataset "$data" --max-samples 12000 --split-only --output-dir "$out/split"
 sizes=(--max-length 160 --max-new-tokens 48 --per-device-eval-batch-size 64)
@@ -60,7 +61,7 @@ for seed in $seeds; do
     echo "$out/1_1/$seed $name $seed 800 800"
   done
 done | lanes
-for seed in $seeds; do
+for seed in $ratio_seeds; do
   for name in sft dpo rlhf aihf; do
     echo "$out/10_1/$seed $name $seed 1450 145"
     echo "$out/1_10/$seed $name $seed 145 1450"
@@ -88,4 +89,4 @@ for seed in $seeds; do
   done
 done
 wait
-python benchmark/aihf_table.py --runs "$out" --seeds $seeds --output "$out"
+python benchmark/aihf_table.py --runs "$out" --seeds $seeds --ratio-seeds $ratio_seeds --output "$out"

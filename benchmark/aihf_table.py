@@ -50,6 +50,8 @@ class Args:
     runs: str
     """folder of benchmark/aihf_small.sh: <ratio>/<seed>/<method>."""
     seeds: tuple[int, ...] = (1, 2, 3)
+    ratio_seeds: tuple[int, ...] = ()
+    """seeds of the runs at other ratios than 1:1; empty: the same."""
     output: str = "runs/aihf_small"
     """folder for the tables and figures."""
 
@@ -219,7 +221,8 @@ def show(args: Args) -> None:
     root, out = Path(args.runs), Path(args.output)
     folders: dict[str, dict[str, list[Path]]] = {}
     for ratio in RATIOS:
-        found = {m: [root / ratio / str(s) / m for s in args.seeds] for m in METHODS}
+        seeds = args.seeds if ratio == "1_1" else args.ratio_seeds or args.seeds
+        found = {m: [root / ratio / str(s) / m for s in seeds] for m in METHODS}
         folders[ratio] = {m: directories for m, directories in found.items() if directories[0].is_dir()}
     runs = {ratio: {m: [load(d) for d in dirs] for m, dirs in methods.items()} for ratio, methods in folders.items()}
     parts = [
