@@ -69,6 +69,8 @@ def load(directory: Path) -> Run:
     for step, path in zip(steps, sorted((directory / "evals").glob("[0-9]*.parquet")), strict=True):
         table = read_pairs(path)
         found[step] = {k: np.array([r[k] for r in table]) for k in table[0] if k != "sample"}
+    for evaluation in found.values():
+        evaluation["gold/gain"] = evaluation["gold/score"] - found[steps[0]]["gold/score"]
     return found
 
 
@@ -98,8 +100,7 @@ def method_table(runs: dict[str, list[Run]]) -> str:
         + " |" * (len(COLUMNS) - 1)
     )
     for label, evaluations in [("base", start), *((METHODS[m], at(r, -1)) for m, r in runs.items())]:
-        for own, first, other in zip(evaluations, start, sft, strict=True):
-            own["gold/gain"] = own["gold/score"] - first["gold/score"]
+        for own, other in zip(evaluations, sft, strict=True):
             own["gold/win_rate_sft"] = wins(own["gold/score"], other["gold/score"])
         lines.append(f"| {label} | " + " | ".join(cell(evaluations, *c) for c in COLUMNS.values()) + " |")
     return "\n".join(lines) + "\n"
@@ -126,7 +127,7 @@ def ratio_table(runs: dict[str, dict[str, list[Run]]]) -> str:
         "|---" * (len(names) + 1) + "|",
     ]
     for ratio, label in RATIOS.items():
-        lines.append(f"| {label} | " + " | ".join(cell(at(runs[ratio][m], -1), "gold/score", 2) for m in names) + " |")
+        lines.append(f"| {label} | " + " | ".join(cell(at(runs[ratio][m], -1), "gold/gain", 2) for m in names) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -187,7 +188,7 @@ def figure(runs: dict[str, dict[str, list[Run]]], path: Path) -> None:
     axes[0, 0].set_title("(a) score during training, 1:1", loc="left")
     axes[0, 1].set(xlabel="KL to the base, nats per response", ylabel="gold reward of samples")
     axes[0, 1].set_title("(b) score against KL, 1:1", loc="left")
-    axes[0, 1].legend(frameon=False, fontsize=7)
+    axes[0, 1].legend(frameon=False, fontsize=7, handlelength=3.5)
     bins = np.linspace(-3, 3, 31)
     for method in ("rlhf", "aihf"):
         last = at(equal[method], -1)
@@ -201,19 +202,18 @@ def figure(runs: dict[str, dict[str, list[Run]]], path: Path) -> None:
     axes[1, 0].legend(frameon=False, fontsize=7)
     x = np.arange(len(RATIOS))
     for i, method in enumerate(runs["10_1"]):
-        stats = [mean_and_interval([e["gold/score"] for e in at(runs[r][method], -1)]) for r in RATIOS]
+        stats = [mean_and_interval([e["gold/gain"] for e in at(runs[r][method], -1)]) for r in RATIOS]
         mean, low, high = (np.array(v) for v in zip(*stats, strict=True))
         axes[1, 1].errorbar(
             x + 0.12 * (i - 1.5), mean, [mean - low, high - mean], fmt="o", color=COLORS[method], ms=4, capsize=2,
             label=METHODS[method],
         )  # fmt: skip
-    axes[1, 1].axhline(
-        np.mean([e["gold/score"].mean() for e in at(equal["sft"], 0)]), color="#bbbbbb", lw=1, label="base"
-    )
+    axes[1, 1].axhline(0, color="#bbbbbb", lw=1, label="base")
     axes[1, 1].set_xticks(x, list(RATIOS.values()))
-    axes[1, 1].set(xlabel="demonstrations : preferences", ylabel="gold reward of samples")
+    axes[1, 1].set(xlabel="demonstrations : preferences", ylabel="gold reward of samples less the base's")
+    axes[1, 1].margins(y=0.2)
     axes[1, 1].set_title("(d) other ratios", loc="left")
-    axes[1, 1].legend(frameon=False, fontsize=7)
+    axes[1, 1].legend(frameon=False, fontsize=7, ncols=3, loc="upper left")
     fig.savefig(path, dpi=130)
 
 
