@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 
 from common import UserError
-from common.data import collate
+from common.data import collate, read_pairs, write_pairs
 
 Auto = Literal["auto"]
 
@@ -274,12 +274,11 @@ def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float, ki
     return peak * (left if kind == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
-def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
-    """RMSprop (torch defaults) or AdamW, without weight decay. The learning rate is set at every step."""
+def make_optimizer(name: str, parameters, eps: float = 1e-8, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """RMSprop or AdamW, torch defaults but for what is given. The learning rate is set at every step."""
     trainable = [p for p in parameters if p.requires_grad]
-    if name == "rmsprop":
-        return torch.optim.RMSprop(trainable, lr=0.0)
-    return torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
+    kind = torch.optim.RMSprop if name == "rmsprop" else torch.optim.AdamW
+    return kind(trainable, lr=0.0, eps=eps, weight_decay=weight_decay)
 
 
 def stream_seed(*key: int) -> int:
@@ -460,6 +459,25 @@ class Run:
         return self.map_rows(
             len(sequences), lambda mine: self.score_batches([sequences[i] for i in mine], score, shared)
         )
+
+    def cached(self, path: Path, keys: list[str], work: Callable, name: str, block: int = 4096) -> list:
+        """A value per key: from the Parquet file, else by work(indices, advance) in all ranks together.
+
+        The file is written after every block, so that a run cut off loses one block.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        stored = {r["key"]: r["value"] for r in read_pairs(path)} if self.is_main and path.exists() else {}
+        (known,) = broadcast_object_list([stored])
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        with self.phase(name, len(missing), step=0) as advance:
+            for start in range(0, len(missing), block):
+                part = missing[start : start + block]
+                known |= dict(zip((keys[i] for i in part), work(part, advance), strict=True))
+                if self.is_main:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_pairs(path, [{"key": k, "value": v} for k, v in known.items()])
+        return [known[key] for key in keys]
 
     def shared(self, advance: Callable[[int], None]) -> Callable[[int], None]:
         """Progress of work that all ranks share, from this rank's part of it."""
