@@ -27,10 +27,10 @@ EVAL_METRICS = {  # name -> meaning, unit, range
     "eval/rewards/margins": "mean of r(chosen) - r(rejected), r = beta log pi/pi_ref; 0 at the start",
     "eval/rewards/accuracies": "share of pairs with r(chosen) > r(rejected), ties half (RFT Table 8); 0.5 at the start",
     "eval/rewards/accuracies_shuffled": "the same with another row's demonstration as rejected; 0.5 at the start",
-    "eval/rouge_l": "ROUGE-L F1 of one sample at temperature 1 with the demonstration; in [0, 1]",
+    "eval/rouge_l": "ROUGE-L F1 of one sample with the demonstration; in [0, 1]",
     "eval/completions/mean_length": "tokens of that sample, EOS included",
     "eval/completions/clipped_ratio": "share of samples cut at --max-new-tokens",
-    "eval/kl_k1": "mean of log pi/pi_ref over the samples: KL(pi || pi_ref), nats per response; >= 0 in expectation",
+    "eval/kl_k1": "mean of log pi/pi_ref over samples at temperature 1: KL(pi || pi_ref), nats per response; >= 0 in expectation",
     "eval/kl_k3": "sum over tokens of exp(-u) - 1 + u, u = log pi/pi_ref: the same in expectation, never negative",
     "eval/lengths/demonstrations": "tokens of the demonstrations, EOS included",
     "eval/gold/score": "mean gold reward of the samples (RFT Fig. 2a); with --gold-reward-model",
@@ -168,7 +168,7 @@ def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
     flag, name = "--eval-preference-dataset", args.eval_preference_dataset
     if name == "none":
         return []
-    rows = draw(load_rows(name, "test", "preferences", flag), args.eval_samples, EVAL_SEED)
+    rows = draw(load_rows(name, "all", "preferences", flag), args.eval_samples, EVAL_SEED)
     return encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag=flag)
 
 
@@ -264,7 +264,7 @@ def prepare_held_out(
         columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
         if with_gold:
             base = [decode(tokenizer, samples[r["row"]]) for r in rows]
-            columns |= gold_columns(run, rows, base)
+            columns |= gold_columns(run, rows, base, temperature)
         if run.is_main:
             write_pairs(
                 path, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -276,11 +276,11 @@ def prepare_held_out(
     return HeldOut(rows, [s["rejected_ids"] for s in stored], ref, gold)
 
 
-def gold_columns(run, rows: list[dict], base: list[str] | None) -> dict[str, list]:
+def gold_columns(run, rows: list[dict], base: list[str] | None, temperature: float) -> dict[str, list]:
     """Gold rewards of demonstrations, of the reference's samples (where there are any) and of --baseline's, with the texts."""
     columns = {} if base is None else {"base_sample": base}
     if run.args.baseline:
-        columns["baseline_sample"] = baseline_samples(run, rows)
+        columns["baseline_sample"] = baseline_samples(run, rows, temperature)
     gold = rewards.GoldReward(run)
     columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows])
     for name in ("base", "baseline"):
@@ -289,10 +289,10 @@ def gold_columns(run, rows: list[dict], base: list[str] | None) -> dict[str, lis
     return columns
 
 
-def baseline_samples(run, rows: list[dict]) -> list[str]:
-    """One sample of --baseline at temperature 1 for each row, through its own tokenizer and template."""
+def baseline_samples(run, rows: list[dict], temperature: float) -> list[str]:
+    """One sample of --baseline for each row, through its own tokenizer and template."""
     with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
-        work = foreign_sampler(run, run.args.baseline, "--baseline", rows, 1.0)
+        work = foreign_sampler(run, run.args.baseline, "--baseline", rows, temperature)
         return [text for text, _ in work(range(len(rows)), advance)]
 
 
