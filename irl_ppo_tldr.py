@@ -50,19 +50,19 @@ from common.run import (
 SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=960, prompts="demonstrations", eval_samples=200, max_length=208, max_new_tokens=48,
-        learning_rate=1e-4, reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32,
+        learning_rate=1e-4, reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, eval_temperature=0.7,
         total_episodes=1024, rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=8,
         per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # IRL paper, App. 8.1; the rates, which its text lost, and what else it leaves open are those of N+
         dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
-        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64,
+        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
         total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
         per_device_train_batch_size=8, per_device_eval_batch_size=32,
     ),
     "other": dict(
         dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
-        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64,
+        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
         total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
         per_device_train_batch_size=4, per_device_eval_batch_size=16,
     ),
@@ -84,7 +84,9 @@ class Args(RunArgs):
     """model whose answers are the demonstrations, training and held-out, kept in the cache folder; empty: --dataset's own.
     Paper: a 6.9B policy made by PPO from human preferences."""
     greedy_temperature: float = 0.01
-    """temperature of evaluations, of the expert's answers and of --negatives greedy, > 0. N+ 32: 0.01."""
+    """temperature of the expert's answers and of --negatives greedy, > 0. Released code: 0.01."""
+    eval_temperature: float | Auto = "auto"
+    """temperature of the samples that evaluations measure, > 0. N+ 32: 0.01, at which a model as small as tiny repeats itself."""
     eval_preference_dataset: str = "none"
     """held-out preferences of people, on which every reward is measured (Fig. 2a); none, a file, folder, short name or hub id."""
     prompts: Literal["all", "demonstrations"] | Auto = "auto"
@@ -157,7 +159,15 @@ class Args(RunArgs):
         for name in ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         positive = ("beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value")
-        for name in (*positive, "gamma", "total_episodes", "rollout_batch_size", "eval_updates", "greedy_temperature"):
+        for name in (
+            *positive,
+            "gamma",
+            "total_episodes",
+            "rollout_batch_size",
+            "eval_updates",
+            "greedy_temperature",
+            "eval_temperature",
+        ):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ("vf_coef", "sft_epochs", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -752,7 +762,7 @@ class IRL:
         reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
         row = evals.evaluate(
             run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
-            self.bare_reward, temperature=self.args.greedy_temperature,
+            self.bare_reward, temperature=self.args.eval_temperature,
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size
         run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
@@ -766,7 +776,7 @@ class IRL:
             rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(
-            run, self.bare.policy, self.generator, self.held_rows, self.tokenizer, args.greedy_temperature
+            run, self.bare.policy, self.generator, self.held_rows, self.tokenizer, args.eval_temperature
         )
         for t in range(self.position["outer_iteration"], args.T):
             self.reward_step(t)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A scale model of the IRL paper's Fig. 2: demonstrations are people's own summaries, the student is `tiny`, a gold reward stands for
-# the truth. SFT, then three outer iterations of irl_ppo_tldr.py, and three of SPIN from the same SFT policy. Two runs at a time,
+# the truth. SFT, then three outer iterations of irl_ppo_tldr.py, and two of SPIN from the same SFT policy. Two runs at a time,
 # each on half of the cores; about 15 minutes for gold reward and base, 30 a seed.
 #   SEEDS="1 2 3" bash benchmark/irl_small.sh [OUT [DATA]]
 set -euo pipefail
@@ -26,14 +26,14 @@ measured() {
   local to=$1/$2
   rm -rf "$to"
   shift 2
-  python evaluate.py "${sizes[@]}" --temperature 0.01 --output-dir "$to" "$@"
+  python evaluate.py "${sizes[@]}" --temperature 0.7 --output-dir "$to" "$@"
 }
 one_seed() {
   local to=$out/$1 policy=$out/$1/irl/sft
   once "$to" irl irl_ppo_tldr.py --model tiny --seed "$1" --T 3 --dataset "$out/split/demonstrations.jsonl" "${held[@]}" "${sizes[@]}" \
     "${train[@]}" "${gold[@]}" --eval-preference-dataset "$out/held_out/preferences.jsonl" --sft-epochs 3 --sft-learning-rate 5e-4 \
-    --reward-learning-rate 5e-4 --learning-rate 1e-4 --total-episodes 1280 --rollout-batch-size 64 --eval-updates 20
-  for k in 1 2 3; do
+    --reward-learning-rate 5e-4 --learning-rate 5e-5 --total-episodes 1280 --rollout-batch-size 64 --eval-updates 20
+  for k in 1 2; do
     once "$to" "spin_$k" irft.py --model "$policy" --seed "$1" --T 1 "${spaced[@]}" "${sizes[@]}" "${train[@]}" \
       --num-train-epochs 1 --learning-rate 1e-4
     policy=$to/spin_$k/final
