@@ -115,7 +115,7 @@ class Judge:
             for prompt, a, b in zip(prompts, ours, theirs, strict=True)
             for pair in ((a, b), (b, a))
         ]
-        keys = [hashlib.sha256(json.dumps([self.url, r]).encode()).hexdigest() for r in requests]
+        keys = [hashlib.sha256(json.dumps(r).encode()).hexdigest() for r in requests]
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in self.replies}
         with ThreadPool(
             WORKERS
