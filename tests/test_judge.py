@@ -344,11 +344,11 @@ def test_a_run_that_is_killed_asks_only_for_the_rest(serve, cache):
     hold = threading.Event()
     server = serve(lambda body, count: longer(body) if count <= 13 or hold.is_set() else hold.wait(60) and (400, b"{}"))
     words = [sys.executable, "-c", KILLED.format(paths=[str(ROOT), str(ROOT / "tests")], url=server.url)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(words)
     try:
-        deadline = time.time() + 60
+        deadline = time.time() + 240
         while not (files := list(cache.glob("judge-*.jsonl"))) or files[0].read_bytes().count(b"\n") < 13:
-            assert time.time() < deadline and process.poll() is None, process.communicate()
+            assert time.time() < deadline and process.poll() is None
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
