@@ -245,11 +245,11 @@ def test_an_answer_that_is_no_chat_completion_is_refused(serve, raw):
 
 def test_a_server_that_stalls_runs_into_the_timeout(serve):
     hold = threading.Event()
-    server = serve(lambda body, count: hold.wait(30) and "" or "")
-    started = time.time()
+    server = serve(lambda body, count: hold.wait(60) and "" or "")
+    judge, started = Judge(flags(server.url), timeout=1.5, retries=1), time.time()
     with pytest.raises(UserError, match="found Request timed out"):
-        Judge(flags(server.url), timeout=0.3, retries=1).compare(*pairs(1))
-    assert 0.6 < time.time() - started < 25 and len(server.bodies) in (3, 4)  # two requests, each again
+        judge.compare(*pairs(1))
+    assert 3 < time.time() - started < 50 and len(server.bodies) in (3, 4)  # two requests, each again
     hold.set()
 
 
