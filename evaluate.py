@@ -2,8 +2,8 @@
 
 Measures (RFT paper, arXiv:2405.17888, Sec. 5, and more): log-prob gap, NLL, ROUGE-L and lengths of the policy; accuracy and
 margin of its implicit reward beta log pi/pi_ref, and KL (with --ref-model); accuracy, margin and calibration of a learned
-reward (--reward-model); gold score and win rates (--gold-reward-model, --baseline). They are those the training scripts log,
-each with a 95% bootstrap interval over the rows.
+reward (--reward-model); gold score and win rates (--gold-reward-model, --baseline); win rate over the demonstrations by an
+LLM judge (--judge-model). They are those the training scripts log, each with a 95% bootstrap interval over the rows.
 
 Samples are drawn from a random stream per row, the same for every policy, as in the training scripts.
 
@@ -112,18 +112,22 @@ def evaluate(args: Args) -> None:
 def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
     """evaluation.json, figure.png and the table on the console, from the values and the rows in evals/."""
     args, folder = run.args, run.dir / "evals"
-    columns = {f"eval/{name}": column for name, column in read_columns(folder / "0000.parquet").items()}
+    stored = read_columns(folder / "0000.parquet").items()
+    columns = {f"eval/{name}": column for name, column in stored if not name.startswith("judge/")}  # has its interval
     reward = read_columns(folder / "reward_0000.parquet") if args.reward_model else {}
     measures = {name: {"value": values[name], "low": None, "high": None} for name in METRICS if name in values}
     for name, column in (columns | (evals.reward_columns(reward) if reward else {})).items():
         measures[name]["low"], measures[name]["high"] = evals.bootstrap_interval(column)
+    if (win := measures.get("eval/judge/win_rate_demonstrations")) is not None:
+        win["low"], win["high"] = (measures.pop(f"eval/judge/win_rate_{end}")["value"] for end in ("low", "high"))
     result = {"rows": len(held.rows), "measures": measures}
     if reward:
         margins = reward["chosen"] - reward["rejected"]
         bins = [dict(zip(("confidence", "accuracy", "pairs"), b, strict=True)) for b in evals.calibration(margins)[1]]
         low, high = evals.calibrated_range(margins)
         result["calibration"] = {"bins": bins, "if_calibrated": {"low": low, "high": high}}
-    names = ("model", "ref_model", "reward_model", "gold_reward_model", "baseline", "dataset", "eval_dataset", "beta")
+    names = ("model", "ref_model", "reward_model", "gold_reward_model", "baseline", "judge_model", "judge_base_url")
+    names += ("judge_task", "dataset", "eval_dataset", "beta")
     write_json(run.dir / "evaluation.json", {**{name: getattr(args, name) for name in names}, **result})
     draw_figure(run.dir / "figure.png", held, columns, reward, result)
     show_measures(run, result)

@@ -153,6 +153,8 @@ class Args(RunArgs):
     """part of the updates in which a learning rate rises; then it falls to 0, linearly in PPO, else as a cosine. N+: 0."""
     max_grad_norm: float = math.inf
     """gradient norm is clipped at this value, > 0. N+ 30: not clipped."""
+    judge_task: Literal["answer", "summary"] = "summary"
+    """what the judge compares: answers to a request, or summaries of a post."""
 
     def check(self) -> None:
         super().check()

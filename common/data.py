@@ -429,19 +429,21 @@ def cut_lines(text: str, limit: int) -> str:
 def render_prompt(tokenizer, prompt) -> str:
     """The text before the response: the tokenizer's chat template if it has one, else PLAIN_TEMPLATE.
 
-    The same text is used for generation and for training. Without a chat template several turns are written one below
-    the other with Human: and Assistant: before them.
+    The same text is used for generation and for training.
     """
     if tokenizer.chat_template:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if isinstance(prompt, list):
-        names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-        turns = [
-            m["content"] if len(prompt) == 1 else f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt
-        ]
-        prompt = "\n\n".join(turns)
-    return PLAIN_TEMPLATE.format(prompt=prompt)
+    return PLAIN_TEMPLATE.format(prompt=plain_prompt(prompt))
+
+
+def plain_prompt(prompt) -> str:
+    """The prompt's text alone; several turns are written one below the other with Human: and Assistant: before them."""
+    if not isinstance(prompt, list):
+        return prompt
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    turns = [m["content"] if len(prompt) == 1 else f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt]
+    return "\n\n".join(turns)
 
 
 def encode(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, models, rewards
+from common import UserError, judge, models, rewards
 from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
 from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
@@ -21,6 +21,14 @@ from common.run import data_order, require
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
 
+JUDGE_METRICS = {  # with --judge-model, each pair asked in both orders
+    "eval/judge/win_rate_demonstrations": "share of prompts whose sample the judge prefers, ties half (IRL Fig. 2c)",
+    "eval/judge/win_rate_low": "lower end of its 95% bootstrap interval over prompts",
+    "eval/judge/win_rate_high": "upper end",
+    "eval/judge/first_position": "share of replies that prefer what is shown first, ties half; 0.5 without position bias",
+    "eval/judge/ties": "replies that call a tie, of two for each prompt",
+    "eval/judge/unparsable": "replies without a verdict; their prompts are in no share above",
+}
 EVAL_METRICS = {  # name -> meaning, unit, range
     "eval/nll": "-log pi of the demonstration, nats per response; lower is better",
     "eval/logps/gap": "log pi(chosen) - log pi(rejected), nats per pair (RFT Example 2, Fig. 1 right)",
@@ -38,6 +46,7 @@ EVAL_METRICS = {  # name -> meaning, unit, range
     "eval/gold/win_rate_base": "share of prompts whose sample has more gold reward than the reference's, ties half (Fig. 2b)",
     "eval/gold/win_rate_baseline": "the same against --baseline's sample",
     "eval/gold/win_rate_demonstrations": "the same against the demonstration",
+    **JUDGE_METRICS,
 }
 REWARD_METRICS = {  # of a learned reward model, on the same rows
     "eval/reward/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; 0.5 is chance",
@@ -138,7 +147,7 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
 
 
 def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", encode=encode) -> list[dict]:
-    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that do not exist.
+    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that cannot be had.
 
     training: rows that are trained on; held-out prompts that are among theirs are counted.
     preferences: the source to take held-out preferences from where --eval-dataset is auto; their chosen responses stand
@@ -148,6 +157,7 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
         models.load_config(args.gold_reward_model, args.trust_remote_code, rewards.FLAG)
     if args.baseline:
         models.load_tokenizer(args, args.baseline, "--baseline")
+    judge.refuse_unusable(args)
     if args.eval_dataset != "auto":
         rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset")
     elif preferences:
@@ -419,9 +429,31 @@ def evaluate(
         table |= {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
         for name, values in held.gold.items():
             table[f"gold/win_rate_{name}"] = wins(score, np.array(values))
+    judged, columns = {}, table
+    if run.args.judge_model:
+        votes = judge.judge_samples(run, rows, texts, iteration)
+        judged = judge_values(votes)
+        named = {"win_rate_demonstrations": votes.mean(1), "shown_first": votes[:, 0], "shown_second": votes[:, 1]}
+        columns = table | {f"judge/{name}": values for name, values in named.items()}
     if run.is_main:
-        save_evaluation(run.dir, iteration, rows, texts, table)
-    return {f"eval/{name}": float(values.mean()) for name, values in table.items()}
+        save_evaluation(run.dir, iteration, rows, texts, columns)
+    return {f"eval/{name}": float(values.mean()) for name, values in table.items()} | judged
+
+
+def judge_values(votes: np.ndarray) -> dict[str, float]:
+    """JUDGE_METRICS of the votes of Judge.compare (n, 2); without a row that has both votes only the counts."""
+    both = votes[~np.isnan(votes).any(1)]
+    counts = {"eval/judge/ties": float((votes == 0.5).sum()), "eval/judge/unparsable": float(np.isnan(votes).sum())}
+    if not len(both):
+        return counts
+    low, high = bootstrap_interval(both.mean(1))
+    return {
+        "eval/judge/win_rate_demonstrations": float(both.mean()),
+        "eval/judge/win_rate_low": low,
+        "eval/judge/win_rate_high": high,
+        "eval/judge/first_position": float((both[:, 0] + 1 - both[:, 1]).mean() / 2),
+        **counts,
+    }
 
 
 def sequence_scores(run, reward_model, sequences, advance=lambda n: None) -> list[float]:
@@ -576,6 +608,7 @@ GOLD_TABLE = {
     "gold": ("eval/gold/score", 3),
     "win base": ("eval/gold/win_rate_base", 3),
     "win baseline": ("eval/gold/win_rate_baseline", 3),
+    "win judge": ("eval/judge/win_rate_demonstrations", 3),
 }
 
 

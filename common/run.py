@@ -50,6 +50,12 @@ class BaseArgs:
     """reward model taken as the truth: a folder, short name or hub id; empty: none. RFT paper: beaver-7b-v3.0-reward."""
     baseline: str = ""
     """policy whose samples on the held-out prompts the gold reward compares with (folder, short name or hub id); empty: none."""
+    judge_model: str = ""
+    """LLM judge of the samples against the demonstrations, by its name at the endpoint; empty: none. Key: OPENAI_API_KEY."""
+    judge_base_url: str = ""
+    """OpenAI-compatible endpoint of --judge-model, such as http://localhost:8000/v1; empty: OpenAI's own."""
+    judge_task: Literal["answer", "summary"] = "answer"
+    """what the judge compares: answers to a request, or summaries of a post."""
     per_device_eval_batch_size: int | Auto = "auto"
     """rows per forward pass without gradient, and per batch of generation."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
@@ -81,6 +87,9 @@ class BaseArgs:
             not self.baseline or bool(self.gold_reward_model), "baseline", self.baseline,
             "--gold-reward-model beside it, which says whose samples are better",
         )  # fmt: skip
+        url = self.judge_base_url
+        require(not url or url.startswith(("http://", "https://")), "judge_base_url", url, "http://... or https://...")
+        require(not url or bool(self.judge_model), "judge_base_url", url, "--judge-model beside it, the model to ask")
 
 
 @dataclass

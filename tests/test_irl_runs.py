@@ -20,6 +20,7 @@ from helpers import (
 )
 
 import irl_ppo_tldr as irl
+from common import evals
 from common.data import read_pairs
 
 SMALL = "--sft-epochs 1 --total-episodes 8 --rollout-batch-size 4 --eval-updates 1 --num-ppo-epochs 2".split()
@@ -78,8 +79,8 @@ def test_a_run_leaves_what_it_promises(finished):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     rows = metrics(finished)
-    unseen = {"eval/kl_k1", "eval/kl_k3"}  # of samples at temperature 1
-    assert set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"} == set(irl.METRICS) - unseen - {"eval/reward/samples"} | {"eval/reward/samples"}  # fmt: skip
+    unseen = {"eval/kl_k1", "eval/kl_k3", *evals.JUDGE_METRICS}  # KL is of samples at temperature 1; there is no judge
+    assert set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"} == set(irl.METRICS) - unseen
     assert sum("sft/loss" in r for r in rows) == 3
     reward_steps = [sum("reward/loss" in r and r["outer_iteration"] == t for r in rows) for t in range(3)]
     assert reward_steps == [3, 6, 9]

@@ -118,7 +118,12 @@ OWN = {
     "reward_batch_loss",
     "sft_batch_loss",
 }  # each script's; no maths
-OWN_PPO = {"ppo_batch_loss", "ppo_update", "add_advantages", "pad"}  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
+OWN_PPO = {
+    "ppo_batch_loss",
+    "ppo_update",
+    "add_advantages",
+    "pad",
+}  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
     ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "AIHF.sample_pairs", "AIHF.start_reward"),
     ("rft.py", "aihf_ppo.py"): ("collect", "sft_batch_loss", "ActorCritic.forward"),
