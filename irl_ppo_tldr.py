@@ -1,8 +1,7 @@
 """IRL from demonstrations with PPO, on TL;DR: SFT, then in turn a reward from expert's and own summaries, and PPO against it.
 
-Paper: Inverse reinforcement learning for alignment from demonstrations, arXiv:2503.13538, Algorithm 1 and Sec. 6.1. Its PPO is
-that of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031); N+ 1 to N+ 34 are its details, as
-docs/irl_ppo_tldr.md numbers them.
+Paper: From Demonstrations to Rewards, arXiv:2503.13538, Algorithm 1 and Sec. 6.1. Its PPO is that of "The N+ Implementation
+Details of RLHF with PPO" (arXiv:2403.17031); N+ 1 to N+ 34 are its details, as docs/irl_ppo_tldr.md numbers them.
 
 Maximum-likelihood inverse RL (Eq. 5): the expert's summaries are answers of the KL-regularised optimum of an unknown reward. In
 each of T outer iterations the policy summarises the posts of the demonstrations, a reward made from the SFT model learns to

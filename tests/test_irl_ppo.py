@@ -11,7 +11,7 @@ import exact
 import numpy as np
 import pytest
 import torch
-from helpers import make_tokenizer
+from helpers import make_model, make_tokenizer
 from test_rft import (
     Table,
     all_logprobs,
@@ -26,7 +26,7 @@ from test_rft import (
 )
 
 import irl_ppo_tldr as irl
-from common import UserError
+from common import UserError, rewards
 from common.data import encode, load_rows, tokenise
 from common.generation import Generator
 from common.run import Run, learning_rate_at, resolve_auto
@@ -208,6 +208,29 @@ def test_demonstrations_get_mean_0_and_where_asked_deviation_1(make_run, kind, t
     assert close(after, expected, 1e-6) and before.mean().abs() > 1e-2
     assert row["eval/reward/scale"] == pytest.approx(after.std(correction=0).item(), abs=1e-6)
     assert row["eval/reward/center"] == pytest.approx(scalar.center.item())
+
+
+@pytest.mark.parametrize("init", ["sft", "previous"])
+def test_a_reward_is_made_anew_or_carried(tmp_path, init):
+    """In iteration 0 both start from the SFT policy with the head of the seed; later one does again, the other goes on."""
+    args = arguments(model=str(make_model(tmp_path / "model")), reward_init=init, max_length=96)
+    make_model(tmp_path / "sft", hidden_size=32, initializer_range=0.1)
+    fresh = rewards.prepare_scalar(args, str(tmp_path / "sft"), "--model").state_dict()
+    reward = rewards.prepare_scalar(args, args.model, "--model")
+    optimizer = torch.optim.AdamW(reward.parameters(), lr=0.1)
+    script = SimpleNamespace(
+        args=args, bare_reward=reward, reward_optimizer=optimizer, sft_policy=str(tmp_path / "sft")
+    )
+    for t in range(3):
+        before = copy.deepcopy(reward.state_dict())
+        irl.IRL.start_reward(script, t)
+        after, expected = reward.state_dict(), fresh if init == "sft" or t == 0 else before
+        assert all(torch.equal(after[k], expected[k]) for k in expected)
+        assert bool(optimizer.state) == (init == "previous" and t > 0)
+        sum(p.sum() for p in reward.parameters()).backward()
+        optimizer.step()
+        reward.normalise(0.5)
+    assert not torch.equal(reward.state_dict()["center"], fresh["center"])
 
 
 # ---- PPO: the recipe of N+ in its own form ----
