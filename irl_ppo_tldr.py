@@ -438,14 +438,13 @@ def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
 @dataclass
 class Steps:
     sft: int
-    pairs: int  # reward steps over one outer iteration's pairs
-    accumulated: bool
+    reward: list[int]  # reward steps of each outer iteration
     updates: int  # PPO updates in one outer iteration
     per_update: int  # optimizer steps of one PPO update
 
     def K(self, t: int) -> int:
         """Reward steps in outer iteration t."""
-        return self.pairs * (t + 1 if self.accumulated else 1)
+        return self.reward[t]
 
     def first(self, t: int) -> int:
         """Optimizer steps before outer iteration t."""
@@ -454,12 +453,13 @@ class Steps:
 
 def count_steps(n: int, args: Args) -> Steps:
     """Steps for n demonstrations; the last batch of an epoch may be smaller."""
-    batches = math.ceil(n / args.batch_size)
+    kept = [
+        t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)
+    ]  # iterations whose pairs are learned from
+    reward = [args.num_train_epochs * math.ceil(n * k / args.batch_size) for k in kept]
     updates = math.ceil(args.total_episodes / args.rollout_batch_size)
-    return Steps(
-        args.sft_epochs * batches, args.num_train_epochs * batches, args.pairs == "accumulated", updates,
-        args.num_ppo_epochs * args.num_mini_batches,
-    )  # fmt: skip
+    sft = args.sft_epochs * math.ceil(n / args.batch_size)
+    return Steps(sft, reward, updates, args.num_ppo_epochs * args.num_mini_batches)
 
 
 # ---- rollouts of PPO ----
@@ -801,7 +801,7 @@ def train(args: Args) -> None:
         models.load_tokenizer(args, args.expert_model, "--expert-model")
     demonstrations = prompts = evals.load_demonstrations(args, tokenizer, encode_tldr)
     if args.dry_run:
-        print_steps(args, count_steps(args.select_top_k or len(demonstrations), args))
+        print_steps(args, args.select_top_k or len(demonstrations))
         return
     if args.prompts == "all":
         prompts = evals.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
@@ -830,17 +830,15 @@ def train(args: Args) -> None:
     run.end()
 
 
-def print_steps(args: Args, steps: Steps) -> None:
-    """--dry-run: what would run, and what it would cost."""
+def print_steps(args: Args, n: int) -> None:
+    """--dry-run: what would run for n demonstrations, and what it would cost."""
+    steps, tokens = count_steps(n, args), args.max_new_tokens
     expert = args.expert_model or "the data set's own summaries"
     print(f"irl_ppo_tldr --dry-run: model {args.model}, data {args.dataset}, demonstrations: {expert}, T = {args.T}")
-    answers, tokens = steps.pairs // args.num_train_epochs * args.batch_size, args.max_new_tokens
     episodes = steps.updates * args.rollout_batch_size
     print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
-    reward_steps = f"{steps.K(0)} to {steps.K(args.T - 1)}" if steps.accumulated else steps.K(0)
-    print(
-        f"  up to {answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {reward_steps} reward steps,"
-    )
+    reward_steps = f"{steps.K(0)} to {steps.K(args.T - 1)}" if args.pairs == "accumulated" else steps.K(0)
+    print(f"  {n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,")
     print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
     print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
     print(f"  in all {steps.first(args.T)} optimizer steps")

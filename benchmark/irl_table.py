@@ -56,7 +56,7 @@ def load_irl(folder: Path) -> list[Point]:
     for t, point in enumerate(evaluations[1:]):
         pairs = read_columns(folder / "evals" / f"preferences_{t:04d}.parquet")
         held = read_columns(folder / "evals" / f"reward_{t:04d}.parquet")
-        point["accuracy"] = wins(pairs["chosen"], pairs["rejected"])
+        point["pair"], point["accuracy"] = pairs["row"], wins(pairs["chosen"], pairs["rejected"])
         point["accuracy_sft"] = wins(held["chosen"], held["rejected"])
         point["accuracy_shuffled"] = wins(held["chosen"], held["shuffled"])
     return evaluations
@@ -70,18 +70,33 @@ def load_spin(folder: Path) -> list[Point]:
         point["accuracy_sft"], point["accuracy_shuffled"] = (
             point[f"rewards/accuracies{kind}"] for kind in ("", "_shuffled")
         )
-        other = folder / f"spin_{len(points) + 1}_preferences" / "evals" / "0000.parquet"
-        point["accuracy"] = read_columns(other)["rewards/accuracies"]
+        pairs = read_columns(folder / f"spin_{len(points) + 1}_preferences" / "evals" / "0000.parquet")
+        point["pair"], point["accuracy"] = pairs["row"], pairs["rewards/accuracies"]
         points.append(point)
     return points
+
+
+def on_shared_rows(points: list[Point]) -> None:
+    """Keep of every measure the held-out rows, or labelled pairs, that all points have.
+
+    SPIN leaves prompts that are too long out, IRL cuts them.
+    """
+    for ids, measures in (("pair", {"accuracy"}), ("row", set().union(*points) - {"accuracy", "pair", "row"})):
+        having = [p for p in points if ids in p]
+        shared = sorted(set.intersection(*(set(p[ids].tolist()) for p in having)))
+        for point in having:
+            place = {row: i for i, row in enumerate(point[ids].tolist())}
+            for name in measures & point.keys():
+                point[name] = point[name][[place[row] for row in shared]]
 
 
 def show(args: Args) -> None:
     folders = [Path(args.runs) / str(seed) for seed in args.seeds]
     irl = [load_irl(f / "irl") for f in folders]
     spin = [load_spin(f) for f in folders]
-    if len({len(s) for s in spin}) > 1 or any(not np.array_equal(s[0]["row"], irl[0][0]["row"]) for s in (*spin, *irl)):
-        raise UserError("--runs: found seeds with other iterations or held-out rows, expected the same ones")
+    if len({(len(i), len(s)) for i, s in zip(irl, spin, strict=True)}) > 1:
+        raise UserError("--runs: found seeds with other numbers of iterations, expected the same ones")
+    on_shared_rows([p for run in (*irl, *spin) for p in run])
     for seed, points in enumerate(irl):
         people = {"gold/score": points[0]["gold/demonstrations"]}
         for point in (*points, *spin[seed], people):

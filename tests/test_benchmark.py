@@ -10,7 +10,7 @@ from helpers import ROOT, make_classifier, make_data, make_model, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common.data import write_pairs
+from common.data import read_pairs, write_pairs
 from common.evals import bootstrap_interval
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -190,8 +190,8 @@ def make_irl_seed(folder, seed: int) -> None:
     for updates, value in ((0, 0.0), (5, 1.0), (10, 2.0 + seed)):
         write_pairs(folder / "irl" / "evals" / f"{updates:04}.parquet", rows(value))
     for t in range(2):
-        pairs = [{"row": i, "chosen": 1.0, "rejected": r} for i, r in enumerate((0.0, 1.0, 2.0, 0.0))]
-        write_pairs(folder / "irl" / "evals" / f"preferences_{t:04}.parquet", pairs[: 2 + 2 * t])
+        pairs = [{"row": i, "chosen": 1.0, "rejected": r} for i, r in enumerate(((0.0, 1.0), (2.0, 1.0, 0.0, 0.0))[t])]
+        write_pairs(folder / "irl" / "evals" / f"preferences_{t:04}.parquet", pairs)
         held = [{"row": i, "chosen": 1.0, "rejected": 0.0, "shuffled": 2.0 * i} for i in range(2)]
         write_pairs(folder / "irl" / "evals" / f"reward_{t:04}.parquet", held)
     implicit = {"rewards/accuracies": 1.0, "rewards/accuracies_shuffled": 0.0}
@@ -206,6 +206,11 @@ def make_irl_seed(folder, seed: int) -> None:
 def test_irl_table_has_each_methods_iterations_paired_with_sft(tmp_path):
     for seed in (0, 2):
         make_irl_seed(tmp_path / str(seed), seed)
+    longer = (
+        tmp_path / "2" / "spin_1_held_out" / "evals" / "0000.parquet"
+    )  # with a row that the others lack, before them
+    kept = read_pairs(longer)
+    write_pairs(longer, [{**kept[0], "row": 9, "gold/score": 50.0}, *kept])
     irl_table.show(irl_table.Args(runs=str(tmp_path), seeds=(0, 2), output=str(tmp_path / "out")))
     assert (tmp_path / "out" / "irl.png").stat().st_size > 10_000
     lines_ = (tmp_path / "out" / "irl.md").read_text().splitlines()
@@ -213,7 +218,7 @@ def test_irl_table_has_each_methods_iterations_paired_with_sft(tmp_path):
     assert list(table) == ["SFT", "IRL, iteration 1", "IRL, iteration 2", "SPIN, iteration 1", "people"]
     found = {name: dict(zip(irl_table.COLUMNS, cells, strict=True)) for name, cells in table.items()}
     accuracy, gold_score, gain = "(a) accuracy, labelled pairs", "(b) gold score", "less SFT's"
-    assert [found[n][accuracy][:5] for n in table] == ["", "0.750", "0.625", "0.500", ""]
+    assert [found[n][accuracy][:5] for n in table] == ["", "0.750", "0.250", "0.500", ""]
     assert [found[n][gold_score][:4] for n in table] == ["0.00", "0.50", "1.50", "-0.5", "3.00"]
     assert found["IRL, iteration 2"][gain] == "1.50 [0.00, 3.00]" and found["people"][gain] == "3.00 [3.00, 3.00]"
     assert found["IRL, iteration 1"]["accuracy, person over SFT's sample"] == "1.000 [1.000, 1.000]"
