@@ -172,7 +172,7 @@ def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> 
     note += (
         f"A score is the classifier's output minus `reward_center` of config.json: held-out {centred_on} average 0.\n\n"
     )
-    source = args.reward_model or args.model
+    source = getattr(args, "reward_model", "") or args.model
     card = run.model_card(f"{method}, reward model", paper, note, source, "eval/reward/accuracy")
     return run.save_final(reward_model, tokenizer, card, name="reward", part="model")
 
