@@ -59,7 +59,7 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
     "tiny": dict(
         dataset="pydoc", max_samples=800, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
         reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, policy_objective="dpo",
-        num_generations=8, total_prompts=384, rollout_batch_size=64, eval_updates=3, per_device_train_batch_size=32,
+        num_generations=8, total_prompts=320, rollout_batch_size=64, eval_updates=5, per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
     ),
     "zephyr-7b-sft-full": {**MISTRAL, "policy_objective": "best_of_n"},  # the draft's model; its tables give no more

@@ -92,7 +92,7 @@ def test_demonstrations_average_zero_on_held_out_data(finished):
 def test_candidates_hold_n_answers_a_prompt_with_their_scores(finished):
     out = finished[0]
     files = sorted((out / "candidates").iterdir())
-    assert [f.name[:16] for f in files] == [f"iter_{t}_{first:07d}_" for t in (0, 1) for first in (0, 4)]
+    assert [f.name[:15] for f in files] == [f"iter_{t}_{first:07d}_" for t in (0, 1) for first in (0, 4)]
     by_update = {f.name[:14]: read_pairs(f) for f in files}
     assert all(len(c) == 4 and len(r[k]) == 3 for c in by_update.values() for r in c for k in r)
     means = [r["objective/scores"] for r in metrics(out) if "objective/scores" in r]
@@ -148,7 +148,7 @@ VARIANTS = {
     "max_max": "--T 2 --pair-choice max_max --ref previous --reward-init previous --negatives greedy",
     "linear": "--T 1 --pair-choice random --reward-loss linear --optimizer rmsprop --lr-scheduler-type linear",
     "all_prompts": "--T 1 --total-prompts 0 --rollout-batch-size 1000 --batch-size 32 --sft-epochs 0",
-    "more_prompts": "--T 1 --total-prompts 25 --rollout-batch-size 10 --pair-choice max_random",
+    "more_prompts": "--T 1 --total-prompts 25 --rollout-batch-size 10 --batch-size 16 --pair-choice max_random",
     "lora": "--T 2 --lora-r 4 --gradient-checkpointing --ref previous",
     "autocast": "--T 1 --mixed-precision bf16 --dtype bfloat16",
 }
