@@ -313,8 +313,7 @@ def test_two_processes_give_the_weights_of_one(place):
         files = sorted((out / "candidates").iterdir(), key=lambda f: f.name[:14])
         found.append([c["response_ids"] for f in files for c in read_pairs(f)])
     assert found[0] == found[1] and len(found[0]) == 22
-    words[-len(flags) :] = flags  # a resumed pair of processes reads the same files
-    again = place / "again"
+    again = place / "again"  # two processes agree on what is there, and read it
     words = [launcher("torchrun"), "--nproc_per_node", "2", "--master_port", "29644", *argv(place, again, *flags)]
     run([*words, "--candidates-from", str(two)], ACCELERATE_USE_CPU="true")
     assert not (again / "candidates").exists()
