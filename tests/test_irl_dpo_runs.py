@@ -277,7 +277,7 @@ def test_bad_input_ends_with_one_clear_line(outcomes, place, name):
 def test_dry_run_counts_what_a_run_would_do(outcomes, place, name):
     status, plan, _ = outcomes[f"dry {name}"]
     n = len(load_rows(str(place / "data.jsonl"), "train"))
-    assert status == 0 and not (place / "dry").exists() and n == 18
+    assert status == 0 and not (place / "dry").exists() and n == 19
     assert "5 SFT steps of 4 demonstrations" in plan and "memory per device, policy update" in plan
     K = "5 to 15" if name == "accumulated" else "5"
     assert f"{n} answers of up to 8 tokens ({n * 8} at most), K = {K} reward steps" in plan
