@@ -409,17 +409,13 @@ def test_best_of_n_of_a_batch_by_hand():
         ('(p["prompt_ids"], p["chosen_ids"])', '(p["prompt_ids"], p["rejected_ids"])'),
         ("losses = nll_loss(scores.logprobs, batch.response_mask)", "losses = -nll_loss(scores.logprobs, batch.response_mask)"),
         ("losses = nll_loss(scores.logprobs, batch.response_mask)", "losses = nll_loss(scores.logprobs, batch.response_mask) / batch.response_mask.sum(-1)"),
-        ("losses = nll_loss(scores.logprobs, batch.response_mask)", "losses = nll_loss(scores.logprobs, torch.ones_like(batch.response_mask))"),
+        ("losses = nll_loss(scores.logprobs, batch.response_mask)", "losses = nll_loss(scores.logprobs, batch.response_mask) + (~batch.response_mask).sum(-1)"),
         ("-losses.sum(), losses", "losses.sum(), losses"),
     ],
     ids=["temperature", "worst", "sign", "mean_for_sum", "no_mask", "metric"],
 )  # fmt: skip
 def test_a_wrong_best_of_n_batch_is_told_apart(old, new):
-    mutant = mutate("best_of_n_batch_loss", old, new)
-    try:
-        assert not check_best_of_n_batch_loss(mutant)
-    except RuntimeError:  # shapes that do not fit
-        pass
+    assert not check_best_of_n_batch_loss(mutate("best_of_n_batch_loss", old, new))
 
 
 def made_pairs(run, n: int = 8, values=None):
