@@ -367,7 +367,7 @@ def check_best_of_n_batch_loss(function) -> bool:
         {
             "prompt_ids": x,
             "chosen_ids": y,
-            "rejected_ids": [2, 2, EOS],
+            "rejected_ids": [(k + 1) % 4 for k in y],
             "sampled_chosen": noise(len(y), seed=i).tolist(),
         }
         for i, (x, y) in enumerate(SEQUENCES)
