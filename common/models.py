@@ -150,6 +150,18 @@ def make_trainable(model, args, task_type: str = "CAUSAL_LM"):
     return model
 
 
+def weights_digest(run, model) -> str:
+    """SHA-256 of the names, types and values of a prepared model's weights and buffers; rank 0's, on every rank."""
+    from accelerate.utils import broadcast_object_list
+
+    state, digest = run.accelerator.get_state_dict(model), hashlib.sha256()
+    if run.is_main:
+        for name, tensor in sorted(state.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return broadcast_object_list([digest.hexdigest()])[0]
+
+
 # ---- LoRA and the reference policy ----
 def add_lora(model, args, task_type: str = "CAUSAL_LM"):
     """LoRA on all linear layers, dropout 0. A scalar head (task_type SEQ_CLS) is trained whole.

@@ -16,11 +16,12 @@ import aihf_direct
 import aihf_ppo
 import evaluate
 import irft
+import irl_dpo_ultrachat
 import irl_ppo_tldr
 import rft
 import sft
 
-MODULES = (aihf, aihf_direct, aihf_ppo, evaluate, irft, irl_ppo_tldr, rft, sft)
+MODULES = (aihf, aihf_direct, aihf_ppo, evaluate, irft, irl_dpo_ultrachat, irl_ppo_tldr, rft, sft)
 SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("benchmark/*.py")]
 
@@ -127,6 +128,9 @@ OWN_PPO = {
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
     ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "AIHF.sample_pairs", "AIHF.start_reward"),
     ("rft.py", "aihf_ppo.py"): ("collect", "sft_batch_loss", "ActorCritic.forward"),
+    ("rft.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss",),
+    ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss", "IRL.start_reward"),
+    ("aihf.py", "irl_dpo_ultrachat.py"): ("sft_batch_loss", "dpo_batch_loss", "policy_rates"),
 }
 
 
