@@ -126,6 +126,7 @@ def figure(named: dict[str, list[Point]], path: Path) -> None:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    last = max(int(n.split()[-1]) for n in named if n[-1].isdigit())
     panels = [
         ("accuracy", "(a) accuracy of the reward", "share of labelled pairs"),
         ("gold/score", "(b) gold score of samples", "gold reward units"),
@@ -147,9 +148,9 @@ def figure(named: dict[str, list[Point]], path: Path) -> None:
                 ax.axhline(np.mean([p[measure] for p in named[name]]), color=COLORS[name], lw=1.4, ls="--", label=name)
         if measure == "accuracy":
             ax.axhline(0.5, color="#bbbbbb", lw=1)
-        ax.set(xlabel="outer iteration", ylabel=ylabel, xticks=range(max(places) + 1))
+        ax.set(xlabel="outer iteration", ylabel=ylabel, xticks=range(last + 1))
         ax.set_title(title, loc="left")
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="center" if measure == "gold/score" else "best")
     fig.savefig(path, dpi=130)
 
 
