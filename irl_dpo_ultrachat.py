@@ -335,9 +335,7 @@ def count_steps(n: int, args: Args) -> Steps:
     batches, prompts = lambda rows: math.ceil(rows / args.batch_size), args.total_prompts or n
     updates = math.ceil(prompts / args.rollout_batch_size)
     per_update = args.num_policy_epochs * batches(min(args.rollout_batch_size, prompts))
-    kept = [
-        t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)
-    ]  # iterations whose pairs are learned from
+    kept = [t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)]  # iterations whose pairs are used
     reward = [args.num_train_epochs * batches(n * k) for k in kept]
     return Steps(args.sft_epochs * batches(n), reward, prompts, updates, per_update)
 

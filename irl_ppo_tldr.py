@@ -159,20 +159,20 @@ class Args(RunArgs):
         super().check()
         for name in ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        positive = ("beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value")
-        for name in (
-            *positive,
+        rates = (
+            "reward_learning_rate",
+            "sft_learning_rate",
+            "adam_epsilon",
+            "cliprange",
+            "cliprange_value",
             "gamma",
-            "total_episodes",
-            "rollout_batch_size",
-            "eval_updates",
-            "greedy_temperature",
-            "eval_temperature",
-        ):
+            "beta",
+        )
+        temperatures = ("temperature", "greedy_temperature", "eval_temperature")
+        for name in (*rates, *temperatures, "total_episodes", "rollout_batch_size", "eval_updates"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ("vf_coef", "sft_epochs", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "a number above 0")
         ratio = self.value_warmup_ratio
         require(0 <= ratio < 1, "value_warmup_ratio", ratio, "at least 0 and below 1")
         require(self.gamma <= 1, "gamma", self.gamma, "at most 1")
@@ -453,9 +453,7 @@ class Steps:
 
 def count_steps(n: int, args: Args) -> Steps:
     """Steps for n demonstrations; the last batch of an epoch may be smaller."""
-    kept = [
-        t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)
-    ]  # iterations whose pairs are learned from
+    kept = [t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)]  # iterations whose pairs are used
     reward = [args.num_train_epochs * math.ceil(n * k / args.batch_size) for k in kept]
     updates = math.ceil(args.total_episodes / args.rollout_batch_size)
     sft = args.sft_epochs * math.ceil(n / args.batch_size)
