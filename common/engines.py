@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -29,14 +30,16 @@ def open_accelerator(**settings):
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if cpu and not shutil.which("ninja"):
-            raise UserError("DeepSpeed on CPU: found no ninja on PATH, expected it: pip install ninja, activate the venv")
+            raise UserError(
+                "DeepSpeed on CPU: found no ninja on PATH, expected it: pip install ninja, activate the venv"
+            )
         # accelerate must not be told of the CPU: it would leave DeepSpeed out
         gloo = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
         accelerator = Accelerator(kwargs_handlers=gloo, **settings)
         unset_hf_deepspeed_config()  # from_pretrained would cut up references as well, which no engine puts together
         return accelerator
     accelerator = Accelerator(cpu=cpu, **settings)
-    if cpu and accelerator.use_distributed and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate turns FSDP on for GPUs only; torch's runs on gloo as well, and so can be tested anywhere
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -78,7 +81,8 @@ def prepare(accelerator, args, *objects) -> tuple[list, dict[nn.Module, nn.Modul
         if twin is not None:
             cast = torch.bfloat16 if name == "fsdp2" and accelerator.mixed_precision == "bf16" else None
             for path, module in twin.named_modules():
-                module.__dict__["shards"] = bare.get_submodule(path), cast
+                # weak: a copy of the twin must not copy what it is filled from
+                module.__dict__["shards"] = weakref.ref(bare.get_submodule(path)), cast
             views[model] = twin
     return prepared, views
 
@@ -118,16 +122,17 @@ def whole(module: nn.Module, cast: bool = True) -> Iterator[nn.Module]:
         return
     empty, gathered = [], {}
     for part in module.modules():
-        shards, dtype = part.__dict__["shards"]
+        source, dtype = part.__dict__["shards"]
+        shards = source()
         part._buffers.update(shards._buffers)
         for name, meta in part._parameters.items():
             if meta is not None and meta.is_meta:
-                source = shards._parameters[name]
-                if source not in gathered:  # tied weights once
-                    full = gather(source)
+                shard = shards._parameters[name]
+                if shard not in gathered:  # tied weights once
+                    full = gather(shard)
                     full = full.to(dtype) if cast and dtype and full.is_floating_point() else full
-                    gathered[source] = nn.Parameter(full, requires_grad=False)
-                part._parameters[name] = gathered[source]
+                    gathered[shard] = nn.Parameter(full, requires_grad=False)
+                part._parameters[name] = gathered[shard]
                 empty.append((part, name, meta))
     try:
         yield module
@@ -213,14 +218,20 @@ def clip(accelerator, model: nn.Module, max_norm: float) -> float:
 
 
 # ---- checkpoints ----
-def save_state(accelerator, folder: str) -> None:
-    """accelerate's save_state; optimizers without state keep none (saving FSDP2's would make them take a step)."""
-    fresh = [optimizer for optimizer in accelerator._optimizers if not optimizer.state]
+def save_state(accelerator, folder: str) -> list[int]:
+    """accelerate's save_state. Returns which optimizers had no state yet: saving FSDP2's would give them one, AdamW's a step."""
+    fresh = [i for i, optimizer in enumerate(accelerator._optimizers) if not optimizer.state]
     accelerator.save_state(folder, safe_serialization=True)
-    for optimizer in fresh:
-        optimizer.state.clear()
+    forget(accelerator, fresh)
+    return fresh
 
 
-def load_state(accelerator, folder: str) -> None:
-    """accelerate's load_state."""
+def load_state(accelerator, folder: str, fresh: list[int]) -> None:
+    """accelerate's load_state; `fresh` optimizers are left without state."""
     accelerator.load_state(folder)
+    forget(accelerator, fresh)
+
+
+def forget(accelerator, optimizers: list[int]) -> None:
+    for i in optimizers:
+        accelerator._optimizers[i].state.clear()

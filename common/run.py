@@ -295,6 +295,9 @@ def data_order(n: int, *key: int) -> list[int]:
 class Run:
     """One run of one script: its processes, its directory, its log and its checkpoints."""
 
+    engine = "plain"  # engines.engine_name
+    views: ClassVar[dict] = {}  # prepared model -> its view
+
     def __init__(self, args: BaseArgs, script: str, metrics: dict[str, str]):
         from accelerate.utils import ProjectConfiguration, set_seed
         from transformers.utils import logging as transformers_logging
@@ -316,7 +319,7 @@ class Run:
                 f" apart. Type: accelerate launch --config_file configs/cpu.yaml --num_processes {expected} {script}.py ..."
             )
         self.engine = engines.engine_name(self.accelerator)
-        self.views: dict[torch.nn.Module, torch.nn.Module] = {}
+        self.views = {}
         self.rank, self.world, self.is_main = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -553,7 +556,7 @@ class Run:
             if self.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            engines.save_state(self.accelerator, str(partial))
+            fresh = engines.save_state(self.accelerator, str(partial))
         except Exception as e:  # any failure to write: disk full, quota, permissions, a library's own wrapper of these
             error = e
             if self.engine != "plain":  # the others may wait in the midst of the library's own collectives
@@ -563,7 +566,7 @@ class Run:
             try:
                 metrics = self.dir / "metrics.jsonl"
                 size = metrics.stat().st_size if metrics.exists() else 0
-                made_by = {"engine": self.engine, "processes": self.world}
+                made_by = {"engine": self.engine, "processes": self.world, "fresh_optimizers": fresh}
                 write_json(partial / "position.json", {**position, "metrics_bytes": size, **made_by})
                 seal(partial)
                 shutil.rmtree(final, ignore_errors=True)
@@ -601,12 +604,13 @@ class Run:
             position = json.loads((path / "position.json").read_text())
             size = position.pop("metrics_bytes")
             made_by = position.pop("engine", "plain"), position.pop("processes", self.world)
+            fresh = position.pop("fresh_optimizers", [])
             if made_by[0] != self.engine or (self.engine.startswith("zero") and made_by[1] != self.world):
                 raise UserError(
                     f"--resume: found {path.name} of {made_by[0]} on {made_by[1]} process(es), but this is {self.engine} on"
                     f" {self.world}; expected the same engine, and with ZeRO the same --num_processes"
                 )
-            engines.load_state(self.accelerator, str(path))
+            engines.load_state(self.accelerator, str(path), fresh)
             if self.is_main:
                 with contextlib.suppress(FileNotFoundError), open(self.dir / "metrics.jsonl", "r+b") as f:
                     f.truncate(size)

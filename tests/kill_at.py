@@ -1,9 +1,11 @@
 """Run a script in forked children, one after another; a child may SIGKILL itself (or send itself
-another signal) at the n-th call of some function.
+another signal, or raise an error) at the n-th call of some function.
 
     python kill_at.py '[{"argv": ["irft.py", ...], "at": "common.run.Run.step", "n": 3}, ...]'
 
 Prints the children's exit statuses as JSON (-9 for one that was killed). Importing once and forking saves the imports.
+Under a launcher of several processes each forks its children, with "rank" only that one is hit, and rank 0 prints. One
+scenario that is no list runs in the process itself, as the launcher started it.
 """
 
 import importlib
@@ -31,17 +33,32 @@ def resolve(name: str):
 
 
 def kill_self_at(name: str, n: int, number: int) -> None:
-    """Send this process a signal when the function is called for the n-th time."""
+    """Send this process a signal, or raise if it is 0, when the function is called for the n-th time."""
     owner, attribute = resolve(name)
     original, calls = getattr(owner, attribute), [0]
 
     def wrapped(*args, **kwargs):
         calls[0] += 1
         if calls[0] == n:
+            if not number:
+                raise RuntimeError(f"failure that the test asked for in {name}")
             os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     setattr(owner, attribute, wrapped)
+
+
+def report_writes(folder: str) -> None:
+    """Print WROTE and the path whenever Python of this process opens a file to write, or makes, moves or removes one, below."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+        if event == "open":
+            writes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR) > 0
+        if writes and str(arguments[0]).startswith(folder):
+            os.write(2, f"WROTE {event} {arguments[0]}\n".encode())
+
+    sys.addaudithook(hook)
 
 
 def child(scenario: dict) -> int:
@@ -49,7 +66,10 @@ def child(scenario: dict) -> int:
 
     sys.argv = scenario["argv"]
     script = importlib.import_module(Path(sys.argv[0]).stem)
-    if scenario.get("at"):
+    rank = int(os.environ.get("RANK", 0))
+    if scenario.get("report_writes") and rank:
+        report_writes(scenario["report_writes"])
+    if scenario.get("at") and rank == scenario.get("rank", rank):
         kill_self_at(scenario["at"], scenario["n"], scenario.get("signal", signal.SIGKILL))
     try:
         common.run.main(lambda: script.train(common.run.parse_args(script.Args, "", script.SETTINGS)))
@@ -77,12 +97,17 @@ def main() -> None:
         "DynamicCache",
     ):
         getattr(transformers, name)
-    statuses = []
-    for scenario in json.loads(sys.argv[1]):
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed  # noqa: F401
+    scenarios, statuses = json.loads(sys.argv[1]), []
+    if isinstance(scenarios, dict):
+        sys.exit(child(scenarios))
+    for i, scenario in enumerate(scenarios):
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
             os.dup2(2, 1)
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a rendezvous of its own
             print(f"=== {scenario.get('mark', '')}", flush=True)
             status = 1
             try:
@@ -93,7 +118,8 @@ def main() -> None:
                 os._exit(status)
         _, result = os.waitpid(pid, 0)
         statuses.append(os.waitstatus_to_exitcode(result))
-    print(json.dumps(statuses))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(statuses))
 
 
 if __name__ == "__main__":
