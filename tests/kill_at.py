@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -61,6 +62,14 @@ def report_writes(folder: str) -> None:
     sys.addaudithook(hook)
 
 
+def meet_apart(i: int) -> None:
+    """The i-th children of all ranks find each other under keys of their own, not under those that earlier ones left."""
+    from torch.distributed import PrefixStore, rendezvous
+
+    create = rendezvous._create_c10d_store
+    rendezvous._create_c10d_store = lambda *args, **kwargs: PrefixStore(f"children_{i}", create(*args, **kwargs))
+
+
 def child(scenario: dict) -> int:
     import common.run
 
@@ -107,11 +116,14 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.dup2(2, 1)
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a rendezvous of its own
+            if "RANK" in os.environ:
+                meet_apart(i)
             print(f"=== {scenario.get('mark', '')}", flush=True)
             status = 1
             try:
                 status = child(scenario)
+            except Exception:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
