@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import json
 import signal
 
 import pytest
@@ -30,7 +31,7 @@ FLAGS = {  # batches that two processes share unevenly, in micro-batches that th
     "aihf_direct.py": "--T 1 --learning-rate 1e-4".split(),
 }
 TOLERANCE = 1e-5  # float32, on weights that moved by 3e-4 and more: sums in another order
-KILLED = {"irft.py": 5, "rft.py": 11}  # step it is killed at: between checkpoints, in iteration 1 and in PPO
+KILLED = {"irft.py": 4, "rft.py": 10}  # step it is killed at: between checkpoints, in iteration 1 and in PPO
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_two_processes_give_the_weights_of_one(engine, place, script):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     plain, found = place / f"plain_{script}", place / f"{engine}_{script}"
-    assert same_models(plain, found, TOLERANCE) > 2e-4
+    assert same_models(plain, found, TOLERANCE) > 1e-4
     for x, y in zip(metrics(plain), metrics(found), strict=True):
         assert x == pytest.approx(y, rel=5e-3, abs=5e-4)
     for path in (plain / "generations").iterdir():
@@ -89,7 +90,8 @@ def test_two_processes_give_the_weights_of_one(engine, place, script):
     assert all(torch.equal(v, policy.state_dict()[k]) for k, v in weights(found).items())
     if (found / "reward").exists():
         reward = AutoModelForSequenceClassification.from_pretrained(found / "reward")
-        assert reward.config.num_labels == 1 and not reward.config.reward_center == 0.0
+        centers = [json.loads((out / "reward" / "config.json").read_text())["reward_center"] for out in (plain, found)]
+        assert reward.config.num_labels == 1 and centers[1] == pytest.approx(centers[0], abs=1e-4) and centers[0]
 
 
 def same_models(one, other, tolerance: float) -> float:
@@ -119,7 +121,7 @@ def test_killed_and_resumed_equals_left_alone(engine, place, script):
 def test_a_checkpoint_of_another_engine_or_number_of_processes(engine, place):
     """FSDP2's is cut up anew; ZeRO's cannot be, and says so; no other engine's is taken for one's own."""
     killed = place / f"{engine}_moved_sft.py"
-    scenario = {"argv": argv("sft.py", place, f"{engine}_moved"), "at": "common.run.Run.step", "n": 4}
+    scenario = {"argv": argv("sft.py", place, f"{engine}_moved"), "at": "common.run.Run.step", "n": 3}
     assert drive([scenario], config=f"{engine}.yaml")[0] == [-signal.SIGKILL]
     resume = {"argv": ["sft.py", "--resume", str(killed)]}
     statuses, printed = drive([resume])
