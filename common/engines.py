@@ -75,9 +75,16 @@ def prepare(accelerator, args, *objects) -> tuple[list, dict[nn.Module, nn.Modul
                 "gradient_accumulation_steps": 1,  # Run.step says where an update ends
                 "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
             }
+        buffers = {path: dict(module._buffers) for path, module in model.named_modules()}
         model, optimizer = accelerator.prepare(model, optimizer)
         prepared += [model, optimizer]
         views[model] = bare = accelerator.unwrap_model(model)
+        for (
+            path,
+            kept,
+        ) in buffers.items():  # not in bf16, as DeepSpeed makes them: rotary frequencies, a reward's centre
+            on_device = {k: None if b is None else b.to(accelerator.device) for k, b in kept.items()}
+            bare.get_submodule(path)._buffers.update(on_device)
         if twin is not None:
             cast = torch.bfloat16 if name == "fsdp2" and accelerator.mixed_precision == "bf16" else None
             for path, module in twin.named_modules():

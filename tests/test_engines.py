@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import math
 import signal
 
 import pytest
@@ -66,6 +67,9 @@ def engine(request, place):
         scenarios.append({"argv": argv(script, place, f"{name}_killed"), "at": "common.run.Run.step", "n": n})
         scenarios.append({"argv": [script, "--resume", str(place / f"{name}_killed_{script}")]})
         expected += [-signal.SIGKILL, 0]
+    bf16 = argv("irft.py", place, f"{name}_bf16")
+    scenarios.append({"argv": [*bf16, "--mixed-precision", "bf16"]})
+    expected.append(0)
     sharded = name != "zero2"
     for n in (phases * parameters, phases * parameters + 1):
         scenarios.append({"argv": argv("sft.py", place, f"{name}_gather{n}"), "at": "common.engines.gather", "n": n})
@@ -106,6 +110,17 @@ def same_models(one, other, tolerance: float) -> float:
         assert max((a[k] - b[k]).abs().max() for k in told) <= tolerance, name
     start, end = load_file(one.parent / "model" / "model.safetensors"), weights(one)
     return max((start[k] - end[k]).abs().max() for k in end)
+
+
+def test_in_bf16_policy_and_reference_coincide_at_first(engine, place):
+    """The script itself checks it too; what is saved has the type of the engine's own weights."""
+    plain, found = place / "plain_irft.py", place / f"{engine}_bf16_irft.py"
+    (first,) = [row for row in metrics(found) if row["step"] == 1 and "loss" in row]
+    assert first["loss"] == pytest.approx(math.log(2), abs=5e-3)
+    stored = torch.bfloat16 if engine.startswith("zero") else torch.float32
+    assert {p.dtype for p in weights(found).values()} == {stored}
+    a, b = weights(plain), weights(found)
+    assert max((a[k] - b[k].float()).abs().max() for k in a) < 2e-2
 
 
 @pytest.mark.parametrize("script", KILLED)
