@@ -64,8 +64,9 @@ def report_writes(folder: str) -> None:
 
 def meet_apart(i: int) -> None:
     """The i-th children of all ranks find each other under keys of their own, not under those that earlier ones left."""
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed import PrefixStore
 
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # the package's own name for it is a function
     create = rendezvous._create_c10d_store
     rendezvous._create_c10d_store = lambda *args, **kwargs: PrefixStore(f"children_{i}", create(*args, **kwargs))
 
