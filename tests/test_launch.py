@@ -8,6 +8,7 @@ import subprocess
 import time
 import weakref
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,16 +17,16 @@ from helpers import ROOT, command, drive, launch, make_data, make_model, metrics
 from common import engines
 from common.data import read_pairs
 
-PPO = "--sft-epochs 0 --total-episodes 8 --rollout-batch-size 8 --num-ppo-epochs 1 --eval-updates 1"
+PPO = "--sft-epochs 0 --total-episodes 16 --rollout-batch-size 8 --num-ppo-epochs 1 --eval-updates 2"
 FLAGS = {
     "sft.py": "--num-train-epochs 2",
     "irft.py": "--T 2 --num-train-epochs 1",
     "rft.py": f"--T 1 --num-train-epochs 1 {PPO}",
-    "aihf.py": "--T 1 --sft-epochs 0 --total-prompts 8 --rollout-batch-size 8 --num-generations 2 --eval-updates 1",
+    "aihf.py": "--T 1 --sft-epochs 0 --total-prompts 16 --rollout-batch-size 8 --num-generations 2 --eval-updates 2",
     "aihf_ppo.py": f"--T 1 {PPO}",
     "aihf_direct.py": "--T 1",
 }
-TOLERANCE = 5e-6  # float32, on weights that moved by 1e-3: sums in another order, which RMSprop divides by their size
+TOLERANCE = 1e-5  # float32, on weights that moved by 1e-4 and more: sums in another order
 
 
 def argv(place, name: str, script: str, micro: int) -> list[str]:
@@ -33,7 +34,7 @@ def argv(place, name: str, script: str, micro: int) -> list[str]:
         f"--mixed-precision no --batch-size 8 --per-device-train-batch-size {micro} --eval-samples 2 {FLAGS[script]}"
     )
     if script in ("rft.py", "aihf.py", "aihf_ppo.py"):
-        flags += " --reward-learning-rate 1e-4"
+        flags += " --reward-learning-rate 1e-4 --optimizer adamw"
     if script.startswith("aihf"):
         flags += f" --preference-dataset {place / 'prefs.jsonl'}"
     out = place / f"{name}_{script}"
@@ -67,7 +68,7 @@ def test_one_process_with_8_is_two_with_4_or_with_twice_2(place, script, micro):
     assert max((a[k] - start[k]).abs().max() for k in a) > 1e-4
     assert max((a[k] - b[k]).abs().max() for k in a) < TOLERANCE
     for x, y in zip(metrics(one), metrics(two), strict=True):
-        assert x == pytest.approx(y, rel=2e-3, abs=2e-4)
+        assert x == pytest.approx(y, rel=5e-3, abs=5e-4)
     for path in (one / "generations").iterdir():
         rows = [[p["rejected_ids"] for p in read_pairs(out / "generations" / path.name)] for out in (one, two)]
         assert rows[0] == rows[1]
@@ -124,7 +125,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_can_resume_it(place):
 
 
 def test_sigterm_to_launcher_and_ranks_writes_one_checkpoint_that_can_be_resumed(place):
-    """The signal reaches the ranks twice: their own, and the launcher's. A port in use is no obstacle."""
+    """The ranks get the signal twice, the launcher passes it on as well. A port in use is no obstacle."""
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -134,7 +135,8 @@ def test_sigterm_to_launcher_and_ranks_writes_one_checkpoint_that_can_be_resumed
         out, deadline = place / "stopped_irft.py", time.time() + 400
         while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 3):
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGTERM)
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.send_signal(signal.SIGTERM)
         printed, _ = ends(process)
     assert process.returncode != 0 and f"SIGTERM: stopped; continue with --resume {out}" in printed
     steps = max(row["step"] for row in metrics(out))
