@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from common import UserError
 
+SHARDED = ("zero3", "fsdp2")  # engines of which a process holds a part of the weights
+
 
 def open_accelerator(**settings):
     """accelerate's Accelerator for this launch, on gloo where there is no accelerator device."""
@@ -47,9 +49,12 @@ def open_accelerator(**settings):
 
 
 def engine_name(accelerator) -> str:
-    """plain, zero<stage> or fsdp2. UserError for FSDP's first version."""
+    """plain, zero2, zero3 or fsdp2. UserError for what is none of them."""
     if accelerator.deepspeed_plugin is not None:
-        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
+        stage = accelerator.deepspeed_plugin.zero_stage
+        if stage not in (2, 3):
+            raise UserError(f"zero_stage: found {stage} in the accelerate config, expected 2 or 3 (configs/zero*.yaml)")
+        return f"zero{stage}"
     if str(accelerator.distributed_type).endswith("FSDP"):
         if not accelerator.is_fsdp2:
             raise UserError("fsdp_version: found 1 in the accelerate config, expected 2 (configs/fsdp2.yaml)")
@@ -66,7 +71,7 @@ def prepare(accelerator, args, *objects) -> tuple[list, dict[nn.Module, nn.Modul
         return prepared, {m: accelerator.unwrap_model(m) for m in prepared if isinstance(m, nn.Module)}
     prepared, views = [], {}
     for model, optimizer in zip(objects[::2], objects[1::2], strict=True):
-        twin = None if name == "zero2" else weightless_twin(model)
+        twin = weightless_twin(model) if name in SHARDED else None
         if name == "fsdp2":
             accelerator.state.fsdp_plugin = fsdp2_plugin(accelerator, model)
         else:
@@ -79,10 +84,8 @@ def prepare(accelerator, args, *objects) -> tuple[list, dict[nn.Module, nn.Modul
         model, optimizer = accelerator.prepare(model, optimizer)
         prepared += [model, optimizer]
         views[model] = bare = accelerator.unwrap_model(model)
-        for (
-            path,
-            kept,
-        ) in buffers.items():  # not in bf16, as DeepSpeed makes them: rotary frequencies, a reward's centre
+        # DeepSpeed rounds buffers to bf16; rotary frequencies and the centre of a reward must not be
+        for path, kept in buffers.items():
             on_device = {k: None if b is None else b.to(accelerator.device) for k, b in kept.items()}
             bare.get_submodule(path)._buffers.update(on_device)
         if twin is not None:
@@ -170,7 +173,7 @@ def load_weights(accelerator, model: nn.Module, state: dict[str, Tensor], part: 
     bare = accelerator.unwrap_model(model)
     bare = bare.get_submodule(part) if part else bare
     name = engine_name(accelerator)
-    if name in ("plain", "zero2"):
+    if name not in SHARDED:
         bare.load_state_dict(state)
     else:
         for key, buffer in bare.named_buffers():
