@@ -1,13 +1,14 @@
-# make demo: set-up and the main job.  make test: set-up and the whole test suite.
+# make demo: set-up and the main job.  make test: set-up and the whole test suite.  make test-engines: DeepSpeed and FSDP2.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 BIN = $(VENV)/bin
+ENGINES = $(VENV)-engines
 # Idle OpenMP threads that spin slow everything else on a small machine.
 export KMP_BLOCKTIME ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test lint docs
+.PHONY: install demo test test-engines lint docs
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,17 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# DeepSpeed compiles an extension at its first start; it is kept beside the environment's packages.
+$(ENGINES)/.installed: requirements.txt requirements-engines.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-engines.txt
+	touch $@
+
+test-engines: $(ENGINES)/.installed
+	PATH="$(abspath $(ENGINES)/bin):$$PATH" TORCH_EXTENSIONS_DIR="$(abspath $(ENGINES))/torch_extensions" \
+	HF_HUB_OFFLINE=1 $(ENGINES)/bin/python -m pytest -n 0 tests/test_engines.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -459,11 +459,11 @@ class AIHF:
         source = args.reward_model or args.model
         policy = models.autocast_forward(run, models.prepare_policy(args))
         reward_model = models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model"))
-        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.accelerator.prepare(
+        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
             policy, make_optimizer(args.optimizer, policy.parameters()),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
-        self.bare, self.bare_reward = (run.accelerator.unwrap_model(m) for m in (self.policy, self.reward_model))
+        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
         self.generator = Generator(self.bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
         self.position = {"outer_iteration": 0, "step": 0}
@@ -535,7 +535,7 @@ class AIHF:
             return
         source = self.sft_policy if args.reward_init != "base" else args.reward_model or args.model
         torch.manual_seed(args.seed)  # LoRA's first weights
-        self.bare_reward.load_state_dict(rewards.prepare_scalar(args, source, "--reward-model").state_dict())
+        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, source, "--reward-model"))
         self.reward_optimizer.state.clear()
 
     def reward_step(self, t: int) -> None:
@@ -582,7 +582,7 @@ class AIHF:
         if not begun:
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
-                self.bare.load_state_dict(models.prepare_policy(args, self.sft_policy).state_dict())
+                run.load_weights(self.policy, models.prepare_policy(args, self.sft_policy))
         return reference
 
     def policy_step(self, t: int) -> None:

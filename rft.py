@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, models, rewards
+from common import UserError, engines, evals, models, rewards
 from common.data import collate, pad_right, read_pairs, write_pairs
 from common.generation import Generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
@@ -260,7 +260,7 @@ class ActorCritic(torch.nn.Module):
         scores = response_logprobs(self.policy, batch, temperature)
         if with_values:
             return scores, self.value(batch, every=True)
-        return scores, sum(0.0 * p.sum() for p in self.value.parameters() if p.requires_grad)
+        return scores, engines.zero_of(self.value)
 
 
 def sft_batch_loss(actor_critic, rows: list[dict], device) -> tuple[Tensor, dict]:
@@ -455,11 +455,11 @@ class RFT:
             models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model")) for _ in range(2)
         )
         actor_critic = ActorCritic(policy, value)
-        self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.accelerator.prepare(
+        self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
             actor_critic, make_optimizer(args.optimizer, actor_critic.parameters()),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
-        self.bare, self.bare_reward = (run.accelerator.unwrap_model(m) for m in (self.actor_critic, self.reward_model))
+        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
         self.generator = Generator(self.bare.policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
         self.position = {"outer_iteration": 0, "step": 0}
@@ -529,7 +529,7 @@ class RFT:
             return
         source = self.sft_policy if args.reward_init != "base" else args.reward_model or args.model
         torch.manual_seed(args.seed)  # LoRA's first weights
-        self.bare_reward.load_state_dict(rewards.prepare_scalar(args, source, "--reward-model").state_dict())
+        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, source, "--reward-model"))
         self.reward_optimizer.state.clear()
 
     def reward_step(self, t: int) -> None:
@@ -570,10 +570,10 @@ class RFT:
                 card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
                 run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
         if not begun:
-            self.bare.value.load_state_dict(self.bare_reward.state_dict())
+            run.load_weights(self.actor_critic, self.bare_reward, "value")
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
-                self.bare.policy.load_state_dict(models.prepare_policy(args, self.sft_policy).state_dict())
+                run.load_weights(self.actor_critic, models.prepare_policy(args, self.sft_policy), "policy")
         return reference
 
     def policy_step(self, t: int) -> None:

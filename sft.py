@@ -111,8 +111,8 @@ def train(args: Args) -> None:
         return
     demonstrations = evals.select_demonstrations(run, demonstrations)
     model = models.prepare_policy(args)
-    policy, optimizer = run.accelerator.prepare(model, make_optimizer(args.optimizer, model.parameters()))
-    bare = run.accelerator.unwrap_model(policy)
+    policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
+    bare = run.unwrap(policy)
     generator = Generator(bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
     run.say(f"sft: {len(demonstrations)} demonstrations, {total} updates, {run.world} process(es), {run.dir}")
 

@@ -131,7 +131,7 @@ def train(args: Args) -> None:
         sampled = with_samples(run, rows, tokenizer)
         held["eval/accuracy_samples"] = with_samples(run, held_rows, tokenizer)
     model = rewards.prepare_scalar(args, args.model, "--model")
-    model, optimizer = run.accelerator.prepare(model, make_optimizer("adamw", model.parameters()))
+    model, optimizer = run.prepare(model, make_optimizer("adamw", model.parameters()))
     total, step = args.num_train_epochs * -(-len(rows) // args.batch_size), 0
     run.say(f"gold: {len(rows)} preferences, {len(lines['demonstrations'])} demonstrations, {total} updates")
     for epoch in range(args.num_train_epochs):
@@ -152,7 +152,7 @@ def train(args: Args) -> None:
         run.log(unseen, step=step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in unseen.items())
         run.say(f"epoch {epoch}: accuracy {row['reward/accuracy']:.3f} on the last batch; {shown}")
-    rewards.pad_for_readers(run.accelerator.unwrap_model(model).model.config, tokenizer)
+    rewards.pad_for_readers(run.unwrap(model).model.config, tokenizer)
     run.save_final(
         model, tokenizer, f"Gold reward model of CleanIRL's benchmark, made from {args.dataset}.\n", part="model"
     )

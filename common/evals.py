@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, judge, models, rewards
+from common import UserError, engines, judge, models, rewards
 from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
 from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
@@ -227,11 +227,12 @@ def batch_logprobs(model, batch, temperature: float = 1.0) -> list[tuple[float, 
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Evaluation mode, and back to what it was."""
+    """Evaluation mode, with all weights, and back to what it was. All processes enter it together."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with engines.whole(model):
+            yield
     finally:
         model.train(was_training)
 
@@ -244,7 +245,8 @@ def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, 
         part = generator.sample(prompts, ids, seed, temperature, run.shared(advance))
         return list(zip(part.response_ids, part.finished, part.logprobs, strict=True))
 
-    results = run.map_rows(len(rows), work)
+    with evaluating(generator.model):
+        results = run.map_rows(len(rows), work)
     ids, finished, logprobs = (list(column) for column in zip(*results, strict=True))
     return Rollout([r["prompt_ids"] for r in rows], ids, finished, logprobs)
 

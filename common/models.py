@@ -181,7 +181,7 @@ def reference_policy(run, policy, is_initial: bool) -> Iterator[torch.nn.Module]
     The policy itself while it has not moved (`is_initial`); with LoRA the policy with its adapter off; else a second copy,
     loaded from disk and freed again, so that training never shares memory with it.
     """
-    policy = run.accelerator.unwrap_model(policy)
+    policy = run.unwrap(policy)
     if is_initial:
         yield policy
     else:

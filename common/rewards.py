@@ -165,7 +165,7 @@ def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> 
 
     centred_on: the responses whose mean score is 0.
     """
-    args, scalar = run.args, run.accelerator.unwrap_model(reward_model)
+    args, scalar = run.args, run.unwrap(reward_model)
     tokenizer = models.load_tokenizer(args)
     note = pad_for_readers(scalar.model.config, tokenizer)
     scalar.model.config.reward_center = scalar.center.item()

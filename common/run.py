@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from common import UserError
+from common import UserError, engines
 from common.data import collate, read_pairs, write_pairs
 
 Auto = Literal["auto"]
@@ -303,8 +303,10 @@ def data_order(n: int, *key: int) -> list[int]:
 class Run:
     """One run of one script: its processes, its directory, its log and its checkpoints."""
 
+    engine = "plain"  # engines.engine_name
+    views: ClassVar[dict] = {}  # prepared model -> its view
+
     def __init__(self, args: BaseArgs, script: str, metrics: dict[str, str]):
-        from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration, set_seed
         from transformers.utils import logging as transformers_logging
 
@@ -312,30 +314,33 @@ class Run:
         self.args, self.script, self.metrics = args, script, metrics
         self.can_resume = any(field.name == "resume" for field in dataclasses.fields(args))
         expected = expected_processes()
-        cpu = not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
         precision = ("bf16" if native_bf16() else "no") if args.mixed_precision == "auto" else args.mixed_precision
         log_with = None if args.report_to == "none" else args.report_to
         self.dir = Path(args.resume or args.output_dir)
         project = ProjectConfiguration(logging_dir=str(self.dir))  # the directory is settled below, by rank 0
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_config=project)
+        self.accelerator = engines.open_accelerator(
+            mixed_precision=precision, log_with=log_with, project_config=project
+        )
         if self.accelerator.num_processes != expected:
             raise UserError(
                 f"launched for {expected} processes, but accelerate runs {self.accelerator.num_processes}: they would train"
-                f" apart. On CPU type: ACCELERATE_USE_CPU=true torchrun --nproc_per_node {expected} {script}.py ..."
+                f" apart. Type: accelerate launch --config_file configs/cpu.yaml --num_processes {expected} {script}.py ..."
             )
+        self.engine = engines.engine_name(self.accelerator)
+        self.views = {}
         self.rank, self.world, self.is_main = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
             self.accelerator.is_main_process,
         )
-        if os.environ.get("OMP_NUM_THREADS") is None and cpu and self.world > 1:
+        if os.environ.get("OMP_NUM_THREADS") is None and self.accelerator.device.type == "cpu" and self.world > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
         set_seed(args.seed)
         self._make_directory()
         if log_with:
             project.logging_dir = str(self.dir)
             self.accelerator.init_trackers("cleanirl", config=flat_config(args))
-        self.stop_requested = self.in_updates = False
+        self.stop_requested, self.in_updates = 0.0, False  # when a stop was asked for; whether weights change
         self.saved = ""
         self.seconds: dict[str, float] = {}
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -367,10 +372,13 @@ class Run:
         self.dir = Path(message[1])
 
     def _on_sigterm(self, *_) -> None:
-        """Between updates there is something to save: stop_if_asked does it. Elsewhere the last checkpoint says it all."""
-        if self.stop_requested or not self.in_updates:
+        """Between updates there is something to save: stop_if_asked does it. Elsewhere the last checkpoint says it all.
+
+        A launcher that is stopped with its processes passes the signal on: one that comes again at once is the same.
+        """
+        if not self.in_updates or (self.stop_requested and time.time() - self.stop_requested > 10):
             self._stop()
-        self.stop_requested = True
+        self.stop_requested = self.stop_requested or time.time()
 
     def _stop(self) -> None:
         self.say("SIGTERM: stopped" + (f"; continue with --resume {self.dir}" if self.can_resume else ""))
@@ -378,7 +386,7 @@ class Run:
 
     def stop_if_asked(self, position: dict) -> None:
         """After SIGTERM on any rank: write a checkpoint and exit with status 143 on all ranks."""
-        asked = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        asked = torch.tensor(float(self.stop_requested > 0), device=self.accelerator.device)
         if self.accelerator.reduce(asked).item() > 0:
             self.save_checkpoint(position)
             self._stop()
@@ -434,6 +442,22 @@ class Run:
         started, parts = time.time(), self.seconds
         yield
         parts[part] = parts.get(part, 0.0) + time.time() - started
+
+    # ---- models ----
+    def prepare(self, *objects) -> list:
+        """model, optimizer, model, optimizer, ... made ready to be trained by this launch."""
+        prepared, views = engines.prepare(self.accelerator, self.args, *objects)
+        self.views |= views
+        return prepared
+
+    def unwrap(self, model):
+        """What to generate, score and save with in place of a prepared model (engines.py); any other model itself."""
+        return self.views.get(model, model)
+
+    def load_weights(self, model, source, part: str = "") -> None:
+        """Give a prepared model, or the part of it at an attribute path, the weights of another model."""
+        with engines.whole(source, cast=False):
+            engines.load_weights(self.accelerator, model, source.state_dict(), part)
 
     # ---- sharing work ----
     def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:
@@ -509,30 +533,29 @@ class Run:
         micro = self.args.per_device_train_batch_size
         ordered = sorted(rows, key=length, reverse=True)
         mine = ordered[self.rank :: self.world]
-        parts = [mine[i : i + micro] for i in range(0, len(mine), micro)]
-        weight = self.world / len(rows)  # DDP averages gradients over ranks
-        if not parts:  # fewer rows than ranks: take part in the collectives with weight 0
-            parts, weight = [ordered[:1]], 0.0
-        share = 1.0 if mine else 0.0
+        # as many micro-batches on every rank: one that has run out takes part in the collectives with weight 0
+        most = math.ceil(math.ceil(len(rows) / self.world) / micro)
+        parts = [(mine[i * micro : (i + 1) * micro] or ordered[:1], float(i * micro < len(mine))) for i in range(most)]
+        weight = self.world / len(rows)  # gradients are averaged over ranks
         for group in optimizer.param_groups:
             group["lr"] = lr
         names, totals = [], 0.0
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for i, (part, share) in enumerate(parts):
+            last = i == most - 1
+            with contextlib.nullcontext() if last or self.engine != "plain" else self.accelerator.no_sync(model):
                 losses, stats = loss_fn(part)
-                self.accelerator.backward(losses.sum() * weight)
+                engines.backward(self.accelerator, model, losses.sum() * (weight * share), last)
             stats = {"loss": (losses.detach().sum(), losses.new_tensor(len(part))), **stats}
             names = list(stats)
             totals = totals + share * torch.stack([torch.stack([s.double(), c.double()]) for s, c in stats.values()])
         totals = self.accelerator.reduce(totals, reduction="sum")
         row = {name: (s / c).item() for name, (s, c) in zip(names, totals, strict=True) if c > 0}
-        row["grad_norm"] = float(self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm))
+        row["grad_norm"] = engines.clip(self.accelerator, model, self.args.max_grad_norm)
         row["learning_rate"] = lr
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             found = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
             raise UserError(
-                f"training diverged: found {found}, expected finite numbers; no update was made."
+                f"training diverged: found {found}, expected finite numbers; nothing of this update was kept."
                 f" Lower {flag(rate)}; last good checkpoint: {self.last_checkpoint() or 'none yet'}"
             )
         optimizer.step()
@@ -545,7 +568,7 @@ class Run:
         return found[-1] if found else None
 
     def save_checkpoint(self, position: dict[str, int]) -> None:
-        """Model, optimizer, RNG and position under checkpoint/<iteration>_<step>; the two newest are kept.
+        """Models, optimizers, RNG and position under checkpoint/<iteration>_<step>; the two newest are kept.
 
         Everything is written to a temporary folder, listed with its SHA-256, synced, then renamed: a reader sees a whole
         checkpoint or none. A failed write leaves the earlier ones as they were and raises UserError.
@@ -560,15 +583,18 @@ class Run:
             if self.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(partial), safe_serialization=True)
+            fresh = engines.save_state(self.accelerator, str(partial))
         except Exception as e:  # any failure to write: disk full, quota, permissions, a library's own wrapper of these
             error = e
+            if self.engine != "plain":  # the others may wait in the midst of the library's own collectives
+                raise self._not_written(e) from e
         failed = self.accelerator.reduce(torch.tensor(float(error is not None), device=self.accelerator.device)).item()
         if self.is_main and not failed:
             try:
                 metrics = self.dir / "metrics.jsonl"
                 size = metrics.stat().st_size if metrics.exists() else 0
-                write_json(partial / "position.json", {**position, "metrics_bytes": size})
+                made_by = {"engine": self.engine, "processes": self.world, "fresh_optimizers": fresh}
+                write_json(partial / "position.json", {**position, "metrics_bytes": size, **made_by})
                 seal(partial)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
@@ -581,16 +607,20 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
         failed = self.accelerator.reduce(torch.tensor(float(error is not None), device=self.accelerator.device)).item()
         if failed:
-            raise UserError(
-                f"checkpoint could not be written to {folder} ({error or 'on another rank'});"
-                f" last good checkpoint: {self.last_checkpoint() or 'none yet'}; free space, then --resume {self.dir}"
-            )
+            raise self._not_written(error)
         self.saved = str(position)
+
+    def _not_written(self, error: Exception | None) -> UserError:
+        return UserError(
+            f"checkpoint could not be written to {self.dir / 'checkpoint'} ({error or 'on another rank'});"
+            f" last good checkpoint: {self.last_checkpoint() or 'none yet'}; free space, then --resume {self.dir}"
+        )
 
     def load_checkpoint(self) -> dict[str, int] | None:
         """Load the newest checkpoint that is whole; name and skip those that are not. Returns its position, or None.
 
-        metrics.jsonl is cut back to that position. UserError if checkpoints exist and none is whole.
+        metrics.jsonl is cut back to that position. UserError if checkpoints exist and none is whole, or if the newest one was
+        made by another engine, or by ZeRO on another number of processes: its optimizer state is cut up for that number.
         """
         self.accelerator.wait_for_everyone()
         found = sorted((p for p in (self.dir / "checkpoint").iterdir() if not p.name.startswith(".")), reverse=True)
@@ -598,9 +628,16 @@ class Run:
             if problem := broken_seal(path):
                 self.say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
                 continue
-            self.accelerator.load_state(str(path))
             position = json.loads((path / "position.json").read_text())
             size = position.pop("metrics_bytes")
+            made_by = position.pop("engine", "plain"), position.pop("processes", self.world)
+            fresh = position.pop("fresh_optimizers", [])
+            if made_by[0] != self.engine or (self.engine.startswith("zero") and made_by[1] != self.world):
+                raise UserError(
+                    f"--resume: found {path.name} of {made_by[0]} on {made_by[1]} process(es), but this is {self.engine} on"
+                    f" {self.world}; expected the same engine, and with ZeRO the same --num_processes"
+                )
+            engines.load_state(self.accelerator, str(path), fresh)
             if self.is_main:
                 with contextlib.suppress(FileNotFoundError), open(self.dir / "metrics.jsonl", "r+b") as f:
                     f.truncate(size)
@@ -644,21 +681,19 @@ class Run:
         """
         self.accelerator.wait_for_everyone()
         path, partial = self.dir / name, self.dir / f".partial_{name}"
-        state = self.accelerator.get_state_dict(model)
-        model = self.accelerator.unwrap_model(model)  # with its mixed precision: training may go on
-        if part:
-            model = model.get_submodule(part)
-            state = {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(f"{part}.")}
-        if self.args.lora_r:
-            model, state = copy.deepcopy(model).merge_and_unload(), None
-        if self.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial, state_dict=state)
-            tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(card)
-            seal(partial)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(partial, path)
+        model = self.unwrap(model)  # with its mixed precision: training may go on
+        model = model.get_submodule(part) if part else model
+        with engines.whole(model, cast=False):
+            if self.args.lora_r:
+                model = copy.deepcopy(model).merge_and_unload()
+            if self.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                (partial / "README.md").write_text(card)
+                seal(partial)
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(partial, path)
         self.accelerator.wait_for_everyone()
         return path
 

@@ -121,7 +121,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-def drive(scenarios: list[dict], cwd: Path = ROOT, **env: str) -> tuple[list[int], str]:
-    """(exit statuses, what the children printed) of scenarios for kill_at.py."""
-    done = run([sys.executable, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], cwd=cwd, timeout=500, **env)
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+def drive(
+    scenarios: list[dict], cwd: Path = ROOT, config: str = "", processes: int = 2, **env: str
+) -> tuple[list[int], str]:
+    """(exit statuses, what the children printed) of scenarios for kill_at.py; config: of configs/, to launch with."""
+    start = launch(config, processes) if config else [sys.executable]
+    done = run([*start, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], cwd=cwd, timeout=2400, **env)
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("[")][-1]), done.stderr
+
+
+def launch(config: str, processes: int = 2) -> list[str]:
+    """accelerate's command with a file of configs/."""
+    start = [launcher("accelerate"), "launch", "--config_file", str(ROOT / "configs" / config)]
+    return [*start, "--num_processes", str(processes)]

@@ -1,0 +1,203 @@
+"""Two processes started as a user starts them: shapes of a batch that give the same weights, and what ends a run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import weakref
+
+import psutil
+import pytest
+import torch
+import yaml
+from helpers import ROOT, command, drive, launch, make_data, make_model, metrics, weights
+
+from common import engines
+from common.data import read_pairs
+
+PPO = "--sft-epochs 0 --total-episodes 16 --rollout-batch-size 8 --num-ppo-epochs 1 --eval-updates 2"
+FLAGS = {
+    "sft.py": "--num-train-epochs 2",
+    "irft.py": "--T 2 --num-train-epochs 1",
+    "rft.py": f"--T 1 --num-train-epochs 1 {PPO}",
+    "aihf.py": "--T 1 --sft-epochs 0 --total-prompts 16 --rollout-batch-size 8 --num-generations 2 --eval-updates 2",
+    "aihf_ppo.py": f"--T 1 {PPO}",
+    "aihf_direct.py": "--T 1",
+}
+TOLERANCE = 1e-5  # float32, on weights that moved by 1e-4 and more: sums in another order
+
+
+def argv(place, name: str, script: str, micro: int) -> list[str]:
+    flags = (
+        f"--mixed-precision no --batch-size 8 --per-device-train-batch-size {micro} --eval-samples 2 {FLAGS[script]}"
+    )
+    if script in ("rft.py", "aihf.py", "aihf_ppo.py"):
+        flags += " --reward-learning-rate 1e-4 --optimizer adamw"
+    if script.startswith("aihf"):
+        flags += f" --preference-dataset {place / 'prefs.jsonl'}"
+    out = place / f"{name}_{script}"
+    return command(script, place / "model", place / "data.jsonl", out, "--learning-rate", "1e-4", *flags.split())[1:]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Every script on one process in batches of 8, and on two in micro-batches of 2; two of them also in those of 4."""
+    folder = tmp_path_factory.mktemp("launch")
+    make_model(folder / "model")
+    make_data(folder / "data.jsonl", 20)
+    make_data(folder / "prefs.jsonl", 16, preference=True)
+    assert drive([{"argv": argv(folder, "8", script, 8)} for script in FLAGS])[0] == [0] * len(FLAGS)
+    shapes = [(script, 2) for script in FLAGS] + [("sft.py", 4), ("irft.py", 4)]
+    scenarios = [
+        {"argv": argv(folder, f"2x{micro}", script, micro), "report_writes": str(folder)} for script, micro in shapes
+    ]
+    statuses, printed = drive(scenarios, config="cpu.yaml")
+    assert statuses == [0] * len(shapes), printed
+    (folder / "printed").write_text(printed)
+    return folder
+
+
+@pytest.mark.parametrize("script, micro", [*((script, 2) for script in FLAGS), ("sft.py", 4), ("irft.py", 4)])
+def test_one_process_with_8_is_two_with_4_or_with_twice_2(place, script, micro):
+    from safetensors.torch import load_file
+
+    one, two = place / f"8_{script}", place / f"2x{micro}_{script}"
+    a, b, start = weights(one), weights(two), load_file(place / "model" / "model.safetensors")
+    assert max((a[k] - start[k]).abs().max() for k in a) > 1e-4
+    assert max((a[k] - b[k]).abs().max() for k in a) < TOLERANCE
+    for x, y in zip(metrics(one), metrics(two), strict=True):
+        assert x == pytest.approx(y, rel=5e-3, abs=5e-4)
+    for path in (one / "generations").iterdir():
+        rows = [[p["rejected_ids"] for p in read_pairs(out / "generations" / path.name)] for out in (one, two)]
+        assert rows[0] == rows[1]
+
+
+def test_rank_0_alone_writes(place):
+    """Of the other one Python sees no write, but that of its random numbers' state into a checkpoint being made."""
+    printed = (place / "printed").read_text()
+    wrote = {line for line in printed.splitlines() if line.startswith("WROTE") and "/checkpoint/.partial_" not in line}
+    assert not wrote and printed.count("2 process(es)") == len(FLAGS) + 2
+    assert (place / "2x2_sft.py" / "checkpoint").exists()
+
+
+def start(place, name: str, *more: str, script="sft.py", scenario=None, flags: tuple = ()) -> subprocess.Popen:
+    """A script on two processes, in a process group of its own; a scenario of kill_at.py may strike it."""
+    words = [*argv(place, name, script, 4), *flags]
+    if scenario is not None:
+        words = [str(ROOT / "tests" / "kill_at.py"), json.dumps({"argv": words, **scenario})]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [*launch("cpu.yaml"), *more, *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def ends(process: subprocess.Popen) -> tuple[str, str]:
+    """What it printed; AssertionError if it, or a process of its group, goes on for long."""
+    try:
+        printed = process.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"the run hangs: {process.communicate()}") from None
+    return printed
+
+
+def test_an_error_on_one_rank_ends_the_run_with_its_text(place):
+    strike = {"at": "common.run.Run.step", "n": 2, "rank": 1, "signal": 0}
+    process = start(place, "error", scenario=strike)
+    _, errors = ends(process)
+    assert process.returncode != 0
+    assert "RuntimeError: failure that the test asked for in common.run.Run.step" in errors
+    assert not (place / "error_sft.py" / "final").exists()
+
+
+def test_a_killed_rank_ends_the_run_and_one_process_can_resume_it(place):
+    strike = {"at": "common.run.Run.step", "n": 4, "rank": 1, "signal": int(signal.SIGKILL)}
+    process = start(place, "killed", scenario=strike)
+    ends(process)
+    out = place / "killed_sft.py"
+    assert process.returncode != 0 and sorted(p.name for p in (out / "checkpoint").iterdir())[-1][-1] in "23"
+    statuses, printed = drive([{"argv": ["sft.py", "--resume", str(out)]}])
+    assert statuses == [0], printed
+    a, b = weights(place / "8_sft.py"), weights(out)
+    assert max((a[k] - b[k]).abs().max() for k in a) < TOLERANCE
+
+
+def test_sigterm_to_launcher_and_ranks_writes_one_checkpoint_that_can_be_resumed(place):
+    """The ranks get the signal twice, the launcher passes it on as well. A port in use is no obstacle."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = ["--main_process_port", str(taken.getsockname()[1])]
+        flags = ("--T", "1", "--num-train-epochs", "500", "--save-steps", "100000")
+        process = start(place, "stopped", *port, script="irft.py", flags=flags)
+        out, deadline = place / "stopped_irft.py", time.time() + 400
+        while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 3):
+            time.sleep(0.05)
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.send_signal(signal.SIGTERM)
+        printed, _ = ends(process)
+    assert process.returncode != 0 and f"SIGTERM: stopped; continue with --resume {out}" in printed
+    steps = max(row["step"] for row in metrics(out))
+    assert [p.name[-8:] for p in (out / "checkpoint").iterdir()] == [f"{steps:08d}"]
+    last = next((out / "checkpoint").iterdir())
+    assert json.loads((last / "position.json").read_text())["processes"] == 2
+    scenario = {"argv": ["irft.py", "--resume", str(out)], "at": "common.run.Run.step", "n": 3}
+    assert drive([scenario])[0] == [-signal.SIGKILL]
+    assert [row["step"] for row in metrics(out) if "loss" in row] == list(range(1, steps + 3))
+
+
+def test_a_checkpoint_of_another_engine_is_refused(place, tmp_path):
+    out = place / "2x4_sft.py"
+    for path in [p / "position.json" for p in (out / "checkpoint").iterdir()]:
+        text = path.read_text()
+        assert '"engine": "plain"' in text and '"processes": 2' in text
+        path.write_text(text.replace('"plain"', '"zero3"'))
+        manifest = path.parent / "manifest.json"
+        seals = json.loads(manifest.read_text())
+        del seals["position.json"]
+        manifest.write_text(json.dumps(seals))
+    (out / "final").rename(tmp_path / "final")
+    statuses, printed = drive([{"argv": ["sft.py", "--resume", str(out)]}])
+    assert statuses == [2] and "of zero3 on 2 process(es), but this is plain on 1; expected the same engine" in printed
+
+
+def test_every_config_is_read_by_accelerate_and_named_in_the_readme():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    readme = (ROOT / "README.md").read_text()
+    files = sorted((ROOT / "configs").iterdir())
+    names = ["cpu.yaml", "ddp.yaml", "fsdp2.yaml", "multi_node.yaml", "zero2.yaml", "zero3.yaml"]
+    assert [f.name for f in files] == names
+    for file in files:
+        config = load_config_from_file(str(file))
+        assert config.num_processes >= 2 and f"--config_file configs/{file.name} " in readme
+        settings = yaml.safe_load(file.read_text())
+        text = json.dumps(settings)
+        # what the scripts say themselves: precision, clipping, and how an update is cut up
+        assert not any(word in text for word in ("mixed_precision", "gradient", "batch"))
+
+
+def test_a_twin_has_weights_inside_whole_alone():
+    """They are the model's, in the type of training or as stored; its buffers and ties too. A part may be whole already."""
+    model = torch.nn.Module()
+    model.a = torch.nn.Linear(3, 3)
+    model.b = torch.nn.Linear(3, 3)
+    model.b.weight = model.a.weight
+    model.register_buffer("center", torch.zeros(()))
+    model.a.forward = lambda x: x
+    twin = engines.weightless_twin(model)
+    assert all(p.is_meta and not p.requires_grad for p in twin.parameters())
+    assert twin.b.weight is twin.a.weight and "forward" not in vars(twin.a)
+    for path, part in twin.named_modules():
+        part.__dict__["shards"] = weakref.ref(model.get_submodule(path)), torch.bfloat16
+    with engines.whole(twin.a) as a, engines.whole(twin):
+        assert a.weight.dtype == torch.bfloat16 and torch.equal(a.weight, model.a.weight.bfloat16())
+        assert not twin.b.bias.is_meta
+    with engines.whole(twin, cast=False):
+        assert torch.equal(twin.b.weight, model.a.weight) and twin.b.weight is twin.a.weight
+        twin.center += 2.0
+    assert all(p.is_meta for p in twin.parameters()) and model.center == 2.0
+    with engines.whole(model) as same:
+        assert same is model
