@@ -502,11 +502,11 @@ class IRL:
         self.steps = count_steps(len(demonstrations), args)
         policy = models.autocast_forward(run, models.prepare_policy(args))
         reward_model = models.autocast_forward(run, rewards.prepare_scalar(args, args.model, "--model"))
-        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.accelerator.prepare(
+        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
             policy, make_optimizer(args.optimizer, policy.parameters()),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
-        self.bare, self.bare_reward = (run.accelerator.unwrap_model(m) for m in (self.policy, self.reward_model))
+        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
         self.generator = Generator(self.bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
         self.position = {"outer_iteration": 0, "step": 0}
@@ -576,7 +576,7 @@ class IRL:
         if args.reward_init == "previous" and t > 0:
             return
         torch.manual_seed(args.seed)  # LoRA's first weights
-        self.bare_reward.load_state_dict(rewards.prepare_scalar(args, self.sft_policy, "--model").state_dict())
+        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, self.sft_policy, "--model"))
         self.reward_optimizer.state.clear()
 
     def reward_step(self, t: int) -> None:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, models, rewards
+from common import UserError, engines, evals, models, rewards
 from common.data import collate, encode, pad_right, read_pairs, tokenise, write_pairs
 from common.generation import Generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
@@ -355,7 +355,7 @@ class ActorCritic(torch.nn.Module):
         scores = response_logprobs(self.policy, batch, temperature)
         if with_values:
             return scores, self.value(batch, every=True)
-        return scores, sum(0.0 * p.sum() for p in self.value.parameters() if p.requires_grad)
+        return scores, engines.zero_of(self.value)
 
 
 def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device) -> tuple[Tensor, dict]:
@@ -582,11 +582,11 @@ class IRL:
         )
         actor_critic = ActorCritic(policy, value)
         adam = (args.adam_epsilon, args.weight_decay)
-        self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.accelerator.prepare(
+        self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
             actor_critic, make_optimizer(args.optimizer, actor_critic.parameters(), *adam),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters(), *adam),
         )  # fmt: skip
-        self.bare, self.bare_reward = (run.accelerator.unwrap_model(m) for m in (self.actor_critic, self.reward_model))
+        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
         self.generator = Generator(self.bare.policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
         self.position = {"outer_iteration": 0, "step": 0}
@@ -656,7 +656,7 @@ class IRL:
         if args.reward_init == "previous" and t > 0:
             return
         torch.manual_seed(args.seed)  # LoRA's first weights
-        self.bare_reward.load_state_dict(rewards.prepare_scalar(args, self.sft_policy, "--model").state_dict())
+        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, self.sft_policy, "--model"))
         self.reward_optimizer.state.clear()
 
     def reward_step(self, t: int) -> None:
@@ -697,7 +697,9 @@ class IRL:
             scores = torch.tensor(evals.sequence_scores(run, self.bare_reward, sequences, advance), dtype=torch.float64)
         std = scores.std(correction=0).item()
         if kind != "none":
-            self.bare_reward.normalise(scores.mean().item(), std if kind == "mean_std" else 1.0)
+            with engines.whole(self.bare_reward, cast=False):
+                self.bare_reward.normalise(scores.mean().item(), std if kind == "mean_std" else 1.0)
+                run.load_weights(self.reward_model, self.bare_reward)
         center = self.bare_reward.center.item()
         return {"eval/reward/center": center, "eval/reward/scale": 1.0 if kind == "mean_std" else std}
 
@@ -706,7 +708,7 @@ class IRL:
         run = self.run
         begun = self.position["step"] > self.steps.first(t) + self.steps.K(t)
         if not begun:
-            self.bare.value.load_state_dict(self.bare_reward.state_dict())
+            run.load_weights(self.actor_critic, self.bare_reward, "value")
         if self.args.ref == "initial" or t == 0:
             return self.sft_policy
         if not begun:

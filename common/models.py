@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError
+from common import UserError, engines
 from common.data import cache_folder, encode, load_rows, pydoc_key
 from common.run import data_order, learning_rate_at, progress
 
@@ -154,9 +154,9 @@ def weights_digest(run, model) -> str:
     """SHA-256 of the names, types and values of a prepared model's weights and buffers; rank 0's, on every rank."""
     from accelerate.utils import broadcast_object_list
 
-    state, digest = run.accelerator.get_state_dict(model), hashlib.sha256()
-    if run.is_main:
-        for name, tensor in sorted(state.items()):
+    digest = hashlib.sha256()
+    with engines.whole(run.unwrap(model), cast=False) as whole:
+        for name, tensor in sorted(whole.state_dict().items()) if run.is_main else ():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return broadcast_object_list([digest.hexdigest()])[0]

@@ -198,7 +198,7 @@ def test_supervised_steps_learn_the_tokens_they_should(make_run, tokens):
 def test_demonstrations_get_mean_0_and_where_asked_deviation_1(make_run, kind, times):
     """Twice, as with a reward that is carried over; order and differences, up to the scale, stay."""
     run, scalar = make_run(reward_normalisation=kind), scalar_model(center=0.25)
-    script = SimpleNamespace(run=run, args=run.args, bare_reward=scalar, demonstrations=ROWS)
+    script = SimpleNamespace(run=run, args=run.args, bare_reward=scalar, reward_model=scalar, demonstrations=ROWS)
     before = torch.stack([head_outputs(scalar, r["prompt_ids"], r["response_ids"])[-1] for r in ROWS]).detach()
     for t in range(times):
         row = irl.IRL.normalise(script, t)
@@ -211,15 +211,16 @@ def test_demonstrations_get_mean_0_and_where_asked_deviation_1(make_run, kind, t
 
 
 @pytest.mark.parametrize("init", ["sft", "previous"])
-def test_a_reward_is_made_anew_or_carried(tmp_path, init):
+def test_a_reward_is_made_anew_or_carried(make_run, tmp_path, init):
     """In iteration 0 both start from the SFT policy with the head of the seed; later one does again, the other goes on."""
-    args = arguments(model=str(make_model(tmp_path / "model")), reward_init=init, max_length=96)
+    run = make_run(model=str(make_model(tmp_path / "model")), reward_init=init, max_length=96)
+    args = run.args
     make_model(tmp_path / "sft", hidden_size=32, initializer_range=0.1)
     fresh = rewards.prepare_scalar(args, str(tmp_path / "sft"), "--model").state_dict()
     reward = rewards.prepare_scalar(args, args.model, "--model")
     optimizer = torch.optim.AdamW(reward.parameters(), lr=0.1)
     script = SimpleNamespace(
-        args=args, bare_reward=reward, reward_optimizer=optimizer, sft_policy=str(tmp_path / "sft")
+        run=run, args=args, reward_model=reward, reward_optimizer=optimizer, sft_policy=str(tmp_path / "sft")
     )
     for t in range(3):
         before = copy.deepcopy(reward.state_dict())
