@@ -3,7 +3,6 @@
 Every measure is kept per row (evals/<iteration>.parquet), so that intervals and paired comparisons can be made later.
 """
 
-import contextlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from common import UserError, models, rewards
 from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
-from common.generation import Generator, Rollout
+from common.generation import Generator, Rollout, evaluating, make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import data_order, require
 
@@ -197,17 +196,6 @@ def batch_logprobs(model, batch, temperature: float = 1.0) -> list[tuple[float, 
     return [(s, t[:n]) for s, t, n in zip(sums, scores.logprobs.tolist(), lengths, strict=True)]
 
 
-@contextlib.contextmanager
-def evaluating(model):
-    """Evaluation mode, and back to what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, advance=lambda n: None) -> Rollout:
     """One response per row, shared over ranks; row ids name the random streams."""
 
@@ -277,7 +265,7 @@ def baseline_samples(run, rows: list[dict]) -> list[str]:
     prompts = tokenise_prompts(tokenizer, [render_prompt(tokenizer, r["prompt"]) for r in rows])
     longest = args.max_prompt_length  # in the policy's tokens; one that is longer in these loses its beginning
     asked = [{"row": r["row"], "prompt_ids": p[-longest:]} for r, p in zip(rows, prompts, strict=True)]
-    generator = Generator(model, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    generator = make_generator(run, model, tokenizer)
     with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
         return [decode(tokenizer, y) for y in sample_rows(run, generator, asked, EVAL_SEED, 1.0, advance).response_ids]
 

@@ -4,7 +4,8 @@ Every response has a random stream of its own, keyed by (seed, row): what is sam
 the batch it travels in, nor on how many processes share the work.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +23,42 @@ class Rollout:
     logprobs: list[list[float]]  # of each response token under the sampling distribution, nats
 
 
+def make_generator(run, model, tokenizer):
+    """The sampler of `model` that --generation names. Every process calls its `sample` equally often, with its own prompts."""
+    if run.args.generation == "vllm":
+        from common.vllm_engine import VllmGenerator
+
+        return VllmGenerator(run, model, tokenizer)
+    return Generator(model, tokenizer, run.args.per_device_eval_batch_size, run.args.max_new_tokens)
+
+
+def stop_tokens(model, tokenizer) -> set[int]:
+    """Token ids that end a response: the tokenizer's EOS and those of the model's generation config."""
+    eos = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+
+@contextlib.contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Evaluation mode, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class Generator:
     """Backend `hf`: plain transformers forward passes with a KV cache; runs anywhere, CPU included.
 
     Prompts are sorted by length and left-padded in batches; a row leaves the batch, and its cache is dropped, as soon as
-    it has ended. Another backend implements `sample` with the same arguments.
+    it has ended. Another backend (common/vllm_engine.py) implements `sample` with the same arguments.
     """
 
     def __init__(self, model, tokenizer, batch_size: int, max_new_tokens: int):
         self.model, self.batch_size, self.max_new_tokens = model, batch_size, max_new_tokens
-        eos = model.generation_config.eos_token_id
-        self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.eos_ids = stop_tokens(model, tokenizer)
 
     def sample(
         self,
@@ -45,19 +71,13 @@ class Generator:
         """One response per prompt. temperature 0 is greedy; `rows` name the random streams; `advance(n)` reports progress."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         done: dict[int, tuple[list[int], bool, list[float]]] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
                 uniforms = torch.stack([self._stream(seed, rows[i]) for i in part])
-                for i, response in zip(
-                    part, self._batch([prompts[i] for i in part], uniforms, temperature), strict=True
-                ):
-                    done[i] = response
+                responses = self._batch([prompts[i] for i in part], uniforms, temperature)
+                done.update(zip(part, responses, strict=True))
                 advance(len(part))
-        finally:
-            self.model.train(was_training)
         ids, finished, logprobs = zip(*(done[i] for i in range(len(prompts))), strict=True) if prompts else ((), (), ())
         return Rollout(prompts, list(ids), list(finished), list(logprobs))
 
