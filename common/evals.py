@@ -3,6 +3,7 @@
 Every measure is kept per row (evals/<iteration>.parquet), so that intervals and paired comparisons can be made later.
 """
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from common import UserError, models, rewards
 from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
-from common.generation import Generator, Rollout, evaluating, make_generator
+from common.generation import Generator, Rollout, make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import data_order, require
 
@@ -194,6 +195,17 @@ def batch_logprobs(model, batch, temperature: float = 1.0) -> list[tuple[float, 
     scores = response_logprobs(model, batch, temperature)
     sums, lengths = masked_sum(scores.logprobs, batch.response_mask).tolist(), batch.response_mask.sum(-1).tolist()
     return [(s, t[:n]) for s, t, n in zip(sums, scores.logprobs.tolist(), lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, advance=lambda n: None) -> Rollout:

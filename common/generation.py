@@ -4,8 +4,7 @@ Every response has a random stream of its own, keyed by (seed, row): what is sam
 the batch it travels in, nor on how many processes share the work.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,17 +37,6 @@ def stop_tokens(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
-@contextlib.contextmanager
-def evaluating(model) -> Iterator[None]:
-    """Evaluation mode, and back to what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 class Generator:
     """Backend `hf`: plain transformers forward passes with a KV cache; runs anywhere, CPU included.
 
@@ -71,13 +59,19 @@ class Generator:
         """One response per prompt. temperature 0 is greedy; `rows` name the random streams; `advance(n)` reports progress."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         done: dict[int, tuple[list[int], bool, list[float]]] = {}
-        with evaluating(self.model):
+        was_training = self.model.training
+        self.model.eval()
+        try:
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
                 uniforms = torch.stack([self._stream(seed, rows[i]) for i in part])
-                responses = self._batch([prompts[i] for i in part], uniforms, temperature)
-                done.update(zip(part, responses, strict=True))
+                for i, response in zip(
+                    part, self._batch([prompts[i] for i in part], uniforms, temperature), strict=True
+                ):
+                    done[i] = response
                 advance(len(part))
+        finally:
+            self.model.train(was_training)
         ids, finished, logprobs = zip(*(done[i] for i in range(len(prompts))), strict=True) if prompts else ((), (), ())
         return Rollout(prompts, list(ids), list(finished), list(logprobs))
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from common import UserError
 from common.data import collate
-from common.generation import Rollout, evaluating, stop_tokens
+from common.evals import evaluating
+from common.generation import Rollout, stop_tokens
 from common.logprobs import response_logprobs
 from common.run import require
 
@@ -32,16 +33,7 @@ ENVIRONMENT = {  # unless the user has set them
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM asks for nearly all memory, and the trainer has its own
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it binds the trainer's threads too
 }
-LAUNCHER = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # how its variables begin
 
 
 class VllmGenerator:
@@ -96,10 +88,8 @@ class VllmGenerator:
         ).tolist()
         if not count:
             return
-        found, limit = (
-            total / count,
-            LIMITS[dtype] / temperature,
-        )  # rounding of the logits is divided by the temperature
+        found = total / count
+        limit = LIMITS[dtype] / temperature  # by which the rounding of the logits is divided too
         if self.run.is_main:
             step = max((row.get("step", 0) for row in self.run.logged()), default=0)
             self.run.log({"sampling/vllm_logp_difference": found}, step=step)
@@ -148,7 +138,7 @@ def native(architecture: str) -> bool:
 
 
 class Engine:
-    """One vLLM engine on this process's device, inside the process or in a child; it starts without weights, asleep to none."""
+    """A vLLM engine on this process's device, inside the process or in a child of it. It starts without weights."""
 
     def __init__(self, run, config: dict, inside: bool):
         for name, value in ENVIRONMENT.items():
@@ -188,9 +178,10 @@ class Engine:
                     seed=0,
                 )
         except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
             raise UserError(
-                "--generation vllm: the engine could not start, expected one; with too little memory change"
-                f" --vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}: {str(error).strip().splitlines()[0][:200]}"
+                f"--generation vllm: found no engine started: {reason}. With too little memory change"
+                f" --vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}; what vLLM printed stands above"
             ) from error
 
     @contextlib.contextmanager
@@ -202,12 +193,12 @@ class Engine:
         if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        found = checksum(model)
-        stale = torch.tensor(float(found != self.holds), device=self.run.accelerator.device)
-        if self.run.accelerator.reduce(stale, reduction="sum").item() > 0:  # sending may be collective: all or none
-            with self.run.timed("vllm_sync"):
+        with self.run.timed("vllm_sync"), evaluating(model):
+            found = checksum(model)
+            stale = torch.tensor(float(found != self.holds), device=self.run.accelerator.device)
+            if self.run.accelerator.reduce(stale, reduction="sum").item() > 0:  # sending may be collective: all or none
                 self.load(full_weights(model))
-            self.holds = found
+                self.holds = found
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
         yield
@@ -291,7 +282,7 @@ def environment(inside: bool, device: int) -> Iterator[None]:
     before = dict(os.environ)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if inside else "1"
     if not inside:
-        for name in [n for n in os.environ if n in LAUNCHER or n.startswith("TORCHELASTIC_")]:
+        for name in [n for n in os.environ if n.startswith(LAUNCHER)]:
             del os.environ[name]
         os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork would inherit the trainer's threads and GPU
         if torch.cuda.is_available():

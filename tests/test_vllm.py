@@ -11,7 +11,7 @@ from helpers import command, launcher, make_classifier, make_data, make_model, m
 
 import irft
 from common import UserError, vllm_engine
-from common.data import collate
+from common.data import collate, read_pairs
 from common.generation import Generator, make_generator
 from common.logprobs import response_logprobs
 from common.run import Run, resolve_auto
@@ -236,7 +236,7 @@ def test_lora_is_merged_on_the_way_and_the_model_keeps_its_weights(pair):
 # ---- what cannot be ----
 def test_a_model_that_vllm_cannot_run_here_is_refused_in_one_line(tmp_path, pair):
     _, sampler, _, _ = pair()
-    sampler.model, _ = load(make_model(tmp_path / "small", "mistral"))
+    sampler.model, _ = load(make_model(tmp_path / "small", "mistral", window=256))
     with pytest.raises(
         UserError, match="--generation: found vllm for a model with heads of 8 dimensions, expected one of 32"
     ):
@@ -251,25 +251,43 @@ def test_prompt_and_answer_beyond_the_window_are_refused(place):
 
 
 # ---- runs ----
-def launch(place, script, out, *flags, processes=1):
-    words = command(script, place / "mistral", place / "data.jsonl", out, "--generation", "vllm", *flags)
+def launch(place, script, out, *flags, processes=1, architecture="mistral"):
+    words = command(script, place / architecture, place / "data.jsonl", out, "--generation", "vllm", *flags)
     if processes > 1:
-        words = [launcher("torchrun"), "--nproc_per_node", str(processes), "--master-port", "29631", *words[1:]]
-    run(words, timeout=900, ACCELERATE_USE_CPU="true")
+        words = [launcher("torchrun"), "--standalone", "--nproc_per_node", str(processes), *words[1:]]
+    run(words, timeout=1800, ACCELERATE_USE_CPU="true")
     rows = metrics(out)
     assert all(math.isfinite(v) for r in rows for v in r.values())
-    gaps = [r["sampling/vllm_logp_difference"] for r in rows if "sampling/vllm_logp_difference" in r]
-    return rows, gaps
+    return rows, [r["sampling/vllm_logp_difference"] for r in rows if "sampling/vllm_logp_difference" in r]
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """{processes: (rows of metrics.jsonl, gaps to vLLM, run directory)} of the same run of irft.py."""
+    flags = ["--T", "2", "--mixed-precision", "no"]
+    return {n: (*launch(place, "irft.py", place / f"run{n}", *flags, processes=n), place / f"run{n}") for n in (1, 2)}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_of_irft(place, tmp_path, processes):
-    flags = ["--T", "2", "--mixed-precision", "no"]
-    rows, gaps = launch(place, "irft.py", tmp_path / "run", *flags, processes=processes)
+def test_a_run_of_irft(runs, processes):
+    rows, gaps, out = runs[processes]
     assert len(gaps) == 6 and max(gaps) < TOLERANCE  # held-out samples of the reference, 3 evaluations, 2 x answers
-    assert rows[-1]["eval/rewards/margins"] > 0 and (tmp_path / "run" / "final" / "model.safetensors").exists()
-    reward = [r["rewards/margins"] for r in rows if "rewards/margins" in r]
-    assert reward[-1] > reward[0]
+    steps = [r["step"] for r in rows if "sampling/vllm_logp_difference" in r]
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == max(r["step"] for r in rows)
+    margins = [r["rewards/margins"] for r in rows if "rewards/margins" in r]
+    assert margins[-1] > margins[0] and (out / "final" / "model.safetensors").exists()
+
+
+def test_answers_do_not_depend_on_the_number_of_processes(runs):
+    one, two = ([p["rejected_ids"] for p in read_pairs(runs[n][2] / "generations" / "iter_0.parquet")] for n in (1, 2))
+    assert len(one) == 8 and one == two and len({tuple(y) for y in one}) > 4
+
+
+def test_two_processes_with_engines_of_their_own(place, tmp_path):
+    rows, gaps = launch(
+        place, "sft.py", tmp_path / "run", "--mixed-precision", "no", processes=2, architecture="gpt_neox"
+    )
+    assert len(gaps) == len([r for r in rows if "eval/nll" in r]) + 1 and max(gaps) < TOLERANCE
 
 
 def test_a_run_of_rft_in_bf16_with_a_baseline_of_another_architecture(place, tmp_path):
