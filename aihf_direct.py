@@ -27,7 +27,7 @@ from torch import Tensor
 
 from common import UserError, evals, models
 from common.data import collate, read_pairs, write_pairs
-from common.generation import Generator
+from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
 
@@ -365,7 +365,7 @@ def train(args: Args) -> None:
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.unwrap(policy)
-    generator = Generator(bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    generator = make_generator(run, bare, tokenizer)
     method, asked = method_name(args), len(demonstrations) if args.objective == "self_play" else 0
     run.say(
         f"aihf_direct, {method}: {len(demonstrations)} demonstrations, {len(preferences)} preferences, T = {args.T}, K = {K},"

@@ -21,7 +21,7 @@ import numpy as np
 
 from common import evals, models, rewards
 from common.data import read_pairs, write_pairs
-from common.generation import Generator, Rollout
+from common.generation import Rollout, make_generator
 from common.run import BaseArgs, Run, main, parse_args, require, write_json
 
 SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
@@ -63,7 +63,7 @@ def hold_out(run, reference, samples: Rollout, rows: list[dict], tokenizer) -> e
     """
     args = run.args
     if reference is not None:
-        generator = Generator(reference, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+        generator = make_generator(run, reference, tokenizer)
         return evals.prepare_held_out(run, reference, generator, rows, tokenizer, args.temperature)
     rejected = [r.get("rejected_ids", y) for r, y in zip(rows, samples.response_ids, strict=True)]
     columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
@@ -91,7 +91,7 @@ def evaluate(args: Args) -> None:
     reference = None
     if args.ref_model:
         reference = models.autocast_forward(run, models.load_model(args, args.ref_model, "--ref-model").eval())
-    generator = Generator(policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    generator = make_generator(run, policy, tokenizer)
     with run.phase("samples", len(rows), step=0) as advance:
         samples = evals.sample_rows(run, generator, rows, evals.EVAL_SEED, args.temperature, advance)
     held = hold_out(run, reference, samples, rows, tokenizer)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from common import UserError, evals, models, rewards
 from common.data import collate, read_pairs, tokenise, without_eos, write_pairs
-from common.generation import Generator
+from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import (
     Auto,
@@ -507,7 +507,7 @@ class IRL:
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
         self.bare, self.bare_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
-        self.generator = Generator(self.bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+        self.generator = make_generator(run, self.bare, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
         self.position = {"outer_iteration": 0, "step": 0}
         self.held, self.reused = None, {}

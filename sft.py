@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common import evals, models
 from common.data import collate
-from common.generation import Generator
+from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Run, RunArgs, learning_rate_at, main, make_optimizer, parse_args, require
 
@@ -113,7 +113,7 @@ def train(args: Args) -> None:
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.unwrap(policy)
-    generator = Generator(bare, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    generator = make_generator(run, bare, tokenizer)
     run.say(f"sft: {len(demonstrations)} demonstrations, {total} updates, {run.world} process(es), {run.dir}")
 
     start = run.load_checkpoint() if args.resume else None

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rft  # noqa: E402
 from common import evals, models, rewards  # noqa: E402
 from common.data import encode, load_rows  # noqa: E402
-from common.generation import Generator  # noqa: E402
+from common.generation import make_generator  # noqa: E402
 from common.run import Auto, BaseArgs, Run, data_order, learning_rate_at, main, make_optimizer, parse_args  # noqa: E402
 
 SETTINGS = {
@@ -99,7 +99,7 @@ def with_samples(run, rows: list[dict], tokenizer) -> list[dict]:
     """Preference pairs: each row's response against one of --sampler's, which has the tokenizer of --model."""
     args = run.args
     policy = models.autocast_forward(run, models.load_model(args, args.sampler, "--sampler").eval())
-    generator = Generator(policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    generator = make_generator(run, policy, tokenizer)
     with run.phase("samples", len(rows)) as advance:
         samples = evals.sample_rows(run, generator, rows, args.seed, 1.0, advance).response_ids
     return [preference(row, y) for row, y in zip(rows, samples, strict=True)]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import evals, models, rewards  # noqa: E402
 from common.data import encode, load_rows  # noqa: E402
-from common.generation import Generator  # noqa: E402
+from common.generation import make_generator  # noqa: E402
 from common.run import BaseArgs, Run, main, parse_args  # noqa: E402
 
 SETTINGS = {
@@ -52,7 +52,7 @@ def make(args: Args) -> None:
     asked = [r for r in rows if not for_demonstrations(r)][: args.max_preferences]
     asked = encode(asked, tokenizer, args.max_length, args.max_prompt_length)
     policy = models.autocast_forward(run, models.load_model(args).eval())
-    generator = Generator(policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+    generator = make_generator(run, policy, tokenizer)
     texts = []
     for k in range(2):
         with run.phase(f"samples {k}", len(asked)) as advance:

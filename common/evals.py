@@ -14,7 +14,7 @@ import numpy as np
 
 from common import UserError, engines, judge, models, rewards
 from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
-from common.generation import Generator, Rollout
+from common.generation import Generator, Rollout, make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import data_order, require
 
@@ -321,7 +321,7 @@ def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: fl
     def load():
         tokenizer = models.load_tokenizer(args, name, flag)
         model = models.autocast_forward(run, models.load_model(args, name, flag).eval())
-        return tokenizer, Generator(model, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+        return tokenizer, make_generator(run, model, tokenizer)
 
     def work(indices, advance) -> list[tuple[str, bool]]:
         tokenizer, generator = load()

@@ -22,17 +22,31 @@ class Rollout:
     logprobs: list[list[float]]  # of each response token under the sampling distribution, nats
 
 
+def make_generator(run, model, tokenizer):
+    """The sampler of `model` that --generation names. Every process calls its `sample` equally often, with its own prompts."""
+    if run.args.generation == "vllm":
+        from common.vllm_engine import VllmGenerator
+
+        return VllmGenerator(run, model, tokenizer)
+    return Generator(model, tokenizer, run.args.per_device_eval_batch_size, run.args.max_new_tokens)
+
+
+def stop_tokens(model, tokenizer) -> set[int]:
+    """Token ids that end a response: the tokenizer's EOS and those of the model's generation config."""
+    eos = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+
 class Generator:
     """Backend `hf`: plain transformers forward passes with a KV cache; runs anywhere, CPU included.
 
     Prompts are sorted by length and left-padded in batches; a row leaves the batch, and its cache is dropped, as soon as
-    it has ended. Another backend implements `sample` with the same arguments.
+    it has ended. Another backend (common/vllm_engine.py) implements `sample` with the same arguments.
     """
 
     def __init__(self, model, tokenizer, batch_size: int, max_new_tokens: int):
         self.model, self.batch_size, self.max_new_tokens = model, batch_size, max_new_tokens
-        eos = model.generation_config.eos_token_id
-        self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.eos_ids = stop_tokens(model, tokenizer)
 
     def sample(
         self,

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -58,6 +59,12 @@ class BaseArgs:
     """what the judge compares: answers to a request, or summaries of a post."""
     per_device_eval_batch_size: int | Auto = "auto"
     """rows per forward pass without gradient, and per batch of generation."""
+    generation: Literal["hf", "vllm"] = "hf"
+    """sampler: transformers, anywhere, or a vLLM engine per process beside the model (docs/generation.md)."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """share of a GPU for vLLM's weights and KV cache, in (0, 1). On CPU the variable VLLM_CPU_KVCACHE_SPACE says it, in GiB."""
+    vllm_sleep_level: Literal[0, 1, 2] = 2
+    """what vLLM does with its GPU memory between answers: 0 keeps it, 1 moves the weights to RAM, 2 gives all up. Not on CPU."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """auto: bf16 where the device multiplies it natively, else no. RFT paper: bf16."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,6 +86,14 @@ class BaseArgs:
         for name in positive:
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+        share = self.vllm_gpu_memory_utilization
+        require(0 < share < 1, "vllm_gpu_memory_utilization", share, "a share above 0 and below 1")
+        installed = importlib.util.find_spec("vllm") is not None
+        require(
+            self.generation == "hf" or installed or getattr(self, "dry_run", False), "generation",
+            "vllm, which is not installed here",
+            "hf, or vLLM installed: pip install -r requirements-gpu.txt (without an NVIDIA GPU: make install-vllm)",
+        )  # fmt: skip
         require(
             self.max_prompt_length < self.max_length, "max_prompt_length", self.max_prompt_length,
             f"less than --max-length {self.max_length}",

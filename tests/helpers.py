@@ -43,7 +43,8 @@ def make_model(folder: Path, architecture: str = "gpt_neox", tokenizer=None, win
         max_position_embeddings=window, bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
     ) | overrides  # fmt: skip
     if architecture == "mistral":
-        model = MistralForCausalLM(MistralConfig(num_key_value_heads=2, head_dim=8, sliding_window=None, **shared))
+        shape = dict(num_key_value_heads=2, head_dim=8, sliding_window=None)
+        model = MistralForCausalLM(MistralConfig(**shape | shared))
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**shared))
     model.save_pretrained(folder)

@@ -1,11 +1,21 @@
 """The sampler: the distribution it claims, transformers' own tokens when greedy, and independence of the batch."""
 
+import ast
+import copy
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import exact
 import pytest
 import torch
-from helpers import make_model, make_tokenizer
+from helpers import ROOT, launcher, make_model, make_tokenizer, run
 
-from common.generation import Generator, inverse_cdf
+import irft
+from common import UserError, vllm_engine
+from common.generation import Generator, inverse_cdf, make_generator
+from common.run import resolve_auto
+from common.vllm_engine import VllmGenerator, checksum, full_weights, group, write_shards
 
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [30] * 7, [40, 41, 42, 43, 44]]
 
@@ -90,3 +100,124 @@ def test_the_model_keeps_its_mode(tmp_path):
     model.train()
     Generator(model, tokenizer, 2, 4).sample(PROMPTS[:1], [0], seed=0)
     assert model.training
+
+
+# ---- the other backend, as far as it needs no vLLM ----
+def test_vllm_is_refused_in_one_line_where_it_is_not_installed(tmp_path, monkeypatch):
+    missing = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else missing(name, *a))
+    args = irft.Args(generation="vllm")
+    resolve_auto(args, irft.SETTINGS)
+    with pytest.raises(UserError) as found:
+        args.check()
+    line = "--generation: found vllm, which is not installed here, expected hf, or vLLM installed: pip install -r requirements-gpu"
+    assert (
+        str(found.value).startswith(line) and "\n" not in str(found.value) and "make install-vllm" in str(found.value)
+    )
+    args.dry_run = True  # the plan for another machine
+    args.check()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_no_script_falls_back_to_hf(tmp_path, script):
+    done = run([sys.executable, script, "--generation", "vllm", "--output-dir", str(tmp_path / "out")], check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: --generation: found vllm, which is not installed")
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_every_generator_is_chosen_by_the_flag():
+    """Nothing outside common/generation.py makes an hf Generator itself."""
+    makers = 0
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py"), *ROOT.glob("common/*.py")]:
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        names = [getattr(f, "id", getattr(f, "attr", "")) for f in calls]
+        makers += "make_generator" in names
+        torch_own = sum(ast.unparse(f) == "torch.Generator" for f in calls)
+        assert path.name == "generation.py" or names.count("Generator") == torch_own, path
+    assert makers >= len(list(ROOT.glob("*.py")))
+
+
+def sampled_by(**given):
+    run = SimpleNamespace(
+        args=SimpleNamespace(per_device_eval_batch_size=2, max_new_tokens=3, **given), metrics={"a": "b"}
+    )
+    return make_generator(run, exact.make_model("gpt_neox", 2), make_tokenizer()), run
+
+
+def test_the_flag_chooses_the_backend():
+    sampler, run = sampled_by(generation="hf")
+    assert type(sampler) is Generator and (sampler.batch_size, sampler.max_new_tokens) == (2, 3)
+    sampler, run = sampled_by(generation="vllm")
+    assert type(sampler) is VllmGenerator and set(run.metrics) == {"a", "sampling/vllm_logp_difference"}
+
+
+def test_neighbours_with_one_prompt_and_consecutive_rows_are_one_request():
+    a, b = [1, 2], [3]
+    assert group([a, a, a, b, b, a], [4, 5, 6, 7, 9, 10]) == [(0, 3), (3, 1), (4, 1), (5, 1)]
+    assert group([], []) == []
+
+
+def test_lora_weights_are_those_of_merge_and_unload(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = load(tmp_path, "mistral")
+    assert {k: v.data_ptr() for k, v in full_weights(model)} == {k: p.data_ptr() for k, p in model.named_parameters()}
+    names = [k for k, _ in full_weights(model)]
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = dict(full_weights(model))
+    assert list(found) == names and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert all(torch.equal(v, merged[k]) for k, v in found.items())
+    assert not torch.equal(
+        found["model.layers.0.mlp.up_proj.weight"], model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    )
+
+
+def test_the_checksum_sees_every_way_to_change_a_weight(tmp_path):
+    model, _ = load(tmp_path, "mistral")
+    sums, weight = [checksum(model)], model.model.layers[1].mlp.up_proj.weight
+    assert checksum(copy.deepcopy(model)) == sums[0]
+    weight.data[3, 2] = weight.data[3, 2].nextafter(
+        torch.tensor(9.0)
+    )  # the smallest change there is, past autograd's eye
+    sums.append(checksum(model))
+    weight.data.neg_()
+    sums.append(checksum(model))
+    weight.data = torch.zeros_like(weight)
+    sums.append(checksum(model))
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    sums.append(checksum(model))
+    first, second = model.model.layers[0].input_layernorm.weight, model.model.layers[1].input_layernorm.weight
+    first.data.fill_(0.5)
+    second.data.fill_(2.0)
+    sums.append(checksum(model))
+    first.data, second.data = second.data, first.data
+    sums.append(checksum(model))
+    sums += [checksum(model.to(torch.bfloat16)), checksum(model.double())]
+    assert len(set(sums)) == len(sums)
+
+
+def test_weights_travel_in_files_and_come_back_in_order(tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(vllm_engine, "SHARD_BYTES", 64)
+    tensors = {f"w{i}": torch.arange(8.0) + i for i in range(5)}
+    write_shards(tensors.items(), tmp_path, torch.bfloat16)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2  # four tensors of 16 bytes, and the last one
+    loaded = {k: v for path in files for k, v in load_file(path).items()}
+    assert list(loaded) == list(tensors) and all(v.dtype == torch.bfloat16 for v in loaded.values())
+    assert all(torch.equal(loaded[k].float(), v) for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_weights_of_a_sharded_model_are_gathered_whole(tmp_path, engine, kind):
+    if engine == "zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    make_model(tmp_path, "mistral")
+    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "shard_weights.py")]
+    done = run([*words, engine, kind, str(tmp_path)], timeout=900)
+    assert done.stdout.count("equal") == 2

@@ -1,0 +1,402 @@
+"""Backend `vllm` of the sampler: an engine per process, on the device that trains, whose weights are replaced in place.
+
+Written for vLLM 0.32. What holds where, and why: docs/generation.md.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import UserError
+from common.data import collate
+from common.evals import evaluating
+from common.generation import Rollout, stop_tokens
+from common.logprobs import response_logprobs
+from common.run import require
+
+VLLM_METRICS = {  # name -> meaning, unit, range; of every phase of generation
+    "sampling/vllm_logp_difference": "mean |log pi (trainer) - log pi (vLLM)| per token of answers just sampled; rounding",
+}
+LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # nats per token at temperature 1, above which a run stops
+CHECKED = (8, 64)  # answers, and tokens of each, that the trainer scores again after every phase
+SHARD_BYTES = 2**30  # of the files that carry weights to an engine in a process of its own
+
+ENVIRONMENT = {  # unless the user has set them
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",  # nothing is sent anywhere
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM asks for nearly all memory, and the trainer has its own
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it binds the trainer's threads too
+}
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # how its variables begin
+
+
+class VllmGenerator:
+    """Samples from `model` with the process's engine, which gets the model's weights whenever they are not those it holds.
+
+    `sample` does what Generator.sample does, with the same arguments; all processes call it equally often.
+    """
+
+    def __init__(self, run, model, tokenizer):
+        self.run, self.model, self.eos_ids = run, model, stop_tokens(model, tokenizer)
+        run.metrics = {**run.metrics, **VLLM_METRICS}
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        rows: list[int],
+        seed: int,
+        temperature: float = 1.0,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> Rollout:
+        """As Generator.sample. The stream of a row is a function of (seed, row); UserError if the answers are not the model's.
+
+        Neighbours with one prompt and rows r, r + 1, ... travel as one request for so many answers, which are the same.
+        """
+        require(
+            temperature == 0 or temperature >= 0.01, "temperature", temperature, "0.01 or more, the least vLLM takes"
+        )
+        engine = current_engine(self.run, self.model)
+        with engine.awake(self.model):
+            answers = engine.generate(
+                prompts, rows, seed, temperature, self.run.args.max_new_tokens, self.eos_ids, advance
+            )
+        ids, logprobs = [y for y, _ in answers], [logp for _, logp in answers]
+        rollout = Rollout(prompts, ids, [y[-1] in self.eos_ids for y in ids], logprobs)
+        self.check(rollout, temperature or 1.0, engine.dtype)
+        return rollout
+
+    def check(self, rollout: Rollout, temperature: float, dtype: str) -> None:
+        """Score the answers to the longest prompts with the model that is trained: UserError if vLLM saw others in them.
+
+        Every process takes part, with a row that counts nothing where it has none: a sharded model's forward is collective.
+        """
+        longest = sorted(range(len(rollout.prompt_ids)), key=lambda i: -len(rollout.prompt_ids[i]))[: CHECKED[0]]
+        sequences = [(rollout.prompt_ids[i], rollout.response_ids[i][: CHECKED[1]]) for i in longest]
+        batch = collate(sequences or [([0], [0])], pad_token_id=0).to(self.run.accelerator.device)
+        with torch.no_grad(), evaluating(self.model):
+            ours = response_logprobs(self.model, batch, temperature).logprobs.tolist()
+        theirs = [rollout.logprobs[i][: CHECKED[1]] for i in longest]
+        gaps = [abs(a - b) for x, y in zip(ours, theirs, strict=False) for a, b in zip(x, y, strict=False)]
+        total, count = self.run.accelerator.reduce(
+            torch.tensor([sum(gaps), len(gaps)], device=self.run.accelerator.device), reduction="sum"
+        ).tolist()
+        if not count:
+            return
+        found = total / count
+        limit = LIMITS[dtype] / temperature  # by which the rounding of the logits is divided too
+        if self.run.is_main:
+            step = max((row.get("step", 0) for row in self.run.logged()), default=0)
+            self.run.log({"sampling/vllm_logp_difference": found}, step=step)
+        if not found <= limit:
+            raise UserError(
+                f"--generation vllm: found log-probs {found:.4f} nats per token from the trainer's on the answers just sampled,"
+                f" expected at most {limit:g} ({dtype}): the policy that is trained is not the one that answered"
+            )
+
+
+# ---- the engine ----
+ENGINES: list["Engine"] = []  # of this process: the first one started, and at most one in a process of its own
+
+
+def current_engine(run, model) -> "Engine":
+    """The engine for models of that configuration; models that share it take turns. Started on first use.
+
+    vLLM keeps state per process: a second engine, and one for a model that vLLM runs by patching transformers' own class
+    (GPT-NeoX), live in processes of their own.
+    """
+    config = engine_config(model)
+    for engine in ENGINES:
+        if engine.config == config:
+            return engine
+    if len(ENGINES) > 1:
+        ENGINES.pop().close()
+    ENGINES.append(Engine(run, config, inside=not ENGINES and native(config["architectures"][0])))
+    return ENGINES[-1]
+
+
+def engine_config(model) -> dict:
+    """config.json of the model itself: no adapter, no quantisation, as its weights will come."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    return {**config, "architectures": [type(model).__name__.removeprefix("FSDP")]}
+
+
+def native(architecture: str) -> bool:
+    """Whether vLLM has its own code for the architecture; the rest it runs with transformers' modules, patched."""
+    from vllm import ModelRegistry
+
+    entry = ModelRegistry.models.get(architecture)
+    return entry is not None and not getattr(entry, "class_name", "").startswith("Transformers")
+
+
+class Engine:
+    """A vLLM engine on this process's device, inside the process or in a child of it. It starts without weights."""
+
+    def __init__(self, run, config: dict, inside: bool):
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM, envs
+        from vllm.platforms import current_platform
+
+        args = run.args
+        self.run, self.config, self.inside = run, config, inside
+        bf16 = run.accelerator.mixed_precision == "bf16" or args.dtype == "bfloat16"
+        self.dtype = "bfloat16" if bf16 else "float32"
+        self.level = args.vllm_sleep_level if current_platform.is_sleep_mode_available() else 0
+        self.asleep, self.holds = False, None
+        self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+        length = args.max_prompt_length + args.max_new_tokens
+        check_fits(config, length, current_platform.is_cpu())
+        Path(self.folder.name, "config.json").write_text(json.dumps(config))
+        run.say(f"vllm: starting an engine ({self.dtype}, {'in the trainer' if inside else 'a process of its own'})")
+        envs.disable_envs_cache()
+        try:
+            with environment(inside, run.accelerator.local_process_index):
+                self.llm = LLM(
+                    model=self.folder.name,
+                    load_format="dummy",  # weights come from the trainer
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # no hidden top-k: the whole distribution
+                    dtype=self.dtype,
+                    max_model_len=length,
+                    enable_chunked_prefill=False,  # a prompt in two parts draws twice from its stream, which CPUs cannot undo
+                    logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+                    gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                    enable_sleep_mode=self.level > 0,
+                    enforce_eager=current_platform.is_cpu(),
+                    distributed_executor_backend="external_launcher" if inside and run.world > 1 else None,
+                    worker_extension_cls="" if inside else "common.vllm_engine.WeightFiles",
+                    trust_remote_code=args.trust_remote_code,
+                    seed=0,
+                )
+        except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+            raise UserError(
+                f"--generation vllm: found no engine started: {reason}. With too little memory change"
+                f" --vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}; what vLLM printed stands above"
+            ) from error
+
+    @contextlib.contextmanager
+    def awake(self, model) -> Iterator[None]:
+        """The engine with the model's weights, for as long as the context lasts; then its memory is the trainer's again.
+
+        Weights are sent whenever their checksum, on any rank, is not the one they had when they were sent last.
+        """
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        with self.run.timed("vllm_sync"), evaluating(model):
+            found = checksum(model)
+            stale = torch.tensor(float(found != self.holds), device=self.run.accelerator.device)
+            if self.run.accelerator.reduce(stale, reduction="sum").item() > 0:  # sending may be collective: all or none
+                self.load(full_weights(model))
+                self.holds = found
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+        yield
+        if self.level:
+            self.llm.sleep(level=self.level)
+            self.asleep = True
+            self.holds = None if self.level == 2 else self.holds
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights by (name as in a checkpoint of transformers, full tensor) pairs, and forget what was cached."""
+        if self.inside:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        else:
+            write_shards(weights, Path(self.folder.name), getattr(torch, self.dtype))
+            self.llm.collective_rpc("load_shards", args=(self.folder.name,))
+        if not self.llm.reset_prefix_cache():  # keys and values of the old weights
+            raise RuntimeError("vLLM did not reset its prefix cache")
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        rows: list[int],
+        seed: int,
+        temperature: float,
+        max_tokens: int,
+        eos_ids: set[int],
+        advance: Callable[[int], None],
+    ) -> list[tuple[list[int], list[float]]]:
+        """(response ids, their log-probs) for every prompt, in order."""
+        from vllm import SamplingParams
+
+        base = seed * 1_000_003 % 2**62
+        requests = group(prompts, rows) if temperature else [(i, 1) for i in range(len(prompts))]
+        asked = [
+            SamplingParams(
+                n=n, seed=base + rows[i], temperature=temperature, max_tokens=max_tokens, logprobs=0,
+                stop_token_ids=sorted(eos_ids), ignore_eos=True, detokenize=False,
+            )
+            for i, n in requests
+        ]  # fmt: skip
+        self.llm.enqueue([{"prompt_token_ids": prompts[i]} for i, _ in requests], asked, use_tqdm=False)
+        done = []
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    done.append(output)
+                    advance(len(output.outputs))
+        answers = [c for output in sorted(done, key=lambda o: int(o.request_id)) for c in output.outputs]
+        return [
+            (list(c.token_ids), [each[token].logprob for token, each in zip(c.token_ids, c.logprobs, strict=True)])
+            for c in answers
+        ]
+
+    def close(self) -> None:
+        """End an engine that lives in a process of its own."""
+        self.llm.llm_engine.engine_core.shutdown()
+        self.folder.cleanup()
+
+
+def check_fits(config: dict, length: int, on_cpu: bool) -> None:
+    """UserError for a model that vLLM would refuse, or fail on, less clearly."""
+    window = config.get("max_position_embeddings") or length
+    expected = (
+        f"--max-prompt-length plus --max-new-tokens of at most {window}, the model's window, with --generation vllm"
+    )
+    require(length <= window, "max_new_tokens", f"{length} tokens in all", expected)
+    if on_cpu:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        size, known = (
+            config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            CPUAttentionBackend.get_supported_head_sizes(),
+        )
+        expected = f"one of {', '.join(map(str, known))}, which vLLM has on CPU, or --generation hf"
+        require(size in known, "generation", f"vllm for a model with heads of {size} dimensions", expected)
+
+
+@contextlib.contextmanager
+def environment(inside: bool, device: int) -> Iterator[None]:
+    """What vLLM reads while it starts: in this process, or in one that knows nothing of our launcher and sees one device."""
+    before = dict(os.environ)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if inside else "1"
+    if not inside:
+        for name in [n for n in os.environ if n.startswith(LAUNCHER)]:
+            del os.environ[name]
+        os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork would inherit the trainer's threads and GPU
+        if torch.cuda.is_available():
+            visible = before.get("CUDA_VISIBLE_DEVICES", "")
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def group(prompts: list[list[int]], rows: list[int]) -> list[tuple[int, int]]:
+    """[(index of the first, how many)] of the neighbours that share a prompt and whose rows follow each other."""
+    found = []
+    for i in range(len(prompts)):
+        if found and prompts[i] == prompts[i - 1] and rows[i] == rows[i - 1] + 1:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((i, 1))
+    return found
+
+
+# ---- weights on their way ----
+def full_weights(model) -> Iterator[tuple[str, Tensor]]:
+    """(name as in a checkpoint of transformers, full tensor) of every parameter, on this rank, one at a time.
+
+    LoRA: base weight plus adapter, as merge_and_unload makes it, while the model itself stays as it is, to the bit.
+    ZeRO-3: gathered for as long as it is looked at; FSDP2: DTensors made whole. Both are collective: all ranks iterate.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, parameter in base.named_parameters():
+        layer_name, in_lora, leaf = name.partition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        if in_lora and leaf == "weight":
+            layer = base.get_submodule(layer_name)
+            with gathered(list(layer.parameters())):
+                tensor = merged_weight(layer)
+        else:
+            with gathered([parameter]):
+                tensor = whole(parameter)
+        yield (f"{layer_name}.{leaf}" if in_lora else name), tensor
+
+
+def merged_weight(layer) -> Tensor:
+    """Weight of a LoRA layer's linear map, adapters included; dequantised where the base is quantised."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    with torch.no_grad():
+        weight = whole(dequantize_module_weight(layer.base_layer))
+        for adapter in layer.active_adapters:
+            weight = weight + whole(layer.get_delta_weight(adapter)).to(weight.dtype)
+    return weight
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+@contextlib.contextmanager
+def gathered(parameters: list) -> Iterator[None]:
+    """The full values of parameters that ZeRO-3 shards; all others have theirs."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def checksum(model) -> int:
+    """Sum of the bits of this rank's part of all parameters: whoever changed them, optimizer or loader, it differs.
+
+    Tensors keep count of writes, but not of those through `.data`, by which DeepSpeed updates.
+    """
+    total = 0
+    for i, parameter in enumerate(model.parameters()):
+        part = getattr(parameter, "ds_tensor", parameter).detach()
+        part = part.to_local() if hasattr(part, "to_local") else part
+        bits = part.contiguous().view(torch.uint8 if part.element_size() == 1 else BITS[part.element_size()])
+        total = (total + (2 * i + 1) * int(bits.sum(dtype=torch.int64))) % 2**63
+    return total
+
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of a float's width
+
+
+def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
+    """Safetensors files of about SHARD_BYTES each, in the order of the weights."""
+    from safetensors.torch import save_file
+
+    shard, size, number = {}, 0, 0
+    for name, tensor in weights:
+        shard[name] = tensor.to("cpu", dtype).contiguous()
+        size += shard[name].nbytes
+        if size >= SHARD_BYTES:
+            save_file(shard, folder / f"{number:05d}.safetensors")
+            shard, size, number = {}, 0, number + 1
+    if shard:
+        save_file(shard, folder / f"{number:05d}.safetensors")
+
+
+class WeightFiles:
+    """What vLLM's worker learns to do in a process of its own."""
+
+    def load_shards(self, folder: str) -> None:
+        from safetensors.torch import load_file
+
+        def weights():
+            for path in sorted(Path(folder).glob("*.safetensors")):
+                yield from load_file(path).items()
+                path.unlink()
+
+        self.reload_weights(weights_iterator=weights())
