@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, models, rewards
+from common import UserError, evals, memory, models, rewards
 from common.data import collate, pad_right, read_pairs, write_pairs
 from common.generation import Generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
@@ -753,7 +753,7 @@ def print_steps(args: Args, steps: Steps) -> None:
     print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
     print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
     print(f"  in all {steps.first(args.T)} optimizer steps")
-    models.print_memory_plan(args, sequences_per_row=1, scalar=args.reward_model or args.model)
+    memory.print_memory_plan(args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -86,6 +87,8 @@ class BaseArgs:
 @dataclass
 class RunArgs(BaseArgs):
     """Flags of every training script."""
+
+    sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two
 
     max_samples: int | Auto = "auto"
     """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
@@ -292,6 +295,25 @@ def data_order(n: int, *key: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(stream_seed(*key))).tolist()
 
 
+def names_flag_when_out_of_memory(name: str):
+    """Of a method of Run: an allocator's error becomes one line with the flag `name` to lower and the plan's estimate."""
+
+    def decorate(method):
+        @functools.wraps(method)
+        def wrapped(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                from common.memory import explain_out_of_memory  # it imports this file
+
+                explain_out_of_memory(error, self.args, name)
+                raise
+
+        return wrapped
+
+    return decorate
+
+
 class Run:
     """One run of one script: its processes, its directory, its log and its checkpoints."""
 
@@ -428,6 +450,7 @@ class Run:
         parts[part] = parts.get(part, 0.0) + time.time() - started
 
     # ---- sharing work ----
+    @names_flag_when_out_of_memory("per_device_eval_batch_size")
     def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:
         """work(indices) -> results on each rank's share of range(n), gathered in order on all ranks."""
         from accelerate.utils import gather_object
@@ -470,6 +493,7 @@ class Run:
         order = data_order(n, self.args.seed, *key)
         return [order[i : i + self.args.batch_size] for i in range(0, n, self.args.batch_size)]
 
+    @names_flag_when_out_of_memory("per_device_train_batch_size")
     def step(
         self, model, optimizer, rows: list, loss_fn: Callable, length: Callable, lr: float, rate: str = "learning_rate"
     ) -> dict[str, float]:
