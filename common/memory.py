@@ -22,6 +22,7 @@ from common.logprobs import KNOWN_HEADS, language_model, score_positions, temper
 from common.rewards import ScalarModel
 from common.run import flag, native_bf16
 
+NF4 = 4.127 / 8  # bytes per weight with double quantisation, QLoRA arXiv:2305.14314, Sec. 3
 STATES = {"rmsprop": 1, "adamw": 2}  # values an optimizer keeps for each weight
 
 
@@ -106,7 +107,10 @@ def weights(args, config, scalar: bool = False, frozen: bool = False) -> dict[st
 
     def measure(layers: int) -> dict[str, int]:
         model = without_data(args, config, layers, scalar, frozen=frozen)
-        sizes = [(p.nbytes, p.requires_grad) for p in model.parameters()]
+        sizes = [
+            (round(p.numel() * NF4) if args.load_in_4bit and "base_layer.weight" in name else p.nbytes, p.requires_grad)
+            for name, p in model.named_parameters()
+        ]
         trained = [n for n, grad in sizes if grad and not frozen]
         return {"all": sum(n for n, _ in sizes), "trained": sum(trained), "largest": max(trained, default=0)}
 

@@ -1,8 +1,11 @@
 """Models: names, loading, the embedded `tiny`, LoRA, and the reference policy."""
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +19,7 @@ import torch
 
 from common import UserError
 from common.data import cache_folder, encode, load_rows, pydoc_key
-from common.run import data_order, learning_rate_at, progress
+from common.run import data_order, fingerprint, learning_rate_at, native_bf16, progress
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
     "zephyr-7b-sft-full": "alignment-handbook/zephyr-7b-sft-full",
@@ -81,6 +84,20 @@ def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
 
 
+def attention(args) -> str:
+    """--attn-implementation; auto: flash attention 3 or 2 where it is installed beside CUDA and bf16, else sdpa."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    bf16 = (
+        args.dtype == "bfloat16" or args.mixed_precision == "bf16" or (args.mixed_precision == "auto" and native_bf16())
+    )
+    if args.attn_implementation != "auto" or not (torch.cuda.is_available() and bf16):
+        return args.attn_implementation.replace("auto", "sdpa")
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
 def load_model(args, name: str = "", flag: str = "--model"):
     """Causal language model of that name, --model unless given, with dropout off."""
     from transformers import AutoModelForCausalLM
@@ -90,11 +107,31 @@ def load_model(args, name: str = "", flag: str = "--model"):
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, args.dtype),
-            attn_implementation=args.attn_implementation,
+            attn_implementation=attention(args),
             trust_remote_code=args.trust_remote_code,
+            **four_bits(args),
         )
     model.config.use_cache = False
     return without_dropout(model)
+
+
+def four_bits(args) -> dict:
+    """What from_pretrained needs for --load-in-4bit; nothing without it. UserError where it cannot run."""
+    if not args.load_in_4bit:
+        return {}
+    installed = importlib.util.find_spec("bitsandbytes") is not None
+    if not (installed and torch.cuda.is_available()):
+        found = "no CUDA GPU" if installed else "no bitsandbytes"
+        raise UserError(f"--load-in-4bit: found {found}, expected bitsandbytes on a machine with a CUDA GPU")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def without_dropout(model):
@@ -154,12 +191,30 @@ def make_trainable(model, args, task_type: str = "CAUSAL_LM"):
 def add_lora(model, args, task_type: str = "CAUSAL_LM"):
     """LoRA on all linear layers, dropout 0. A scalar head (task_type SEQ_CLS) is trained whole.
 
-    The reference policy is then the model with its adapter switched off.
+    The reference policy is then the model with its adapter switched off. A checkpoint leaves out frozen weights that still
+    are as they are now.
     """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type=task_type)
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    for p in model.parameters():
+        if not p.requires_grad and not p.is_meta:
+            p.loaded = fingerprint(p)
+    return model
+
+
+def merged(args, model):
+    """A copy of a model with its LoRA adapters merged into the base.
+
+    A 4-bit base is loaded again in --dtype: rounded to 4 bits, the sum would lose most of the adapter.
+    """
+    if not args.load_in_4bit:
+        return copy.deepcopy(model).merge_and_unload()
+    whole = add_lora(load_model(dataclasses.replace(args, load_in_4bit=False)), args)
+    adapters = {name: p for name, p in model.state_dict().items() if "lora_" in name}
+    whole.load_state_dict(adapters, strict=False)
+    return whole.merge_and_unload()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """What every run shares: flags, processes, run directory, metrics, progress, optimizer steps, checkpoints and resume."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +23,7 @@ from common import UserError
 from common.data import collate
 
 Auto = Literal["auto"]
+PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")  # kinds of accelerate run whose checkpoints hold whole models; not an engine's
 
 
 @dataclass
@@ -32,6 +32,7 @@ class BaseArgs:
 
     resume: ClassVar[str] = ""  # a flag of training scripts
     lora_r: ClassVar[int] = 0
+    load_in_4bit: ClassVar[bool] = False
 
     model: str = "tiny"
     """model to start from: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
@@ -57,8 +58,9 @@ class BaseArgs:
     """auto: bf16 where the device multiplies it natively, else no. RFT paper: bf16."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the stored weights."""
-    attn_implementation: str = "sdpa"
-    """attention of transformers: sdpa, eager, flash_attention_2, ..."""
+    attn_implementation: str = "auto"
+    """attention of transformers: sdpa, eager, flash_attention_2, ...; auto: flash attention where installed, on CUDA in bf16;
+    else sdpa. With flash attention batches have no padding."""
     trust_remote_code: bool = False
     """run the Python code that a hub repository ships. Off unless you ask."""
     seed: int = 1
@@ -112,6 +114,8 @@ class RunArgs(BaseArgs):
     """rank of LoRA adapters on all linear layers; 0 trains all weights. RFT paper's LoRA variant: 64."""
     lora_alpha: int = 16
     """LoRA scale numerator. Released code: 16."""
+    load_in_4bit: bool = False
+    """QLoRA: the frozen base in 4 bits (nf4), with --lora-r, on a CUDA GPU with bitsandbytes; not where a reward is learned."""
     save_steps: int = 100
     """optimizer steps between checkpoints inside a training phase, > 0; one is also written at the end of each phase."""
     logging_steps: int = 1
@@ -129,6 +133,10 @@ class RunArgs(BaseArgs):
         for name in ("max_samples", "select_top_k", "lora_r"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "at least 0 and below 1")
+        require(
+            not self.load_in_4bit or (self.lora_r > 0 and not hasattr(self, "reward_model")), "load_in_4bit", True,
+            "--lora-r above 0 beside it, in a script without a reward model: 4-bit weights are neither trained nor replaced",
+        )  # fmt: skip
         require(
             not self.select_top_k or bool(self.gold_reward_model), "select_top_k", self.select_top_k,
             "--gold-reward-model beside it, which scores the demonstrations",
@@ -332,6 +340,8 @@ class Run:
         self.dir = Path(args.resume or args.output_dir)
         project = ProjectConfiguration(logging_dir=str(self.dir))  # the directory is settled below, by rank 0
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_config=project)
+        if args.lora_r:
+            self.accelerator.register_save_state_pre_hook(leave_out_loaded)
         if self.accelerator.num_processes != expected:
             raise UserError(
                 f"launched for {expected} processes, but accelerate runs {self.accelerator.num_processes}: they would train"
@@ -544,6 +554,8 @@ class Run:
     def save_checkpoint(self, position: dict[str, int]) -> None:
         """Model, optimizer, RNG and position under checkpoint/<iteration>_<step>; the two newest are kept.
 
+        With LoRA, of a frozen base only what is no longer as it was loaded: of --model itself, nothing.
+
         Everything is written to a temporary folder, listed with its SHA-256, synced, then renamed: a reader sees a whole
         checkpoint or none. A failed write leaves the earlier ones as they were and raises UserError.
         """
@@ -595,7 +607,9 @@ class Run:
             if problem := broken_seal(path):
                 self.say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
                 continue
-            self.accelerator.load_state(str(path))
+            # an adapter-only checkpoint lacks weights that are loaded already; engines keep all of them
+            known = {"strict": False} if self.args.lora_r and self.accelerator.distributed_type in PLAIN else {}
+            self.accelerator.load_state(str(path), **known)
             position = json.loads((path / "position.json").read_text())
             size = position.pop("metrics_bytes")
             if self.is_main:
@@ -647,7 +661,9 @@ class Run:
             model = model.get_submodule(part)
             state = {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(f"{part}.")}
         if self.args.lora_r:
-            model, state = copy.deepcopy(model).merge_and_unload(), None
+            from common.models import merged  # it imports this file
+
+            model, state = merged(self.args, model), None
         if self.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             model.save_pretrained(partial, state_dict=state)
@@ -672,6 +688,20 @@ def write_json(path: Path, value) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
+
+
+def fingerprint(p: torch.Tensor) -> int:
+    """Sum of a tensor's bits as integers: the same on any device, another one after any training."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
+    return p.detach().contiguous().view(integer).sum(dtype=torch.int64).item()
+
+
+def leave_out_loaded(models: list, weights: list[dict], folder: str) -> None:
+    """Hook of accelerate's save_state: drop frozen weights that still are as add_lora found them, loaded from a model."""
+    for model, state in zip(models, weights, strict=False):  # engines save by themselves and give no weights here
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if not p.requires_grad and getattr(p, "loaded", None) == fingerprint(p):
+                state.pop(name, None)
 
 
 def sync_path(path: Path) -> None:
