@@ -32,7 +32,16 @@ NEOX_100M = dict(  # 98 million, pythia-160m's vocabulary and head size
     vocab_size=50304, hidden_size=512, num_hidden_layers=15, num_attention_heads=8, intermediate_size=2048,
     max_position_embeddings=512,
 )  # fmt: skip
-SMALL = dict(max_length=256, max_new_tokens=64, max_prompt_length=192, batch_size=8, per_device_train_batch_size=4)
+SIZES = {  # of the batches that are measured
+    "tiny": dict(
+        max_length=256, max_new_tokens=64, max_prompt_length=192, batch_size=8, per_device_train_batch_size=4,
+        per_device_eval_batch_size=8,
+    ),
+    "100m": dict(
+        max_length=128, max_new_tokens=32, max_prompt_length=96, batch_size=4, per_device_train_batch_size=2,
+        per_device_eval_batch_size=4,
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -75,10 +84,7 @@ def sequences(rows: int, args) -> list[tuple[list[int], list[int]]]:
 
 
 def measure_phase(phase: str, args) -> int:
-    """Bytes at the peak of a phase, weights and optimizer state among them, by the scripts' own functions.
-
-    args: of irft.py or rft.py. Everything that the phase holds is made while the allocator is watched.
-    """
+    """Bytes at the peak of a phase of irft.py or rft.py, by their own functions: what is held before it, and what it adds."""
     import torch
 
     import irft
@@ -89,19 +95,29 @@ def measure_phase(phase: str, args) -> int:
     from common.logprobs import response_logprobs
     from common.run import make_optimizer
 
-    def step(model, optimizer, loss, rows) -> None:
+    def update(model, optimizer, loss, rows) -> None:
         for start in range(0, len(rows), args.per_device_train_batch_size):
-            loss(rows[start : start + args.per_device_train_batch_size]).sum().backward()
+            loss(model, rows[start : start + args.per_device_train_batch_size], args, "cpu")[0].sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def prepared(model):
-        return model, make_optimizer(args.optimizer, model.parameters())
+    def prepared(model, loss, row):
+        """The model and an optimizer that has its state."""
+        optimizer = make_optimizer(args.optimizer, model.train().parameters())
+        update(model, optimizer, loss, [row])
+        return model, optimizer
 
-    pairs = [
-        {"prompt_ids": x, "chosen_ids": y, "rejected_ids": y[:-1], "ref_chosen": -9.0, "ref_rejected": -9.0}
-        for x, y in sequences(args.batch_size, args)
-    ]
+    def held(*parts) -> int:
+        tensors = []
+        for part in parts:
+            if isinstance(part, torch.nn.Module):
+                tensors += [*part.parameters(), *part.buffers()]
+            else:
+                tensors += [x for state in part.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        return sum(t.nbytes for t in tensors)
+
+    def ppo_loss(model, rows, args, device):
+        return rft.ppo_batch_loss(model, rows, args, device, 1.0)
 
     def answer(policy) -> None:
         generator = Generator(policy, models.load_tokenizer(args), args.per_device_eval_batch_size, args.max_new_tokens)
@@ -113,50 +129,48 @@ def measure_phase(phase: str, args) -> int:
         with torch.no_grad():
             response_logprobs(policy, collate(sequences(args.per_device_eval_batch_size, args), 0))
 
-    def of_irft() -> None:
-        policy, optimizer = prepared(models.prepare_policy(args).train())
-        step(policy, optimizer, lambda part: irft.pair_loss(policy, part, args, "cpu")[0], pairs[:2])  # optimizer state
+    def row(x: list[int], y: list[int]) -> dict:
+        zeros = dict.fromkeys(("logprobs", "values", "advantages", "returns"), [0.0] * len(y))
+        pair = {"chosen_ids": y, "rejected_ids": y[:-1], "ref_chosen": -9.0, "ref_rejected": -9.0}
+        return {"prompt_ids": x, "response_ids": y, **zeros, **pair}
+
+    rows, short = [row(x, y) for x, y in sequences(args.batch_size, args)], row([1], [2, 2])
+    if phase in PHASES["irft"]:
+        policy, optimizer = prepared(models.prepare_policy(args), irft.pair_loss, short)
         if phase == "train":
-            step(policy, optimizer, lambda part: irft.pair_loss(policy, part, args, "cpu")[0], pairs)
-        elif phase == "generate":
-            answer(policy)
-        else:
-            score(policy if args.lora_r else models.load_model(args).eval())
+            return held(policy, optimizer) + measured_peak(lambda: update(policy, optimizer, irft.pair_loss, rows))
+        if phase == "generate":
+            return held(policy, optimizer) + measured_peak(lambda: answer(policy))
+        reference = models.load_model(args).eval()
+        return held(policy, optimizer, reference) + measured_peak(lambda: score(reference))
+    value, reward = (rewards.prepare_scalar(args, args.model, "--reward-model") for _ in range(2))
+    reward, reward_optimizer = prepared(reward, rft.reward_batch_loss, short)
+    if phase == "reward step":
+        actor_critic = rft.ActorCritic(models.prepare_policy(args), value)
+        work = measured_peak(lambda: update(reward, reward_optimizer, rft.reward_batch_loss, rows))
+        return held(actor_critic, reward, reward_optimizer) + work
+    actor_critic, optimizer = prepared(rft.ActorCritic(models.prepare_policy(args), value), ppo_loss, short)
+    before = held(actor_critic, optimizer, reward, reward_optimizer)
+    if phase == "policy update":
+        return before + reference_bytes(args) + measured_peak(lambda: update(actor_critic, optimizer, ppo_loss, rows))
+    reference = models.load_model(args).eval()
+    return before + reference_bytes(args) + measured_peak(lambda: (answer(actor_critic.policy), score(reference)))
 
-    def of_rft() -> None:
-        policy = models.prepare_policy(args)
-        value, reward = (rewards.prepare_scalar(args, args.model, "--reward-model") for _ in range(2))
-        actor_critic, optimizer = prepared(rft.ActorCritic(policy, value).train())
-        reward, reward_optimizer = prepared(reward.train())
-        rows = [
-            {"prompt_ids": x, "response_ids": y} | dict.fromkeys(("logprobs", "values", "advantages", "returns"), [0.0] * len(y))
-            for x, y in sequences(args.batch_size, args)
-        ]  # fmt: skip
 
-        def reward_loss(part):
-            return rft.reward_batch_loss(reward, part, args, "cpu")[0]
+def reference_bytes(args) -> int:
+    """Of rft.py's reference policy: none with LoRA, where it is the adapter switched off."""
+    from common import models
 
-        def ppo_loss(part):
-            return rft.ppo_batch_loss(actor_critic, part, args, "cpu", 1.0)[0]
-
-        step(reward, reward_optimizer, reward_loss, pairs if phase == "reward step" else pairs[:1])
-        if phase != "reward step":
-            reference = models.load_model(args).eval()
-            step(actor_critic, optimizer, ppo_loss, rows if phase == "policy update" else rows[:1])
-            if phase == "answers":
-                answer(policy)
-                score(reference)
-
-    return measured_peak(of_irft if phase in PHASES["irft"] else of_rft)
+    return 0 if args.lora_r else sum(p.nbytes for p in models.load_model(args).parameters())
 
 
 def phase_args(script: str, folder: Path, **settings):
-    """Args of irft.py or rft.py for the model in `folder`, float32."""
+    """Args of irft.py or rft.py for the model in `folder`, named by its shape, float32."""
     import irft
     import rft
 
     own = dict(reward_model="", sft_epochs=0) if script == "rft" else {}
-    shared = SMALL | dict(model=str(folder), mixed_precision="no", per_device_eval_batch_size=8)
+    shared = SIZES.get(folder.name, SIZES["tiny"]) | dict(model=str(folder), mixed_precision="no")
     return {"irft": irft, "rft": rft}[script].Args(**shared | own | settings)
 
 
@@ -190,10 +204,11 @@ def resident() -> int:
 def print_plan(shape: str) -> None:
     """Every phase of irft.py and rft.py, plan and measurement, the latter in processes of their own."""
     variants = {"": {}, ", checkpointing": {"gradient_checkpointing": True}, ", LoRA": {"lora_r": 8}}
-    print(
-        f"{shape}: {SMALL}, float32\n| phase | plan, MiB | peak, MiB | plan / peak | resident, MiB |\n|---|---|---|---|---|"
-    )
-    with tempfile.TemporaryDirectory() as folder:
+    sizes = ", ".join(f"{name} {value}" for name, value in SIZES[shape].items())
+    print(f"{shape}: {sizes}, float32")
+    print("| phase | plan, MiB | peak, MiB | plan / peak | resident, MiB |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = f"{parent}/{shape}"
         make_model(Path(folder), shape)
         for script, phases in PHASES.items():
             for words, settings in variants.items():

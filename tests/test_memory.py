@@ -2,7 +2,10 @@
 
 import copy
 import importlib.util
+import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from common.logprobs import response_logprobs
 from common.run import Run, fingerprint
 
 sys.path.append(str(ROOT / "benchmark"))
+import gpu
 import memory as benchmark
 
 
@@ -280,3 +284,47 @@ def test_attention_is_chosen_by_device_and_precision(monkeypatch, asked, cuda, p
     for version, there in zip((2, 3), installed, strict=True):
         monkeypatch.setattr(transformers.utils, f"is_flash_attn_{version}_available", lambda there=there: there)
     assert models.attention(irft.Args(attn_implementation=asked, mixed_precision=precision)) == expected
+
+
+# ---- benchmark/gpu.sh ----
+def gpu_benchmark(*flags: str):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its python is the one that runs the tests
+    return run(["bash", "benchmark/gpu.sh", *flags], check=False, PATH=path, CUDA_VISIBLE_DEVICES="")
+
+
+def test_the_gpu_benchmark_refuses_a_machine_without_a_card():
+    done = gpu_benchmark()
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: --device cuda: found no CUDA card") and done.stderr.count("\n") == 1
+
+
+def test_the_gpu_benchmark_prints_a_row_for_every_step():
+    done = gpu_benchmark("--device", "cpu", "--shape", "tiny")
+    assert done.returncode == 0, done.stderr
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "tiny" in line
+    ]
+    assert [row[1] for row in rows] == ["SFT", "IRFT training", "generation"], done.stdout
+    for row in rows:
+        assert float(row[3].replace(",", "")) > 0 and float(row[4]) > 0, done.stdout
+        assert re.fullmatch(r"\d+% of [\d.]+ T/s", row[5])
+
+
+def test_a_models_operations_are_those_that_torch_counts():
+    """Forward and backward, against torch's own counter, for a model whose every position is a response token's."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = dict(vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
+    shape = gpu.Shape("gpt_neox", size, 1, 32, 32, 1, 1)
+    for lora_r in (0, 4):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **size), attn_implementation="eager")
+        model = models.make_trainable(model, irft.Args(lora_r=lora_r))
+        with FlopCounterMode(display=False) as counter:
+            loss = model(input_ids=torch.zeros(1, 32, dtype=torch.long)).logits.sum()
+            forward = counter.get_total_flops()
+            loss.backward()
+        inner = model.get_base_model() if lora_r else model
+        # torch counts whole attention matrices, of which causality needs half
+        assert gpu.operations(inner, shape, False) == pytest.approx(forward, rel=0.1)
+        assert gpu.operations(inner, shape, True) == pytest.approx(counter.get_total_flops(), rel=0.1)
