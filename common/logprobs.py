@@ -108,14 +108,19 @@ def model_inputs(config, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     """(inputs of a forward pass, (B,) where each sequence begins in its flattened output).
 
     Right-padded rows; or, where attention supports it, one row of all sequences without padding, positions counted anew in
-    each, as DataCollatorWithFlattening of transformers makes it.
+    each, with what flash attention is to know of them, as DataCollatorWithFlattening of transformers makes it.
     """
     ids, mask = batch.input_ids, batch.attention_mask
     if not padding_free(config):
         return {"input_ids": ids, "attention_mask": mask}, torch.arange(len(ids), device=ids.device) * ids.shape[1]
     kept, lengths = mask.bool(), mask.sum(-1)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return {"input_ids": ids[kept][None], "position_ids": positions[kept][None]}, lengths.cumsum(0) - lengths
+    begin = lengths.cumsum(0) - lengths
+    bounds = torch.cat([begin, lengths.sum()[None]]).to(torch.int32)  # (B + 1,)
+    limits = {
+        f"{name}_{part}": x for part in "qk" for name, x in (("cu_seq_lens", bounds), ("max_length", ids.shape[1]))
+    }
+    return {"input_ids": ids[kept][None], "position_ids": positions[kept][None], **limits}, begin
 
 
 def score_positions(model, inputs: dict, where: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

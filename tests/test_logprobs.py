@@ -9,7 +9,7 @@ import exact
 import pytest
 import torch
 from helpers import ROOT, LookUp
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import irft
 import sft
@@ -214,14 +214,33 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(architecture,
 
 
 # ---- without padding ----
+def block_diagonal(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, cu_seq_lens_k, **others):
+    """What flash attention of sequences of their own lengths computes, from what it is given."""
+    assert attention_mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    lengths = cu_seq_lens_q.diff()
+    assert others["max_length_q"] == others["max_length_k"] == lengths.max() and cu_seq_lens_q.dtype == torch.int32
+    own = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    allowed = (own[:, None] == own) & torch.ones(len(own), len(own)).tril().bool()
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("flash_attention_in_words", block_diagonal)
+
+
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("sequences", [SEQUENCES, SEQUENCES[:1]])
-def test_one_row_without_padding_scores_as_padded_rows_do(architecture, sequences, monkeypatch):
-    """What flash attention gets, under sdpa, for which transformers makes the block-diagonal mask from the positions."""
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_in_words"])
+def test_one_row_without_padding_scores_as_padded_rows_do(architecture, sequences, attention, monkeypatch):
+    """Under flash attention's stand-in, and under sdpa, for which transformers makes the same mask from the positions."""
     model, batch = tiny_model(architecture), collate(sequences, 0)
     padded = response_logprobs(model, batch)
     expected = gradients(model, padded.logprobs)
-    monkeypatch.setattr(logprobs, "padding_free", lambda config: True)
+    if attention == "sdpa":
+        monkeypatch.setattr(logprobs, "padding_free", lambda config: True)
+    else:
+        model.config._attn_implementation = attention
     seen = []
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     packed = response_logprobs(model, batch)
