@@ -71,6 +71,7 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 @dataclass
 class Args(RunArgs):
     sequences_per_row: ClassVar[int] = 2
+    scalar_models: ClassVar[int] = 1
 
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""

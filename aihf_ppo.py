@@ -21,7 +21,7 @@ The paper's run:       accelerate launch aihf_ppo.py --model pythia-1b
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,8 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 
 @dataclass
 class Args(RunArgs):
+    scalar_models: ClassVar[int] = 2
+
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""
     num_train_epochs: int = 1

@@ -2,10 +2,10 @@
 
 Measures (RFT paper, arXiv:2405.17888, Sec. 5, and more): log-prob gap, NLL, ROUGE-L and lengths of the policy; accuracy and
 margin of its implicit reward beta log pi/pi_ref, and KL (with --ref-model); accuracy, margin and calibration of a learned
-reward (--reward-model); gold score and win rates (--gold-reward-model, --baseline). They are those the training scripts log,
-each with a 95% bootstrap interval over the rows.
+reward (--reward-model); gold score and win rates (--gold-reward-model, --baseline); win rate over the demonstrations by an
+LLM judge (--judge-model). They are those the training scripts log, each with a 95% bootstrap interval over the rows.
 
-Samples are drawn at temperature 1 from a random stream per row, the same for every policy, as in the training scripts.
+Samples are drawn from a random stream per row, the same for every policy, as in the training scripts.
 
 Dims: n held-out rows.
 
@@ -43,10 +43,13 @@ class Args(BaseArgs):
     """reward model to measure, a classifier with one label and the tokenizer of --model; empty: none."""
     beta: float = 0.1
     """scale of the implicit reward beta log pi/pi_ref, reward units per nat, > 0."""
+    temperature: float = 1.0
+    """of all samples, > 0; other than 1 there is no KL. irl_ppo_tldr.py measures at 0.01."""
 
     def check(self) -> None:
         super().check()
-        require(self.beta > 0, "beta", self.beta, "a number above 0")
+        for name in ("beta", "temperature"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
 
 
 METRICS = {**evals.EVAL_METRICS, **evals.REWARD_METRICS}  # name -> meaning, unit, range
@@ -61,10 +64,10 @@ def hold_out(run, reference, samples: Rollout, rows: list[dict], tokenizer) -> e
     args = run.args
     if reference is not None:
         generator = Generator(reference, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
-        return evals.prepare_held_out(run, reference, generator, rows, tokenizer)
+        return evals.prepare_held_out(run, reference, generator, rows, tokenizer, args.temperature)
     rejected = [r.get("rejected_ids", y) for r, y in zip(rows, samples.response_ids, strict=True)]
     columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
-    columns |= evals.gold_columns(run, rows, None) if args.gold_reward_model else {}
+    columns |= evals.gold_columns(run, rows, None, args.temperature) if args.gold_reward_model else {}
     if run.is_main:
         stored = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         write_pairs(run.dir / "evals" / "reference.parquet", stored)
@@ -90,10 +93,12 @@ def evaluate(args: Args) -> None:
         reference = models.autocast_forward(run, models.load_model(args, args.ref_model, "--ref-model").eval())
     generator = Generator(policy, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
     with run.phase("samples", len(rows), step=0) as advance:
-        samples = evals.sample_rows(run, generator, rows, evals.EVAL_SEED, 1.0, advance)
+        samples = evals.sample_rows(run, generator, rows, evals.EVAL_SEED, args.temperature, advance)
     held = hold_out(run, reference, samples, rows, tokenizer)
     against = None if reference is None else contextlib.nullcontext(reference)
-    values = evals.evaluate(run, policy, generator, held, tokenizer, args.beta, against, 0, rollout=samples)
+    values = evals.evaluate(
+        run, policy, generator, held, tokenizer, args.beta, against, 0, rollout=samples, temperature=args.temperature
+    )
     if args.reward_model:
         del policy, reference, generator, against  # their memory, before another model comes
         values |= evals.evaluate_reward(run, models.autocast_forward(run, scalar), held, 0, samples.response_ids)
@@ -107,18 +112,22 @@ def evaluate(args: Args) -> None:
 def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
     """evaluation.json, figure.png and the table on the console, from the values and the rows in evals/."""
     args, folder = run.args, run.dir / "evals"
-    columns = {f"eval/{name}": column for name, column in read_columns(folder / "0000.parquet").items()}
+    stored = read_columns(folder / "0000.parquet").items()
+    columns = {f"eval/{name}": column for name, column in stored if not name.startswith("judge/")}  # has its interval
     reward = read_columns(folder / "reward_0000.parquet") if args.reward_model else {}
     measures = {name: {"value": values[name], "low": None, "high": None} for name in METRICS if name in values}
     for name, column in (columns | (evals.reward_columns(reward) if reward else {})).items():
         measures[name]["low"], measures[name]["high"] = evals.bootstrap_interval(column)
+    if (win := measures.get("eval/judge/win_rate_demonstrations")) is not None:
+        win["low"], win["high"] = (measures.pop(f"eval/judge/win_rate_{end}")["value"] for end in ("low", "high"))
     result = {"rows": len(held.rows), "measures": measures}
     if reward:
         margins = reward["chosen"] - reward["rejected"]
         bins = [dict(zip(("confidence", "accuracy", "pairs"), b, strict=True)) for b in evals.calibration(margins)[1]]
         low, high = evals.calibrated_range(margins)
         result["calibration"] = {"bins": bins, "if_calibrated": {"low": low, "high": high}}
-    names = ("model", "ref_model", "reward_model", "gold_reward_model", "baseline", "dataset", "eval_dataset", "beta")
+    names = ("model", "ref_model", "reward_model", "gold_reward_model", "baseline", "judge_model", "judge_base_url")
+    names += ("judge_task", "dataset", "eval_dataset", "beta")
     write_json(run.dir / "evaluation.json", {**{name: getattr(args, name) for name in names}, **result})
     draw_figure(run.dir / "figure.png", held, columns, reward, result)
     show_measures(run, result)

@@ -22,7 +22,7 @@ accelerate launch rft.py --model runs/base/final --max-samples 0 --select-top-k 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,8 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 
 @dataclass
 class Args(RunArgs):
+    scalar_models: ClassVar[int] = 2
+
     T: int = 1
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 1."""
     num_train_epochs: int = 2

@@ -11,15 +11,7 @@ data=${2:-pydoc}
 seeds=${SEEDS:-1 2 3}
 ratio_seeds=${RATIO_SEEDS:-$seeds}
 export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
-[ -f "$out/split/held_out.jsonl" ] || python benchmark/gold.py --dataset "$data" --max-samples 12000 --split-only --output-dir "$out/split"
-sizes=(--max-length 160 --max-new-tokens 48 --per-device-eval-batch-size 64)
-held=(--eval-dataset "$out/split/held_out.jsonl" --eval-samples 200)
-once "$out" base sft.py --model tiny --dataset "$out/split/demonstrations.jsonl" "${held[@]}" "${sizes[@]}" --max-samples 0 \
-  --batch-size 32 --per-device-train-batch-size 32 --num-train-epochs 3 --learning-rate 5e-4
-if [ ! -f "$out/gold/final/manifest.json" ]; then
-  rm -rf "$out/gold" # it cannot be resumed
-  python benchmark/gold.py --dataset "$data" --max-samples 12000 --sampler "$out/base/final" --output-dir "$out/gold"
-fi
+gold_world "$out" "$data"
 if [ ! -f "$out/data/preferences.jsonl" ]; then
   rm -rf "$out/data"
   python benchmark/preferences.py --model "$out/base/final" --gold-reward-model "$out/gold/final" \
@@ -69,11 +61,7 @@ for seed in $ratio_seeds; do
 done | lanes
 # how the reward of every method, implicit or learned, ranks pairs of prompts that no run has seen
 pairs_of_held_out=$out/held_out/preferences.jsonl
-if [ ! -f "$pairs_of_held_out" ]; then
-  rm -rf "$out/held_out"
-  python benchmark/preferences.py --model "$out/base/final" --gold-reward-model "$out/gold/final" \
-    --dataset "$out/split/held_out.jsonl" "${sizes[@]}" --max-preferences 400 --seed 2 --output-dir "$out/held_out"
-fi
+held_out_pairs "$out"
 judge() { # RUN
   [ ! -f "$1/eval/evaluation.json" ] || return 0
   rm -rf "$1/eval"

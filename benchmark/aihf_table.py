@@ -14,8 +14,8 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.tables import mean_and_interval, read_columns  # noqa: E402
 from common import UserError  # noqa: E402
-from common.data import read_pairs  # noqa: E402
 from common.evals import bootstrap_interval, wins  # noqa: E402
 from common.run import main  # noqa: E402
 
@@ -67,8 +67,7 @@ def load(directory: Path) -> Run:
     steps = [r["step"] for r in rows if "eval/nll" in r]
     found = {}
     for step, path in zip(steps, sorted((directory / "evals").glob("[0-9]*.parquet")), strict=True):
-        table = read_pairs(path)
-        found[step] = {k: np.array([r[k] for r in table]) for k in table[0] if k != "sample"}
+        found[step] = read_columns(path)
     for evaluation in found.values():
         evaluation["gold/gain"] = evaluation["gold/score"] - found[steps[0]]["gold/score"]
     return found
@@ -77,10 +76,6 @@ def load(directory: Path) -> Run:
 def at(runs: list[Run], point: int) -> list[dict[str, np.ndarray]]:
     """The evaluation of that place in the order (-1: the last) of each seed."""
     return [run[sorted(run)[point]] for run in runs]
-
-
-def mean_and_interval(values: list[np.ndarray]) -> tuple[float, float, float]:
-    return float(np.mean(values)), *bootstrap_interval(np.mean(values, 0))
 
 
 def cell(evaluations: list[dict], metric: str, digits: int) -> str:

@@ -14,9 +14,10 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.tables import mean_and_interval, read_columns  # noqa: E402
 from common import UserError  # noqa: E402
 from common.data import read_pairs  # noqa: E402
-from common.evals import bootstrap_interval, wins  # noqa: E402
+from common.evals import wins  # noqa: E402
 from common.run import main  # noqa: E402
 
 MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
@@ -45,8 +46,7 @@ def load(directory: Path) -> dict[int, dict[str, np.ndarray]]:
     """{updates: {metric: (rows,)}}."""
     found = {}
     for path in sorted((directory / "evals").glob("[0-9]*.parquet")):
-        rows = read_pairs(path)
-        found[int(path.stem)] = {k: np.array([r[k] for r in rows]) for k in rows[0] if k != "sample"}
+        found[int(path.stem)] = read_columns(path)
     if len(found) < 2 or "gold/win_rate_baseline" not in found[max(found)]:
         raise UserError(
             f"--runs: found no evaluations with gold score and baseline in {directory}, expected a run with both"
@@ -54,10 +54,10 @@ def load(directory: Path) -> dict[int, dict[str, np.ndarray]]:
     return found
 
 
-def mean_and_interval(values: list[np.ndarray]) -> dict[str, float]:
+def with_seeds(values: list[np.ndarray]) -> dict[str, float]:
     """Mean over seeds and rows, interval over rows, and each seed's mean."""
-    low, high = bootstrap_interval(np.mean(values, 0))
-    return {"mean": float(np.mean(values)), "low": low, "high": high, "seeds": [float(v.mean()) for v in values]}
+    mean, low, high = mean_and_interval(values)
+    return {"mean": mean, "low": low, "high": high, "seeds": [float(v.mean()) for v in values]}
 
 
 def summarise(runs: list[dict], levels: list[dict]) -> dict[str, dict]:
@@ -65,19 +65,19 @@ def summarise(runs: list[dict], levels: list[dict]) -> dict[str, dict]:
     table = {}
     for name in ("demonstrations", "base", "baseline"):
         label = {"demonstrations": "demonstrations", "base": "base", "baseline": "SFT, selected"}[name]
-        table[label] = {"gold/score": mean_and_interval([level[name] for level in levels])}
+        table[label] = {"gold/score": with_seeds([level[name] for level in levels])}
         gain = [level[name] - level["base"] for level in levels]
-        table[label]["gold/gain"] = mean_and_interval(gain)
+        table[label]["gold/gain"] = with_seeds(gain)
         if name == "baseline":
             over = [wins(level["baseline"], level["base"]) for level in levels]
-            table[label]["gold/win_rate_base"] = mean_and_interval(over)
+            table[label]["gold/win_rate_base"] = with_seeds(over)
     for updates in runs[0]:
         rows = [
             {**run[updates], "gold/gain": run[updates]["gold/score"] - level["base"]}
             for run, level in zip(runs, levels, strict=True)
         ]
         table[f"RFT, {updates} updates"] = {
-            metric: mean_and_interval([r[metric] for r in rows]) for metric, _ in MEASURES.values() if metric in rows[0]
+            metric: with_seeds([r[metric] for r in rows]) for metric, _ in MEASURES.values() if metric in rows[0]
         }
     return table
 

@@ -33,7 +33,7 @@ DATASETS = {  # short name -> (hub id, configuration, training split, held-out s
 HELD_OUT_NAMES = ("test", "validation", "val", "eval")
 FORMATS = (
     "prompt/completion, prompt/response, messages, prompt/chosen/rejected, chosen/rejected (HH transcripts),"
-    " real/generated (SPIN), title/post/summary (TL;DR)"
+    " real/generated (SPIN), title/post/summary (TL;DR), info/summaries/choice (TL;DR comparisons)"
 )
 PLAIN_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # RFT paper, App. C
 
@@ -237,13 +237,27 @@ def split_columns(raw: dict, where: str) -> tuple:
         if {"prompt", answer} <= columns:
             return raw["prompt"], raw[answer], None
     if {"post", "summary"} <= columns:
-        subreddit = raw.get("subreddit") or raw.get("section") or ""
-        return (
-            f"SUBREDDIT: r/{subreddit}\n\nTITLE: {raw.get('title') or ''}\n\nPOST: {raw['post']}\n\nTL;DR:",
-            raw["summary"],
-            None,
-        )
+        return tldr_query(raw), raw["summary"], None
+    if {"info", "summaries", "choice"} <= columns:
+        return split_comparison(raw, where)
     raise UserError(f"{where}: found columns {', '.join(columns) or 'none'}, expected one of {FORMATS}")
+
+
+def tldr_query(fields: dict) -> str:
+    """Subreddit, title and post -> the query of TL;DR, as in Stiennon et al., arXiv:2009.01325, App. A."""
+    subreddit = fields.get("subreddit") or fields.get("section") or ""
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {fields.get('title') or ''}\n\nPOST: {fields['post']}\n\nTL;DR:"
+
+
+def split_comparison(raw: dict, where: str) -> tuple[str, str, str]:
+    """A row of summarize_from_feedback's comparisons -> (query, the summary people chose, the other one)."""
+    info, summaries, choice = raw["info"], raw["summaries"], raw["choice"]
+    if not isinstance(info, dict) or not isinstance(info.get("post"), str):
+        raise UserError(f"{where}: found no post in info, expected subreddit, title and post")
+    if not isinstance(summaries, list) or len(summaries) != 2 or choice not in (0, 1):
+        raise UserError(f"{where}: found choice {choice!r} of {summaries!r:.80}, expected 0 or 1 of two summaries")
+    texts = [s.get("text") if isinstance(s, dict) else None for s in summaries]
+    return tldr_query(info), texts[choice], texts[1 - choice]
 
 
 def check_same(prompt: list[dict], other: list[dict], where: str) -> None:
@@ -415,22 +429,26 @@ def cut_lines(text: str, limit: int) -> str:
 def render_prompt(tokenizer, prompt) -> str:
     """The text before the response: the tokenizer's chat template if it has one, else PLAIN_TEMPLATE.
 
-    The same text is used for generation and for training. Without a chat template several turns are written one below
-    the other with Human: and Assistant: before them.
+    The same text is used for generation and for training.
     """
     if tokenizer.chat_template:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if isinstance(prompt, list):
-        names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-        turns = [
-            m["content"] if len(prompt) == 1 else f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt
-        ]
-        prompt = "\n\n".join(turns)
-    return PLAIN_TEMPLATE.format(prompt=prompt)
+    return PLAIN_TEMPLATE.format(prompt=plain_prompt(prompt))
 
 
-def encode(rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset") -> list[dict]:
+def plain_prompt(prompt) -> str:
+    """The prompt's text alone; several turns are written one below the other with Human: and Assistant: before them."""
+    if not isinstance(prompt, list):
+        return prompt
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    turns = [m["content"] if len(prompt) == 1 else f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt]
+    return "\n\n".join(turns)
+
+
+def encode(
+    rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset", render=render_prompt
+) -> list[dict]:
     """Rows -> dicts with row, prompt, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
     Prompt and response are tokenised apart, so that a sampled response meets the context it was sampled in. EOS ends
@@ -438,7 +456,7 @@ def encode(rows: list[dict], tokenizer, max_length: int, max_prompt_length: int,
     one warning; UserError if none is left.
     """
     longest = min(max_prompt_length, max_length - 1)  # room for one token of response
-    texts = [render_prompt(tokenizer, row["prompt"]) for row in rows]
+    texts = [render(tokenizer, row["prompt"]) for row in rows]
     responses = {"response": [row.get("response", row.get("chosen")) for row in rows]}
     responses["rejected"] = [row.get("rejected") for row in rows]
     prompts = tokenise_prompts(tokenizer, texts)

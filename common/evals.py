@@ -4,13 +4,15 @@ Every measure is kept per row (evals/<iteration>.parquet), so that intervals and
 """
 
 import contextlib
+import functools
+import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import UserError, models, rewards
+from common import UserError, judge, models, rewards
 from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
 from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
@@ -19,16 +21,24 @@ from common.run import data_order, require
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
 
+JUDGE_METRICS = {  # with --judge-model, each pair asked in both orders
+    "eval/judge/win_rate_demonstrations": "share of prompts whose sample the judge prefers, ties half (IRL Fig. 2c)",
+    "eval/judge/win_rate_low": "lower end of its 95% bootstrap interval over prompts",
+    "eval/judge/win_rate_high": "upper end",
+    "eval/judge/first_position": "share of replies that prefer what is shown first, ties half; 0.5 without position bias",
+    "eval/judge/ties": "replies that call a tie, of two for each prompt",
+    "eval/judge/unparsable": "replies without a verdict; their prompts are in no share above",
+}
 EVAL_METRICS = {  # name -> meaning, unit, range
     "eval/nll": "-log pi of the demonstration, nats per response; lower is better",
     "eval/logps/gap": "log pi(chosen) - log pi(rejected), nats per pair (RFT Example 2, Fig. 1 right)",
     "eval/rewards/margins": "mean of r(chosen) - r(rejected), r = beta log pi/pi_ref; 0 at the start",
     "eval/rewards/accuracies": "share of pairs with r(chosen) > r(rejected), ties half (RFT Table 8); 0.5 at the start",
     "eval/rewards/accuracies_shuffled": "the same with another row's demonstration as rejected; 0.5 at the start",
-    "eval/rouge_l": "ROUGE-L F1 of one sample at temperature 1 with the demonstration; in [0, 1]",
+    "eval/rouge_l": "ROUGE-L F1 of one sample with the demonstration; in [0, 1]",
     "eval/completions/mean_length": "tokens of that sample, EOS included",
     "eval/completions/clipped_ratio": "share of samples cut at --max-new-tokens",
-    "eval/kl_k1": "mean of log pi/pi_ref over the samples: KL(pi || pi_ref), nats per response; >= 0 in expectation",
+    "eval/kl_k1": "mean of log pi/pi_ref over samples at temperature 1: KL(pi || pi_ref), nats per response; >= 0 in expectation",
     "eval/kl_k3": "sum over tokens of exp(-u) - 1 + u, u = log pi/pi_ref: the same in expectation, never negative",
     "eval/lengths/demonstrations": "tokens of the demonstrations, EOS included",
     "eval/gold/score": "mean gold reward of the samples (RFT Fig. 2a); with --gold-reward-model",
@@ -36,6 +46,7 @@ EVAL_METRICS = {  # name -> meaning, unit, range
     "eval/gold/win_rate_base": "share of prompts whose sample has more gold reward than the reference's, ties half (Fig. 2b)",
     "eval/gold/win_rate_baseline": "the same against --baseline's sample",
     "eval/gold/win_rate_demonstrations": "the same against the demonstration",
+    **JUDGE_METRICS,
 }
 REWARD_METRICS = {  # of a learned reward model, on the same rows
     "eval/reward/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; 0.5 is chance",
@@ -44,6 +55,10 @@ REWARD_METRICS = {  # of a learned reward model, on the same rows
     "eval/reward/calibration_error": "mean gap of sigmoid(|margin|) and the rate at which the higher one is chosen; in [0, 1]",
     "eval/reward/demonstrations": "mean reward of the demonstrations; 0 once centred",
     "eval/reward/samples": "mean reward of the policy's samples",
+}
+PREFERENCE_METRICS = {  # of a learned reward model, with --eval-preference-dataset
+    "eval/reward/accuracy_preferences": "share of people's held-out pairs with r(chosen) > r(rejected), ties half (IRL Fig. 2a)",
+    "eval/reward/margin_preferences": "mean of r(chosen) - r(rejected) on these, reward units",
 }
 
 
@@ -73,8 +88,11 @@ def draw(rows: list, n: int, *key: int) -> list:
     return [rows[i] for i in sorted(data_order(len(rows), *key)[: n or len(rows)])]
 
 
-def load_demonstrations(args, tokenizer) -> list[dict]:
-    """--max-samples training rows of --dataset, encoded; which ones depends on the seed, their order does not matter."""
+def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
+    """--max-samples training rows of --dataset, encoded; which ones depends on the seed, their order does not matter.
+
+    encode: what turns rows into tokens, data.encode or a script's own of the same arguments.
+    """
     rows = draw(load_rows(args.dataset, "train"), args.max_samples, args.seed)
     encoded = encode(rows, tokenizer, args.max_length, args.max_prompt_length)
     expected = f"at most {len(encoded)}, the demonstrations"
@@ -128,17 +146,18 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
     return kept
 
 
-def load_held_out(args, tokenizer, training: list[dict], preferences: str = "") -> list[dict]:
-    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that do not exist.
+def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", encode=encode) -> list[dict]:
+    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that cannot be had.
 
     training: rows that are trained on; held-out prompts that are among theirs are counted.
     preferences: the source to take held-out preferences from where --eval-dataset is auto; their chosen responses stand
-    as demonstrations beside their rejected ones.
+    as demonstrations beside their rejected ones. encode: as in load_demonstrations.
     """
     if args.gold_reward_model:
         models.load_config(args.gold_reward_model, args.trust_remote_code, rewards.FLAG)
     if args.baseline:
         models.load_tokenizer(args, args.baseline, "--baseline")
+    judge.refuse_unusable(args)
     if args.eval_dataset != "auto":
         rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset")
     elif preferences:
@@ -152,6 +171,15 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "") 
         found = f"found {known} of {len(rows)} held-out prompts among those trained on"
         warnings.warn(f"--eval-dataset: {found}: what is measured on them is not held out", stacklevel=2)
     return rows
+
+
+def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
+    """--eval-samples held-out pairs of --eval-preference-dataset, encoded: response_ids is the chosen one. Empty without it."""
+    flag, name = "--eval-preference-dataset", args.eval_preference_dataset
+    if name == "none":
+        return []
+    rows = draw(load_rows(name, "all", "preferences", flag), args.eval_samples, EVAL_SEED)
+    return encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag=flag)
 
 
 def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
@@ -224,7 +252,9 @@ def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, 
 KINDS = ("chosen", "rejected", "shuffled")
 
 
-def prepare_held_out(run, reference, generator: Generator, rows: list[dict], tokenizer) -> HeldOut:
+def prepare_held_out(
+    run, reference, generator: Generator, rows: list[dict], tokenizer, temperature: float = 1.0
+) -> HeldOut:
     """Rejected responses, reference log-probs and gold rewards. `reference` is the model `generator` samples from."""
     path = run.dir / "evals" / "reference.parquet"
     if not path.exists():
@@ -233,7 +263,7 @@ def prepare_held_out(run, reference, generator: Generator, rows: list[dict], tok
         with run.phase("reference on held-out rows", len(rows) * 3 + len(sampled_rows), step=0) as advance:
             samples = {}
             if sampled_rows:
-                rollout = sample_rows(run, generator, sampled_rows, EVAL_SEED, 1.0, advance)
+                rollout = sample_rows(run, generator, sampled_rows, EVAL_SEED, temperature, advance)
                 samples = dict(zip((r["row"] for r in sampled_rows), rollout.response_ids, strict=True))
             rejected = [r["rejected_ids"] if "rejected_ids" in r else samples[r["row"]] for r in rows]
             held = HeldOut(rows, rejected, {}, {})
@@ -244,7 +274,7 @@ def prepare_held_out(run, reference, generator: Generator, rows: list[dict], tok
         columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
         if with_gold:
             base = [decode(tokenizer, samples[r["row"]]) for r in rows]
-            columns |= gold_columns(run, rows, base)
+            columns |= gold_columns(run, rows, base, temperature)
         if run.is_main:
             write_pairs(
                 path, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -256,11 +286,11 @@ def prepare_held_out(run, reference, generator: Generator, rows: list[dict], tok
     return HeldOut(rows, [s["rejected_ids"] for s in stored], ref, gold)
 
 
-def gold_columns(run, rows: list[dict], base: list[str] | None) -> dict[str, list]:
+def gold_columns(run, rows: list[dict], base: list[str] | None, temperature: float) -> dict[str, list]:
     """Gold rewards of demonstrations, of the reference's samples (where there are any) and of --baseline's, with the texts."""
     columns = {} if base is None else {"base_sample": base}
     if run.args.baseline:
-        columns["baseline_sample"] = baseline_samples(run, rows)
+        columns["baseline_sample"] = baseline_samples(run, rows, temperature)
     gold = rewards.GoldReward(run)
     columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows])
     for name in ("base", "baseline"):
@@ -269,17 +299,70 @@ def gold_columns(run, rows: list[dict], base: list[str] | None) -> dict[str, lis
     return columns
 
 
-def baseline_samples(run, rows: list[dict]) -> list[str]:
-    """One sample of --baseline at temperature 1 for each row, through its own tokenizer and template."""
-    args = run.args
-    tokenizer = models.load_tokenizer(args, args.baseline, "--baseline")
-    model = models.autocast_forward(run, models.load_model(args, args.baseline, "--baseline").eval())
-    prompts = tokenise_prompts(tokenizer, [render_prompt(tokenizer, r["prompt"]) for r in rows])
-    longest = args.max_prompt_length  # in the policy's tokens; one that is longer in these loses its beginning
-    asked = [{"row": r["row"], "prompt_ids": p[-longest:]} for r, p in zip(rows, prompts, strict=True)]
-    generator = Generator(model, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+def baseline_samples(run, rows: list[dict], temperature: float) -> list[str]:
+    """One sample of --baseline for each row, through its own tokenizer and template."""
     with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
-        return [decode(tokenizer, y) for y in sample_rows(run, generator, asked, EVAL_SEED, 1.0, advance).response_ids]
+        work = foreign_sampler(run, run.args.baseline, "--baseline", rows, temperature)
+        return [text for text, _ in work(range(len(rows)), advance)]
+
+
+def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: float, render=None):
+    """A function (indices, advance) -> [(text, ended in EOS)]: samples of the model of that name, loaded when first called.
+
+    render(tokenizer, row) -> the text before the response; its own template unless given. A prompt that is longer in its
+    tokens than --max-prompt-length loses its beginning.
+    """
+    args = run.args
+    render = render or (lambda tokenizer, row: render_prompt(tokenizer, row["prompt"]))
+
+    @functools.cache
+    def load():
+        tokenizer = models.load_tokenizer(args, name, flag)
+        model = models.autocast_forward(run, models.load_model(args, name, flag).eval())
+        return tokenizer, Generator(model, tokenizer, args.per_device_eval_batch_size, args.max_new_tokens)
+
+    def work(indices, advance) -> list[tuple[str, bool]]:
+        tokenizer, generator = load()
+        prompts = tokenise_prompts(tokenizer, [render(tokenizer, rows[i]) for i in indices])
+        asked = [
+            {"row": rows[i]["row"], "prompt_ids": p[-args.max_prompt_length :]}
+            for i, p in zip(indices, prompts, strict=True)
+        ]
+        rollout = sample_rows(run, generator, asked, EVAL_SEED, temperature, advance)
+        texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
+        return list(zip(texts, rollout.finished, strict=True))
+
+    return work
+
+
+def expert_rows(run, rows: list[dict], temperature: float, encode_response, render=None) -> list[dict]:
+    """The rows with the answers of --expert-model as demonstrations, kept in the user's cache folder; without it the rows.
+
+    encode_response(text, ended in EOS) -> token ids. render: as in foreign_sampler. Rows with an empty answer are left out.
+    """
+    args = run.args
+    if not args.expert_model:
+        return rows
+    sampler = foreign_sampler(run, args.expert_model, "--expert-model", rows, temperature, render)
+    sizes = [temperature, args.max_prompt_length, args.max_new_tokens, args.dtype, run.accelerator.mixed_precision]
+    path = rewards.cache_file("expert", args.expert_model, *sizes)
+    keys = [hashlib.sha256(f"{r['row']} {r['prompt_text']}".encode()).hexdigest() for r in rows]
+
+    def work(part: list[int], advance) -> list[dict]:
+        return [{"text": text, "finished": finished} for text, finished in sampler(part, advance)]
+
+    answers = run.cached(path, keys, work, "expert's answers", 1024)
+    kept = [
+        {**r, "response_text": a["text"], "response_ids": encode_response(a["text"], a["finished"])}
+        for r, a in zip(rows, answers, strict=True)
+        if a["text"]
+    ]
+    found = f"--expert-model {args.expert_model}: found {len(rows) - len(kept)} of {len(rows)} answers empty"
+    if not kept:
+        raise UserError(f"{found}, expected text")
+    if len(kept) < len(rows):
+        warnings.warn(f"{found}: left out", stacklevel=2)
+    return kept
 
 
 def decode(tokenizer, ids: list[int]) -> str:
@@ -297,36 +380,38 @@ def evaluate(
     iteration: int,
     reward_model=None,
     rollout: Rollout | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, float]:
     """All of EVAL_METRICS for the policy -> {name: mean}. `reference` is a context that yields the reference policy.
 
     With a reward model also eval/reward/samples. `iteration` names the files of this evaluation. Without a reference
     (None) the measures that need one are left out. rollout: the policy's samples, where they have been drawn already.
+    temperature: of these samples; unless it is 1 they say nothing of the policy's KL, which is left out.
     """
-    rows = held.rows
-    passes = len(KINDS) + (rollout is None) + (reference is not None)
+    rows, with_kl = held.rows, reference is not None and temperature == 1.0
+    passes = len(KINDS) + (rollout is None) + with_kl
     with run.phase(f"evaluation {iteration}", passes * len(rows), evaluation=iteration) as advance:
         logp = {}
         for kind in KINDS:
             scored = sequence_logprobs(run, policy, held.sequences(kind), advance=advance)
             logp[kind] = np.array([total for total, _ in scored])
-        rollout = rollout or sample_rows(run, generator, rows, EVAL_SEED, 1.0, advance)
+        rollout = rollout or sample_rows(run, generator, rows, EVAL_SEED, temperature, advance)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        if reference is not None:  # again, as the reference does it: rounding differs with a cache
+        if with_kl:  # again, as the reference does it: rounding differs with a cache
             ours = sequence_logprobs(run, policy, sequences, advance=advance)
     against_reference = {}
-    if reference is not None:
+    if with_kl:
         with reference as ref_policy:
             theirs = sequence_logprobs(run, ref_policy, sequences)
         kl_k1, kl_k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
+        against_reference = {"kl_k1": kl_k1, "kl_k3": kl_k3}
+    if reference is not None:
         reward = {kind: beta * (logp[kind] - np.array(held.ref[kind])) for kind in logp}
         against_reference = {
             "rewards/margins": reward["chosen"] - reward["rejected"],
             "rewards/accuracies": wins(reward["chosen"], reward["rejected"]),
             "rewards/accuracies_shuffled": wins(reward["chosen"], reward["shuffled"]),
-            "kl_k1": kl_k1,
-            "kl_k3": kl_k3,
-        }
+        } | against_reference
     texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
     table = {
         "nll": -logp["chosen"],
@@ -344,9 +429,31 @@ def evaluate(
         table |= {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
         for name, values in held.gold.items():
             table[f"gold/win_rate_{name}"] = wins(score, np.array(values))
+    judged, columns = {}, table
+    if run.args.judge_model:
+        votes = judge.judge_samples(run, rows, texts, iteration)
+        judged = judge_values(votes)
+        named = {"win_rate_demonstrations": votes.mean(1), "shown_first": votes[:, 0], "shown_second": votes[:, 1]}
+        columns = table | {f"judge/{name}": values for name, values in named.items()}
     if run.is_main:
-        save_evaluation(run.dir, iteration, rows, texts, table)
-    return {f"eval/{name}": float(values.mean()) for name, values in table.items()}
+        save_evaluation(run.dir, iteration, rows, texts, columns)
+    return {f"eval/{name}": float(values.mean()) for name, values in table.items()} | judged
+
+
+def judge_values(votes: np.ndarray) -> dict[str, float]:
+    """JUDGE_METRICS of the votes of Judge.compare (n, 2); without a row that has both votes only the counts."""
+    both = votes[~np.isnan(votes).any(1)]
+    counts = {"eval/judge/ties": float((votes == 0.5).sum()), "eval/judge/unparsable": float(np.isnan(votes).sum())}
+    if not len(both):
+        return counts
+    low, high = bootstrap_interval(both.mean(1))
+    return {
+        "eval/judge/win_rate_demonstrations": float(both.mean()),
+        "eval/judge/win_rate_low": low,
+        "eval/judge/win_rate_high": high,
+        "eval/judge/first_position": float((both[:, 0] + 1 - both[:, 1]).mean() / 2),
+        **counts,
+    }
 
 
 def sequence_scores(run, reward_model, sequences, advance=lambda n: None) -> list[float]:
@@ -375,6 +482,26 @@ def evaluate_reward(
         write_pairs(run.dir / "evals" / f"reward_{iteration:04d}.parquet", rows)
     values = {name: float(column.mean()) for name, column in reward_columns(scores).items()}
     return {**values, "eval/reward/calibration_error": calibration(scores["chosen"] - scores["rejected"])[0]}
+
+
+def evaluate_preferences(run, reward_model, pairs: list[dict], iteration: int) -> dict[str, float]:
+    """PREFERENCE_METRICS of a reward model on load_eval_preferences' pairs -> {name: mean}; empty without pairs.
+
+    Scores of every pair go to evals/preferences_<iteration>.parquet.
+    """
+    if not pairs:
+        return {}
+    both = [(p["prompt_ids"], p[kind]) for kind in ("response_ids", "rejected_ids") for p in pairs]
+    with run.phase(f"reward {iteration} on preferences", len(both), outer_iteration=iteration) as advance:
+        chosen, rejected = np.array(sequence_scores(run, reward_model, both, advance)).reshape(2, -1)
+    if run.is_main:
+        rows = zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
+        columns = [{"row": p["row"], "chosen": c, "rejected": r} for p, c, r in rows]
+        write_pairs(run.dir / "evals" / f"preferences_{iteration:04d}.parquet", columns)
+    return {
+        "eval/reward/accuracy_preferences": float(wins(chosen, rejected).mean()),
+        "eval/reward/margin_preferences": float((chosen - rejected).mean()),
+    }
 
 
 def reward_columns(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -481,6 +608,7 @@ GOLD_TABLE = {
     "gold": ("eval/gold/score", 3),
     "win base": ("eval/gold/win_rate_base", 3),
     "win baseline": ("eval/gold/win_rate_baseline", 3),
+    "win judge": ("eval/judge/win_rate_demonstrations", 3),
 }
 
 

@@ -220,9 +220,9 @@ class Plan:
         self.config = models.load_config(args.model, args.trust_remote_code)
         self.policy = weights(args, self.config)
         self.frozen = weights(args, self.config, frozen=True)["all"]
-        self.scalars = int(hasattr(args, "reward_model")) + int(hasattr(args, "vf_coef"))  # reward, and PPO's value
+        self.scalars = args.scalar_models
         if self.scalars:
-            name = args.reward_model or args.model
+            name = getattr(args, "reward_model", "") or args.model
             self.scalar_config = models.load_config(name, args.trust_remote_code, "--reward-model")
             self.scalar = weights(args, self.scalar_config, scalar=True)
 
@@ -298,7 +298,9 @@ class Plan:
             held = self.held() | self.optimizer(trained)
             return {"generate": held | made, "score": held | self.reference() | scored}
         both = [trained, *[self.scalar["trained"]] * self.scalars]
-        copies = 2 if args.ref == "previous" and args.T > 1 else 1  # an evaluation has the initial one too
+        copies = (
+            2 if getattr(args, "ref", "initial") == "previous" and args.T > 1 else 1
+        )  # an evaluation has the initial one too
         larger = max(made, scored, key=lambda parts: sum(parts.values()))
         return {"answers": self.held() | self.reference(copies) | self.optimizer(*both) | larger}
 

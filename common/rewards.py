@@ -4,6 +4,7 @@ Dims: B sequences, L prompt + response tokens, T response tokens, H hidden size.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -16,12 +17,10 @@ from common import UserError, logprobs, models
 from common.data import (
     Batch,
     cache_folder,
-    read_pairs,
     render_prompt,
     tokenise,
     tokenise_prompts,
     without_eos,
-    write_pairs,
 )
 
 
@@ -55,6 +54,14 @@ class ScalarModel(torch.nn.Module):
         index = (first[:, None] - 1 + offsets).clamp(max=len(hidden) - 1)  # (B, T)
         values = self.head(inner, hidden[index])
         return torch.where(batch.response_mask, values, torch.zeros_like(values))
+
+    def normalise(self, mean: float, std: float = 1.0) -> None:
+        """Shift and scale so that scores of this mean and standard deviation become of mean 0 and deviation 1."""
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        with torch.no_grad():
+            for parameter in inner.score.parameters():
+                parameter /= std
+            self.center.copy_((self.center + mean) / std)
 
     def head(self, inner, hidden: Tensor) -> Tensor:
         """(..., H) -> (...), in float32 (float64 stays) whatever the mixed precision."""
@@ -166,7 +173,7 @@ def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> 
     note += (
         f"A score is the classifier's output minus `reward_center` of config.json: held-out {centred_on} average 0.\n\n"
     )
-    source = args.reward_model or args.model
+    source = getattr(args, "reward_model", "") or args.model
     card = run.model_card(f"{method}, reward model", paper, note, source, "eval/reward/accuracy")
     return run.save_final(reward_model, tokenizer, card, name="reward", part="model")
 
@@ -223,30 +230,25 @@ def gold_sequences(args, rows: list[dict], responses: list[str], config) -> list
 
 
 def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int = 4096) -> list[float]:
-    """Gold scores through the user's cache folder: written after every block, so that a run cut off loses one block."""
-    from accelerate.utils import broadcast_object_list
-
-    name = models.resolve_model(run.args.gold_reward_model)
+    """Gold scores through the user's cache folder."""
     config = models.load_config(run.args.gold_reward_model, run.args.trust_remote_code, FLAG)
     precision = [run.args.dtype, run.accelerator.mixed_precision]
-    identity = json.dumps([name, weights_identity(Path(name)), config.to_json_string(use_diff=False), precision])
-    path = cache_folder() / f"gold-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.parquet"
-    (known,) = broadcast_object_list(
-        [{r["key"]: r["score"] for r in read_pairs(path)} if run.is_main and path.exists() else {}]
-    )
+    path = cache_file("gold", run.args.gold_reward_model, config.to_json_string(use_diff=False), precision)
     pairs = [json.dumps([r["prompt"], t]) for r, t in zip(rows, responses, strict=True)]
     keys = [hashlib.sha256(p.encode()).hexdigest() for p in pairs]
-    missing = [i for i, key in enumerate(keys) if key not in known]
-    gold = GoldReward(run) if missing else None
-    with run.phase("gold scores of demonstrations", len(missing), step=0) as advance:
-        for start in range(0, len(missing), block):
-            part = missing[start : start + block]
-            scores = gold.score([rows[i] for i in part], [responses[i] for i in part], advance)
-            known |= dict(zip((keys[i] for i in part), scores, strict=True))
-            if run.is_main:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_pairs(path, [{"key": k, "score": s} for k, s in known.items()])
-    return [known[key] for key in keys]
+    gold = functools.cache(lambda: GoldReward(run))  # loaded if a score is missing
+
+    def work(part: list[int], advance) -> list[float]:
+        return gold().score([rows[i] for i in part], [responses[i] for i in part], advance)
+
+    return run.cached(path, keys, work, "gold scores of demonstrations", block)
+
+
+def cache_file(kind: str, model: str, *settings) -> Path:
+    """Where results of a model under these settings are kept; other weights have another file."""
+    name = models.resolve_model(model)
+    identity = json.dumps([kind, name, weights_identity(Path(name)), *settings])
+    return cache_folder() / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.parquet"
 
 
 def weights_identity(folder: Path) -> list:

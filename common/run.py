@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 
 from common import UserError
-from common.data import collate
+from common.data import collate, read_pairs, write_pairs
 
 Auto = Literal["auto"]
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")  # kinds of accelerate run whose checkpoints hold whole models; not an engine's
@@ -52,6 +52,12 @@ class BaseArgs:
     """reward model taken as the truth: a folder, short name or hub id; empty: none. RFT paper: beaver-7b-v3.0-reward."""
     baseline: str = ""
     """policy whose samples on the held-out prompts the gold reward compares with (folder, short name or hub id); empty: none."""
+    judge_model: str = ""
+    """LLM judge of the samples against the demonstrations, by its name at the endpoint; empty: none. Key: OPENAI_API_KEY."""
+    judge_base_url: str = ""
+    """OpenAI-compatible endpoint of --judge-model, such as http://localhost:8000/v1; empty: OpenAI's own."""
+    judge_task: Literal["answer", "summary"] = "answer"
+    """what the judge compares: answers to a request, or summaries of a post."""
     per_device_eval_batch_size: int | Auto = "auto"
     """rows per forward pass without gradient, and per batch of generation."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
@@ -84,6 +90,9 @@ class BaseArgs:
             not self.baseline or bool(self.gold_reward_model), "baseline", self.baseline,
             "--gold-reward-model beside it, which says whose samples are better",
         )  # fmt: skip
+        url = self.judge_base_url
+        require(not url or url.startswith(("http://", "https://")), "judge_base_url", url, "http://... or https://...")
+        require(not url or bool(self.judge_model), "judge_base_url", url, "--judge-model beside it, the model to ask")
 
 
 @dataclass
@@ -91,6 +100,7 @@ class RunArgs(BaseArgs):
     """Flags of every training script."""
 
     sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two
+    scalar_models: ClassVar[int] = 0  # beside the policy: 1 is a reward model, 2 a value model too
 
     max_samples: int | Auto = "auto"
     """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
@@ -134,7 +144,7 @@ class RunArgs(BaseArgs):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "at least 0 and below 1")
         require(
-            not self.load_in_4bit or (self.lora_r > 0 and not hasattr(self, "reward_model")), "load_in_4bit", True,
+            not self.load_in_4bit or (self.lora_r > 0 and not self.scalar_models), "load_in_4bit", True,
             "--lora-r above 0 beside it, in a script without a reward model: 4-bit weights are neither trained nor replaced",
         )  # fmt: skip
         require(
@@ -285,12 +295,11 @@ def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float, ki
     return peak * (left if kind == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
-def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
-    """RMSprop (torch defaults) or AdamW, without weight decay. The learning rate is set at every step."""
+def make_optimizer(name: str, parameters, eps: float = 1e-8, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """RMSprop or AdamW, torch defaults but for what is given. The learning rate is set at every step."""
     trainable = [p for p in parameters if p.requires_grad]
-    if name == "rmsprop":
-        return torch.optim.RMSprop(trainable, lr=0.0)
-    return torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
+    kind = torch.optim.RMSprop if name == "rmsprop" else torch.optim.AdamW
+    return kind(trainable, lr=0.0, eps=eps, weight_decay=weight_decay)
 
 
 def stream_seed(*key: int) -> int:
@@ -493,6 +502,25 @@ class Run:
         return self.map_rows(
             len(sequences), lambda mine: self.score_batches([sequences[i] for i in mine], score, shared)
         )
+
+    def cached(self, path: Path, keys: list[str], work: Callable, name: str, block: int = 4096) -> list:
+        """A value per key: from the Parquet file, else by work(indices, advance) in all ranks together.
+
+        The file is written after every block, so that a run cut off loses one block.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        stored = {r["key"]: r["value"] for r in read_pairs(path)} if self.is_main and path.exists() else {}
+        (known,) = broadcast_object_list([stored])
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        with self.phase(name, len(missing), step=0) as advance:
+            for start in range(0, len(missing), block):
+                part = missing[start : start + block]
+                known |= dict(zip((keys[i] for i in part), work(part, advance), strict=True))
+                if self.is_main:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_pairs(path, [{"key": k, "value": v} for k, v in known.items()])
+        return [known[key] for key in keys]
 
     def shared(self, advance: Callable[[int], None]) -> Callable[[int], None]:
         """Progress of work that all ranks share, from this rank's part of it."""

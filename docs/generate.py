@@ -15,10 +15,11 @@ import aihf_direct  # noqa: E402
 import aihf_ppo  # noqa: E402
 import evaluate  # noqa: E402
 import irft  # noqa: E402
+import irl_ppo_tldr  # noqa: E402
 import rft  # noqa: E402
 import sft  # noqa: E402
 
-SCRIPTS = {module.__name__: module for module in (aihf, aihf_direct, aihf_ppo, evaluate, irft, rft, sft)}
+SCRIPTS = {module.__name__: module for module in (aihf, aihf_direct, aihf_ppo, evaluate, irft, irl_ppo_tldr, rft, sft)}
 
 
 def field_docs(cls) -> dict[str, str]:

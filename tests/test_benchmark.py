@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: a gold reward with its data, preferences drawn from it, and the tables of the AIHF comparison."""
+"""The benchmarks' own parts: a gold reward with its data, preferences drawn from it, and the tables of the AIHF and IRL comparisons."""
 
 import json
 import sys
@@ -16,6 +16,7 @@ from common.evals import bootstrap_interval
 sys.path.append(str(ROOT / "benchmark"))
 import aihf_table
 import gold
+import irl_table
 
 SMALL = "--max-length 96 --max-new-tokens 8 --per-device-eval-batch-size 16".split()
 
@@ -174,3 +175,54 @@ def test_tables_are_means_over_seeds_paired_with_base_and_sft(tmp_path, capsys):
 def test_an_unfinished_run_is_named(tmp_path):
     with pytest.raises(aihf_table.UserError, match="--runs: found no finished run in .*sft"):
         aihf_table.load(tmp_path / "sft")
+
+
+def make_irl_seed(folder, seed: int) -> None:
+    """SFT with gold 0, two iterations with 1 and 2 + seed on the first of two rows; one of SPIN with -1."""
+
+    def rows(gold_score: float, **more) -> list[dict]:
+        shared = {"gold/demonstrations": 3.0, "gold/win_rate_demonstrations": 0.25, "rouge_l": 0.5, "nll": 7.0, **more}
+        scores = ((0, gold_score), (1, 0.0))
+        return [{"row": i, "sample": "x", "gold/score": v, "completions/mean_length": 4.0, **shared} for i, v in scores]
+
+    (folder / "irl" / "evals").mkdir(parents=True)
+    (folder / "irl" / "args.json").write_text('{"args": {"T": 2}}')
+    for updates, value in ((0, 0.0), (5, 1.0), (10, 2.0 + seed)):
+        write_pairs(folder / "irl" / "evals" / f"{updates:04}.parquet", rows(value))
+    for t in range(2):
+        pairs = [{"row": i, "chosen": 1.0, "rejected": r} for i, r in enumerate((0.0, 1.0, 2.0, 0.0))]
+        write_pairs(folder / "irl" / "evals" / f"preferences_{t:04}.parquet", pairs[: 2 + 2 * t])
+        held = [{"row": i, "chosen": 1.0, "rejected": 0.0, "shuffled": 2.0 * i} for i in range(2)]
+        write_pairs(folder / "irl" / "evals" / f"reward_{t:04}.parquet", held)
+    implicit = {"rewards/accuracies": 1.0, "rewards/accuracies_shuffled": 0.0}
+    for name, value in (("held_out", 1.0), ("preferences", 0.5)):
+        (folder / f"spin_1_{name}" / "evals").mkdir(parents=True)
+        write_pairs(
+            folder / f"spin_1_{name}" / "evals" / "0000.parquet",
+            rows(-1.0, **{**implicit, "rewards/accuracies": value}),
+        )
+
+
+def test_irl_table_has_each_methods_iterations_paired_with_sft(tmp_path):
+    for seed in (0, 2):
+        make_irl_seed(tmp_path / str(seed), seed)
+    irl_table.show(irl_table.Args(runs=str(tmp_path), seeds=(0, 2), output=str(tmp_path / "out")))
+    assert (tmp_path / "out" / "irl.png").stat().st_size > 10_000
+    lines_ = (tmp_path / "out" / "irl.md").read_text().splitlines()
+    table = {r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in lines_[2:]}
+    assert list(table) == ["SFT", "IRL, iteration 1", "IRL, iteration 2", "SPIN, iteration 1", "people"]
+    found = {name: dict(zip(irl_table.COLUMNS, cells, strict=True)) for name, cells in table.items()}
+    accuracy, gold_score, gain = "(a) accuracy, labelled pairs", "(b) gold score", "less SFT's"
+    assert [found[n][accuracy][:5] for n in table] == ["", "0.750", "0.625", "0.500", ""]
+    assert [found[n][gold_score][:4] for n in table] == ["0.00", "0.50", "1.50", "-0.5", "3.00"]
+    assert found["IRL, iteration 2"][gain] == "1.50 [0.00, 3.00]" and found["people"][gain] == "3.00 [3.00, 3.00]"
+    assert found["IRL, iteration 1"]["accuracy, person over SFT's sample"] == "1.000 [1.000, 1.000]"
+    assert found["IRL, iteration 1"]["accuracy, own over another's"][:5] == "0.500"
+    assert found["SPIN, iteration 1"]["accuracy, own over another's"][:5] == "0.000"
+
+
+def test_irl_runs_with_other_evaluations_are_refused(tmp_path):
+    make_irl_seed(tmp_path / "1", 1)
+    (tmp_path / "1" / "irl" / "evals" / "0005.parquet").unlink()
+    with pytest.raises(irl_table.UserError, match="found 2 evaluations in .*, expected 3 with gold scores"):
+        irl_table.load_irl(tmp_path / "1" / "irl")

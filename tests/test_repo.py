@@ -16,10 +16,11 @@ import aihf_direct
 import aihf_ppo
 import evaluate
 import irft
+import irl_ppo_tldr
 import rft
 import sft
 
-MODULES = (aihf, aihf_direct, aihf_ppo, evaluate, irft, rft, sft)
+MODULES = (aihf, aihf_direct, aihf_ppo, evaluate, irft, irl_ppo_tldr, rft, sft)
 SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("benchmark/*.py")]
 
@@ -117,6 +118,12 @@ OWN = {
     "reward_batch_loss",
     "sft_batch_loss",
 }  # each script's; no maths
+OWN_PPO = {
+    "ppo_batch_loss",
+    "ppo_update",
+    "add_advantages",
+    "pad",
+}  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
     ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "AIHF.sample_pairs", "AIHF.start_reward"),
     ("rft.py", "aihf_ppo.py"): ("collect", "sft_batch_loss", "ActorCritic.forward"),
@@ -136,7 +143,8 @@ def test_functions_of_the_same_name_in_two_scripts_are_the_same():
     seen = {}
     for path in ROOT.glob("*.py"):
         for name, source in functions(path).items():
-            if name not in OWN and "." not in name:
+            own = OWN | (OWN_PPO if path.stem == "irl_ppo_tldr" else set())
+            if name not in own and "." not in name:
                 assert seen.setdefault(name, source) == source, f"{name} differs in {path.name}"
     for scripts, names in SHARED.items():
         first, second = (functions(ROOT / script) for script in scripts)

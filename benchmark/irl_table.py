@@ -1,0 +1,142 @@
+"""Table and figure of benchmark/irl_small.sh, the IRL paper's Fig. 2 at small scale: SFT, IRL and SPIN by outer iteration.
+
+Intervals are 95% bootstrap over held-out rows of the mean over seeds; thin lines are single seeds.
+
+    python benchmark/irl_table.py --runs runs/irl_small --output runs/irl_small
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.tables import cell, markdown, mean_and_interval, read_columns  # noqa: E402
+from common import UserError  # noqa: E402
+from common.evals import wins  # noqa: E402
+from common.run import main  # noqa: E402
+
+COLUMNS = {  # column -> measure, digits
+    "(a) accuracy, labelled pairs": ("accuracy", 3),
+    "accuracy, person over SFT's sample": ("accuracy_sft", 3),
+    "accuracy, own over another's": ("accuracy_shuffled", 3),
+    "(b) gold score": ("gold/score", 2),
+    "less SFT's": ("gold/gain", 2),
+    "(c) win rate over people": ("gold/win_rate_demonstrations", 3),
+    "ROUGE-L": ("rouge_l", 3),
+    "length": ("completions/mean_length", 1),
+    "NLL of people": ("nll", 1),
+}
+COLORS = {"IRL": "#228833", "SPIN": "#ee6677", "SFT": "#4477aa", "people": "#aa3377"}
+Point = dict[str, np.ndarray]  # measure -> (rows,)
+
+
+@dataclass
+class Args:
+    runs: str
+    """folder of benchmark/irl_small.sh: <seed>/irl, <seed>/spin_<k>, ..."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    output: str = "runs/irl_small"
+    """folder for irl.md and irl.png."""
+
+
+def load_irl(folder: Path) -> list[Point]:
+    """SFT and the policy after each outer iteration, with the reward that iteration learned."""
+    files = sorted((folder / "evals").glob("[0-9]*.parquet"), key=lambda p: int(p.stem))
+    T = json.loads((folder / "args.json").read_text())["args"]["T"]
+    evaluations = [read_columns(p) for p in files]
+    if len(evaluations) != T + 1 or "gold/score" not in evaluations[0]:
+        raise UserError(
+            f"--runs: found {len(evaluations)} evaluations in {folder}, expected {T + 1} with gold scores: one before"
+            " and one after each outer iteration"
+        )
+    for t, point in enumerate(evaluations[1:]):
+        pairs = read_columns(folder / "evals" / f"preferences_{t:04d}.parquet")
+        held = read_columns(folder / "evals" / f"reward_{t:04d}.parquet")
+        point["accuracy"] = wins(pairs["chosen"], pairs["rejected"])
+        point["accuracy_sft"] = wins(held["chosen"], held["rejected"])
+        point["accuracy_shuffled"] = wins(held["chosen"], held["shuffled"])
+    return evaluations
+
+
+def load_spin(folder: Path) -> list[Point]:
+    """The policy after each iteration of SPIN, with its implicit reward."""
+    points = []
+    while (path := folder / f"spin_{len(points) + 1}_held_out").is_dir():
+        point = read_columns(path / "evals" / "0000.parquet")
+        point["accuracy_sft"], point["accuracy_shuffled"] = (
+            point[f"rewards/accuracies{kind}"] for kind in ("", "_shuffled")
+        )
+        other = folder / f"spin_{len(points) + 1}_preferences" / "evals" / "0000.parquet"
+        point["accuracy"] = read_columns(other)["rewards/accuracies"]
+        points.append(point)
+    return points
+
+
+def show(args: Args) -> None:
+    folders = [Path(args.runs) / str(seed) for seed in args.seeds]
+    irl = [load_irl(f / "irl") for f in folders]
+    spin = [load_spin(f) for f in folders]
+    if len({len(s) for s in spin}) > 1 or any(not np.array_equal(s[0]["row"], irl[0][0]["row"]) for s in (*spin, *irl)):
+        raise UserError("--runs: found seeds with other iterations or held-out rows, expected the same ones")
+    for seed, points in enumerate(irl):
+        people = {"gold/score": points[0]["gold/demonstrations"]}
+        for point in (*points, *spin[seed], people):
+            point["gold/gain"] = point["gold/score"] - points[0]["gold/score"]
+        points.append(people)
+    named = {"SFT": [r[0] for r in irl]}
+    named |= {f"IRL, iteration {k}": [r[k] for r in irl] for k in range(1, len(irl[0]) - 1)}
+    named |= {f"SPIN, iteration {k + 1}": [r[k] for r in spin] for k in range(len(spin[0]))}
+    named["people"] = [r[-1] for r in irl]
+    rows = []
+    for name, points in named.items():
+        cells = [cell([p[m] for p in points], digits) if m in points[0] else "" for m, digits in COLUMNS.values()]
+        rows.append([name, *cells])
+    text = markdown(["", *COLUMNS], rows)
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "irl.md").write_text(text)
+    figure(named, out / "irl.png")
+    print(f"{text}\ntable: {out / 'irl.md'}   figure: {out / 'irl.png'}")
+
+
+def figure(named: dict[str, list[Point]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = [
+        ("accuracy", "(a) accuracy of the reward", "share of labelled pairs"),
+        ("gold/score", "(b) gold score of samples", "gold reward units"),
+        ("gold/win_rate_demonstrations", "(c) win rate over people", "share of held-out posts"),
+    ]
+    for ax, (measure, title, ylabel) in zip(axes, panels, strict=True):
+        for method in ("IRL", "SPIN"):
+            points = [(0, named["SFT"])] if measure in named["SFT"][0] else []
+            points += [(int(n.split()[-1]), p) for n, p in named.items() if n.startswith(method)]
+            places = [k for k, _ in points]
+            values = [[seed[measure] for seed in p] for _, p in points]
+            for seed in range(len(named["SFT"])):
+                ax.plot(places, [v[seed].mean() for v in values], color=COLORS[method], alpha=0.3, lw=0.9)
+            middle, low, high = zip(*(mean_and_interval(v) for v in values), strict=True)
+            ax.fill_between(places, low, high, color=COLORS[method], alpha=0.12, lw=0)
+            ax.plot(places, middle, color=COLORS[method], marker="o", ms=3.5, lw=2, label=method)
+        for name in ("SFT", "people"):
+            if measure == "gold/score":
+                ax.axhline(np.mean([p[measure] for p in named[name]]), color=COLORS[name], lw=1.4, ls="--", label=name)
+        if measure == "accuracy":
+            ax.axhline(0.5, color="#bbbbbb", lw=1)
+        ax.set(xlabel="outer iteration", ylabel=ylabel, xticks=range(max(places) + 1))
+        ax.set_title(title, loc="left")
+        ax.legend(frameon=False)
+    fig.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main(lambda: show(tyro.cli(Args, description=__doc__)))
