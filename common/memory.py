@@ -164,21 +164,23 @@ def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False
 
 
 def generation_costs(args, config) -> dict[str, int]:
-    """Bytes over the weights of Generator's batch: the first pass over full prompts, or the last token of full windows."""
+    """Bytes over the weights of Generator's batch at the larger of two moments: full prompts, and the last of the tokens."""
     from transformers import DynamicCache
 
     rows, prompt = args.per_device_eval_batch_size, args.max_prompt_length
     longest = min(args.max_length, prompt + args.max_new_tokens) - 1
+    moments = {"prompt": (prompt, prompt), "last": (longest, 1)}  # (tokens in the cache afterwards, of these new)
 
     def measure(layers: int) -> dict[str, int]:
-        model = without_data(args, config, layers).eval()
+        model, out = without_data(args, config, layers).eval(), {}
         with counted(args, model, config.vocab_size) as memory, torch.no_grad():
             cache = DynamicCache(config=model.config)
-            for length, new in ((prompt, prompt), (longest, 1)):
+            for moment, (length, new) in moments.items():
                 if length > prompt + 1:  # what the steps between leave in the cache
                     for layer in cache.layers:
                         part = layer.keys[:, :, :1].expand(-1, -1, length - prompt - 1, -1)
                         layer.update(part.clone(), part.clone())
+                memory.peak = 0
                 ids = torch.zeros(rows, new, dtype=torch.long, device=device())
                 mask = torch.ones(rows, length, dtype=torch.long, device=device())
                 logits = model(
@@ -187,10 +189,14 @@ def generation_costs(args, config) -> dict[str, int]:
                 scored = temper(logits, 1.0)
                 inverse_cdf(scored, torch.zeros(rows, device=device()))
                 scored.log_softmax(-1)
-            kv_cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        return {"peak": memory.peak, "logits": memory.peak_logits, "kv_cache": kv_cache}
+                kv_cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+                found = {"peak": memory.peak, "logits": memory.peak_logits, "kv_cache": kv_cache}
+                out |= {f"{moment} {name}": size for name, size in found.items()}
+        return out
 
-    return per_layer(measure, config.num_hidden_layers)
+    found = per_layer(measure, config.num_hidden_layers)
+    moment = max(moments, key=lambda m: found[f"{m} peak"])
+    return {name: found[f"{moment} {name}"] for name in ("peak", "logits", "kv_cache")}
 
 
 # ---- the plan ----
