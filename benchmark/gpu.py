@@ -50,7 +50,7 @@ SHAPES = {
             vocab_size=32000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
             intermediate_size=14336,
         ),
-        8, 1024, 256, 32, 8,
+        4, 1024, 256, 32, 8,
     ),
     "tiny": Shape(
         "gpt_neox",
@@ -135,7 +135,10 @@ def measure(args: Args, step: str, lora_r: int) -> dict[str, float]:
     shape = SHAPES[args.shape]
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16")
     if accelerator.state.deepspeed_plugin is not None:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = shape.sequences
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": shape.sequences,
+            "zero_allow_untested_optimizer": True,
+        }
     settings = irft.Args(lora_r=lora_r, mixed_precision="bf16", dtype="bfloat16" if lora_r else "float32")
     config = AutoConfig.for_model(shape.architecture, **shape.size, max_position_embeddings=2048)
     torch.manual_seed(0)

@@ -248,10 +248,9 @@ class Plan:
 
     def reference(self, copies: int = 1) -> dict[str, float]:
         args = self.args
-        adapter_off = (
-            args.lora_r and not getattr(args, "sft_epochs", 0) and getattr(args, "ref", "initial") == "initial"
-        )
-        return {"reference": 0 if adapter_off or (args.lora_r and not self.scalars) else copies * self.frozen}
+        moves = getattr(args, "sft_epochs", 0) or getattr(args, "ref", "initial") == "previous"
+        adapter_off = args.lora_r and not (self.scalars and moves)  # models.open_reference
+        return {"reference": 0 if adapter_off else copies * self.frozen}
 
     def step(self, trained: int, largest: int, peak: int, logits: int) -> dict[str, float]:
         """The larger of two moments: a backward pass, and the update. Before a step's first backward pass, no gradient is."""
@@ -304,9 +303,8 @@ class Plan:
             held = self.held() | self.optimizer(trained)
             return {"generate": held | made, "score": held | self.reference() | scored}
         both = [trained, *[self.scalar["trained"]] * self.scalars]
-        copies = (
-            2 if getattr(args, "ref", "initial") == "previous" and args.T > 1 else 1
-        )  # an evaluation has the initial one too
+        moves = getattr(args, "ref", "initial") == "previous" and args.T > 1
+        copies = 2 if moves else 1  # an evaluation has the initial one too
         larger = max(made, scored, key=lambda parts: sum(parts.values()))
         return {"answers": self.held() | self.reference(copies) | self.optimizer(*both) | larger}
 
@@ -322,9 +320,8 @@ def print_memory_plan(args) -> None:
             word = "without" if args.gradient_checkpointing else "with"
             print(f"    {word} --gradient-checkpointing: about {sum(other[phase].values()) / gib:.2f} GiB")
     if plan.world > 1:
-        print(
-            f"  per device of {plan.world}" + (f", sharded as ZeRO-{plan.stage}" if plan.stage else ", data parallel")
-        )
+        how = f"sharded as ZeRO-{plan.stage}" if plan.stage else "data parallel"
+        print(f"  per device of {plan.world}, {how}")
 
 
 # ---- when there is not enough ----
