@@ -320,7 +320,7 @@ def test_a_models_operations_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    size = dict(vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
+    size = dict(vocab_size=512, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256)
     shape = gpu.Shape("gpt_neox", size, 1, 32, 32, 1, 1)
     for lora_r in (0, 4):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **size), attn_implementation="eager")
