@@ -23,13 +23,13 @@ The paper's run:       accelerate launch aihf.py --model mistral-7b-sft-beta
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, models, rewards
+from common import UserError, evals, memory, models, rewards
 from common.data import collate, read_pairs, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -70,6 +70,9 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 
 @dataclass
 class Args(RunArgs):
+    sequences_per_row: ClassVar[int] = 2
+    scalar_models: ClassVar[int] = 1
+
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""
     num_train_epochs: int = 1
@@ -696,7 +699,7 @@ def print_steps(args: Args, steps: Steps) -> None:
     print(f"  {steps.updates} policy updates of {steps.per_update} optimizer steps, each after")
     print(f"  up to {size} answers ({size * tokens} tokens at most)")
     print(f"  in all {steps.first(args.T)} optimizer steps")
-    models.print_memory_plan(args, sequences_per_row=2, scalar=args.reward_model or args.model, value=False)
+    memory.print_memory_plan(args)
 
 
 if __name__ == "__main__":

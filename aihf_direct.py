@@ -19,13 +19,13 @@ The paper's run:       accelerate launch aihf_direct.py --model mistral-7b-sft-b
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, models
+from common import UserError, evals, memory, models
 from common.data import collate, read_pairs, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -52,6 +52,8 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 
 @dataclass
 class Args(RunArgs):
+    sequences_per_row: ClassVar[int] = 2
+
     objective: Literal["self_play", "direct"] = "self_play"
     """the demonstrations' part: irft_loss against the policy's own answers (Eq. 11), or -log pi (Eq. 10), without answers."""
     preference_loss: Literal["dpo", "ipo"] = "dpo"
@@ -451,7 +453,7 @@ def print_updates(args: Args, n: int, m: int, K: int) -> None:
             f" {K} updates on {n} demonstrations and {m} preferences"
         )
     print(f"  in all {args.T * K} updates of up to {args.batch_size} demonstrations and {args.batch_size} preferences")
-    models.print_memory_plan(args, sequences_per_row=2)
+    memory.print_memory_plan(args)
 
 
 def longest_sequence(row: dict) -> int:

@@ -21,13 +21,13 @@ The paper's run:       accelerate launch aihf_ppo.py --model pythia-1b
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, engines, evals, models, rewards
+from common import UserError, engines, evals, memory, models, rewards
 from common.data import collate, pad_right, read_pairs, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
@@ -68,6 +68,8 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 
 @dataclass
 class Args(RunArgs):
+    scalar_models: ClassVar[int] = 2
+
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""
     num_train_epochs: int = 1
@@ -753,7 +755,7 @@ def print_steps(args: Args, steps: Steps) -> None:
     print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
     print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
     print(f"  in all {steps.first(args.T)} optimizer steps")
-    models.print_memory_plan(args, sequences_per_row=1, scalar=args.reward_model or args.model)
+    memory.print_memory_plan(args)
 
 
 if __name__ == "__main__":

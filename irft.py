@@ -18,13 +18,13 @@ The paper's run:       accelerate launch irft.py --T 5 --model zephyr-7b-sft-ful
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, models
+from common import UserError, evals, memory, models
 from common.data import collate, read_pairs, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -48,6 +48,8 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 
 @dataclass
 class Args(RunArgs):
+    sequences_per_row: ClassVar[int] = 2
+
     T: int = 5
     """outer iterations, >= 1: how often the policy answers anew. 1 is SPIN. Paper: 5 to 8 (Tables 3, 4)."""
     num_chunks: int | Auto = "auto"
@@ -331,7 +333,7 @@ def print_plan(args: Args, plan: Plan) -> None:
             f" {plan.K[t]} updates on {plan.pairs[t]} pairs, peak learning rate {plan.schedule[t][2]:g}"
         )
     print(f"  in all {plan.steps} updates of {args.batch_size} pairs")
-    models.print_memory_plan(args, sequences_per_row=2)
+    memory.print_memory_plan(args)
 
 
 def pair_length(pair: dict) -> int:

@@ -26,13 +26,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, models, rewards
+from common import UserError, evals, memory, models, rewards
 from common.data import collate, read_pairs, tokenise, without_eos, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -70,6 +70,9 @@ BLOCK = 256  # prompts whose candidates are sampled, scored and kept on disk at 
 
 @dataclass
 class Args(RunArgs):
+    sequences_per_row: ClassVar[int] = 2
+    scalar_models: ClassVar[int] = 1
+
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 2."""
     num_train_epochs: int = 1
@@ -773,7 +776,7 @@ def print_steps(args: Args, n: int) -> None:
     kind = f"DPO on pairs ({args.pair_choice})" if dpo else "fine-tuning on the best of them"
     print(f"  {steps.updates} policy updates of {steps.per_update} optimizer steps: {kind}")
     print(f"  in all {steps.first(args.T)} optimizer steps")
-    models.print_memory_plan(args, sequences_per_row=2 if dpo else 1, scalar=args.model, value=False)
+    memory.print_memory_plan(args)
 
 
 if __name__ == "__main__":

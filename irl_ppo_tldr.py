@@ -23,13 +23,13 @@ accelerate launch irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR -
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, engines, evals, models, rewards
+from common import UserError, engines, evals, memory, models, rewards
 from common.data import collate, encode, pad_right, read_pairs, tokenise, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
@@ -75,6 +75,8 @@ COMPARISON_TOKENS = 169  # N+: the longest summary in people's comparisons, EOS 
 
 @dataclass
 class Args(RunArgs):
+    scalar_models: ClassVar[int] = 2
+
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Released code: 11."""
     num_train_epochs: int = 1
@@ -842,7 +844,7 @@ def print_steps(args: Args, n: int) -> None:
     print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
     print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
     print(f"  in all {steps.first(args.T)} optimizer steps")
-    models.print_memory_plan(args, sequences_per_row=1, scalar=args.model)
+    memory.print_memory_plan(args)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from common import evals, models
+from common import evals, memory, models
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -102,7 +102,7 @@ def train(args: Args) -> None:
     if args.dry_run:
         print(f"sft --dry-run: model {args.model}, data {args.dataset}, {count} demonstrations")
         print(f"  {total} updates of {args.batch_size} demonstrations, {args.num_train_epochs} epoch(s)")
-        models.print_memory_plan(args, sequences_per_row=1)
+        memory.print_memory_plan(args)
         return
     held_rows = evals.load_held_out(args, tokenizer, demonstrations)
 

@@ -1,17 +1,22 @@
-"""Peak memory of one training step: SFT, IRFT, and IRFT with a reference model beside it, on the same sequences.
+"""Peak memory: the plan of --dry-run against what its phases really take, and RFT paper's Table 2.
 
-The RFT paper's Table 2 says that Alg. 2 trains in the memory of SFT. Each case runs in a process of its own; the peak is
-that of the resident set above its size before the model was made. The model is a random GPT-NeoX.
+Each case runs in a process of its own. `peak` is the largest sum of bytes that torch's allocator had handed out, from its
+own record of every allocation; `resident` that of the resident set above its size before the model was made. The models
+are random.
 
-    python benchmark/memory.py
+    python benchmark/memory.py                     # Table 2: Alg. 2 trains in the memory of SFT
+    python benchmark/memory.py --plan 100m         # plan and measurement of every phase, of a model of that shape
 """
 
 import json
 import resource
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -22,6 +27,21 @@ CASES = {
     "irft": "IRFT, B pairs, stored reference log-probs",
     "irft_ref": "IRFT, B pairs, reference model in memory",
 }
+PHASES = {"irft": ("train", "generate", "score"), "rft": ("reward step", "policy update", "answers")}
+NEOX_100M = dict(  # 98 million, pythia-160m's vocabulary and head size
+    vocab_size=50304, hidden_size=512, num_hidden_layers=15, num_attention_heads=8, intermediate_size=2048,
+    max_position_embeddings=512,
+)  # fmt: skip
+SIZES = {  # of the batches that are measured
+    "tiny": dict(
+        max_length=256, max_new_tokens=64, max_prompt_length=192, batch_size=8, per_device_train_batch_size=4,
+        per_device_eval_batch_size=8,
+    ),
+    "100m": dict(
+        max_length=128, max_new_tokens=32, max_prompt_length=96, batch_size=4, per_device_train_batch_size=2,
+        per_device_eval_batch_size=4,
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -38,8 +58,176 @@ class Args:
     """tokens per sequence, half of them response."""
     steps: int = 3
     """updates."""
+    plan: Literal["", "tiny", "100m"] = ""
+    """compare --dry-run's plan with measurements of a model of this shape."""
 
 
+# ---- measuring ----
+def measured_peak(work: Callable[[], object]) -> int:
+    """Largest sum of bytes that torch's CPU allocator handed out and did not get back while work() ran."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def sequences(rows: int, args) -> list[tuple[list[int], list[int]]]:
+    """Full windows, but for the last row, which is a token shorter: with padding, as real batches are."""
+    prompt, response = args.max_prompt_length, args.max_length - args.max_prompt_length
+    return [([1] * prompt, [2] * (response - (i == rows - 1))) for i in range(rows)]
+
+
+def measure_phase(phase: str, args) -> int:
+    """Bytes at the peak of a phase of irft.py or rft.py, by their own functions: what is held before it, and what it adds."""
+    import torch
+
+    import irft
+    import rft
+    from common import models, rewards
+    from common.data import collate
+    from common.generation import Generator
+    from common.logprobs import response_logprobs
+    from common.run import make_optimizer
+
+    def update(model, optimizer, loss, rows) -> None:
+        for start in range(0, len(rows), args.per_device_train_batch_size):
+            loss(model, rows[start : start + args.per_device_train_batch_size], args, "cpu")[0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def prepared(model, loss, row):
+        """The model and an optimizer that has its state."""
+        optimizer = make_optimizer(args.optimizer, model.train().parameters())
+        update(model, optimizer, loss, [row])
+        return model, optimizer
+
+    def held(*parts) -> int:
+        tensors = []
+        for part in parts:
+            if isinstance(part, torch.nn.Module):
+                tensors += [*part.parameters(), *part.buffers()]
+            else:
+                tensors += [x for state in part.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        return sum(t.nbytes for t in tensors)
+
+    def ppo_loss(model, rows, args, device):
+        return rft.ppo_batch_loss(model, rows, args, device, 1.0)
+
+    def answer(policy) -> None:
+        generator = Generator(policy, models.load_tokenizer(args), args.per_device_eval_batch_size, args.max_new_tokens)
+        generator.eos_ids = set()  # all of them of full length
+        prompts = [x for x, _ in sequences(args.per_device_eval_batch_size, args)]
+        generator.sample(prompts, list(range(len(prompts))), 0)
+
+    def score(policy) -> None:
+        with torch.no_grad():
+            response_logprobs(policy, collate(sequences(args.per_device_eval_batch_size, args), 0))
+
+    def row(x: list[int], y: list[int]) -> dict:
+        zeros = dict.fromkeys(("logprobs", "values", "advantages", "returns"), [0.0] * len(y))
+        pair = {"chosen_ids": y, "rejected_ids": y[:-1], "ref_chosen": -9.0, "ref_rejected": -9.0}
+        return {"prompt_ids": x, "response_ids": y, **zeros, **pair}
+
+    rows, short = [row(x, y) for x, y in sequences(args.batch_size, args)], row([1], [2, 2])
+    if phase in PHASES["irft"]:
+        policy, optimizer = prepared(models.prepare_policy(args), irft.pair_loss, short)
+        if phase == "train":
+            return held(policy, optimizer) + measured_peak(lambda: update(policy, optimizer, irft.pair_loss, rows))
+        if phase == "generate":
+            return held(policy, optimizer) + measured_peak(lambda: answer(policy))
+        reference = models.load_model(args).eval()
+        return held(policy, optimizer, reference) + measured_peak(lambda: score(reference))
+    value, reward = (rewards.prepare_scalar(args, args.model, "--reward-model") for _ in range(2))
+    reward, reward_optimizer = prepared(reward, rft.reward_batch_loss, short)
+    if phase == "reward step":
+        actor_critic = rft.ActorCritic(models.prepare_policy(args), value)
+        work = measured_peak(lambda: update(reward, reward_optimizer, rft.reward_batch_loss, rows))
+        return held(actor_critic, reward, reward_optimizer) + work
+    actor_critic, optimizer = prepared(rft.ActorCritic(models.prepare_policy(args), value), ppo_loss, short)
+    before = held(actor_critic, optimizer, reward, reward_optimizer)
+    if phase == "policy update":
+        return before + reference_bytes(args) + measured_peak(lambda: update(actor_critic, optimizer, ppo_loss, rows))
+    reference = models.load_model(args).eval()
+    return before + reference_bytes(args) + measured_peak(lambda: (answer(actor_critic.policy), score(reference)))
+
+
+def reference_bytes(args) -> int:
+    """Of rft.py's reference policy: none with LoRA, where it is the adapter switched off."""
+    from common import models
+
+    return 0 if args.lora_r else sum(p.nbytes for p in models.load_model(args).parameters())
+
+
+def phase_args(script: str, folder: Path, **settings):
+    """Args of irft.py or rft.py for the model in `folder`, named by its shape, float32."""
+    import irft
+    import rft
+
+    own = dict(reward_model="", sft_epochs=0) if script == "rft" else {}
+    shared = SIZES.get(folder.name, SIZES["tiny"]) | dict(model=str(folder), mixed_precision="no")
+    return {"irft": irft, "rft": rft}[script].Args(**shared | own | settings)
+
+
+def planned(args) -> dict[str, float]:
+    """{phase: bytes} of the plan."""
+    from common.memory import Plan
+
+    plan = Plan(args)
+    phases = plan.training(args.gradient_checkpointing) | plan.answering()
+    return {phase: sum(parts.values()) for phase, parts in phases.items()}
+
+
+def make_model(folder: Path, shape: str) -> None:
+    """A random GPT-NeoX of that shape with a tokenizer of 258 bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    from common.models import TINY
+
+    words = ["<eos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    GPTNeoXForCausalLM(GPTNeoXConfig(**TINY if shape == "tiny" else NEOX_100M)).save_pretrained(folder)
+
+
+def resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_plan(shape: str) -> None:
+    """Every phase of irft.py and rft.py, plan and measurement, the latter in processes of their own."""
+    variants = {"": {}, ", checkpointing": {"gradient_checkpointing": True}, ", LoRA": {"lora_r": 8}}
+    sizes = ", ".join(f"{name} {value}" for name, value in SIZES[shape].items())
+    print(f"{shape}: {sizes}, float32")
+    print("| phase | plan, MiB | peak, MiB | plan / peak | resident, MiB |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = f"{parent}/{shape}"
+        make_model(Path(folder), shape)
+        for script, phases in PHASES.items():
+            for words, settings in variants.items():
+                plan = planned(phase_args(script, Path(folder), **settings))
+                for phase in phases:
+                    if settings and "train" not in phase and phase != "policy update":
+                        continue
+                    given = [sys.executable, __file__, "--case", json.dumps([script, phase, folder, settings])]
+                    done = subprocess.run(given, capture_output=True, text=True, check=True)
+                    found = json.loads(done.stdout.splitlines()[-1])
+                    mib = [x / 2**20 for x in (plan[phase], found["peak"], found["resident"])]
+                    ratio = mib[0] / mib[1]
+                    print(
+                        f"| {script}, {phase}{words} | {mib[0]:.0f} | {mib[1]:.0f} | {ratio:.2f} | {mib[2]:.0f} |",
+                        flush=True,
+                    )
+
+
+# ---- RFT paper, Table 2 ----
 def measure(args: Args) -> dict[str, float]:
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -93,8 +281,16 @@ def measure(args: Args) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
+    if args.case.startswith("["):
+        script, phase, folder, settings = json.loads(args.case)
+        given, before = phase_args(script, Path(folder), **settings), resident()
+        print(json.dumps({"peak": measure_phase(phase, given), "resident": resident() - before}))
+        return
     if args.case:
         print(json.dumps(measure(args)))
+        return
+    if args.plan:
+        print_plan(args.plan)
         return
     found = {}
     for case in CASES:

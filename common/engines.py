@@ -236,9 +236,9 @@ def save_state(accelerator, folder: str) -> list[int]:
     return fresh
 
 
-def load_state(accelerator, folder: str, fresh: list[int]) -> None:
-    """accelerate's load_state; `fresh` optimizers are left without state."""
-    accelerator.load_state(folder)
+def load_state(accelerator, folder: str, fresh: list[int], **options) -> None:
+    """accelerate's load_state, with its options; `fresh` optimizers are left without state."""
+    accelerator.load_state(folder, **options)
     forget(accelerator, fresh)
 
 

@@ -1,15 +1,23 @@
 """Log-probabilities of responses, and masked reductions. The next-token shift happens here and nowhere else.
 
-Dims: B sequences, L prompt + response tokens, T response tokens, V vocabulary, N response tokens in the batch.
+Dims: B sequences, L prompt + response tokens, T response tokens, V vocabulary, N response tokens in the batch, H hidden size.
 """
 
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from common import UserError
 from common.data import Batch
+
+CHUNK = 2**26  # logits made at a time; 256 MiB in float32
+KNOWN_HEADS = weakref.WeakSet()  # output embeddings after which their models were seen to change nothing
 
 
 class ResponseScores(NamedTuple):
@@ -38,41 +46,123 @@ def temper(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def score_tokens(logits: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float = 1.0):
-    """Log-prob, entropy and correctness of each response token -> ResponseScores.
+def score_tokens(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-prob, entropy and correctness of each token -> (3, N); gradient through the first row.
 
-    logits:        (B, T, V), `logits[:, t]` predicts `response_ids[:, t]`; only masked-in positions are read.
-    response_ids:  (B, T).
-    response_mask: (B, T) bool.
+    logits: (N, V), the i-th predicts targets[i]. targets: (N,).
     """
-    kept = temper(logits[response_mask], temperature)  # (N, V)
-    targets = response_ids[response_mask]  # (N,)
-    chosen = -F.cross_entropy(kept, targets, reduction="none")  # (N,)
+    logp = temper(logits, temperature).log_softmax(-1)
+    chosen = -F.nll_loss(logp, targets, reduction="none")
     with torch.no_grad():
-        log_z = kept.logsumexp(-1, keepdim=True)
-        entropy = -(torch.exp(kept - log_z) * (kept - log_z)).sum(-1)  # (N,)
-        correct = (kept.argmax(-1) == targets).to(kept.dtype)
+        entropy = -(logp.exp() * logp).sum(-1)
+        correct = logits.argmax(-1) == targets
+    return torch.stack([chosen, entropy, correct.to(logp.dtype)])
 
-    def scatter(values: Tensor) -> Tensor:  # (N,) -> (B, T)
-        return torch.zeros(response_mask.shape, dtype=kept.dtype, device=kept.device).masked_scatter(
-            response_mask, values
-        )
 
-    return ResponseScores(scatter(chosen), scatter(entropy), scatter(correct))
+def score_hidden(head: Callable, hidden: Tensor, targets: Tensor, vocabulary: int, temperature: float) -> Tensor:
+    """score_tokens of head(hidden) -> (3, N), CHUNK logits at a time.
+
+    hidden: (N, H). Where there is more than one chunk, the backward pass makes each chunk's logits again.
+    """
+    size = max(1, CHUNK // vocabulary)
+
+    def score(part: Tensor, ids: Tensor) -> Tensor:
+        return score_tokens(head(part), ids, temperature)
+
+    if len(targets) <= size:
+        return score(hidden, targets)
+    again = torch.is_grad_enabled()
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat(
+        [checkpoint(score, *p, use_reentrant=False, preserve_rng_state=False) if again else score(*p) for p in parts],
+        -1,
+    )
+
+
+def language_model(model) -> torch.nn.Module:
+    """The transformers model inside the wrappers of accelerate, its engines, and peft."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def replaced_forward(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
+    """The module with another forward; its hooks, which may gather its weights, run as ever."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def padding_free(config) -> bool:
+    """True where attention keeps sequences of one row apart by their positions, without a mask of L x L."""
+    return (getattr(config, "_attn_implementation", None) or "").startswith("flash_attention")
+
+
+def model_inputs(config, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """(inputs of a forward pass, (B,) where each sequence begins in its flattened output).
+
+    Right-padded rows; or, where attention supports it, one row of all sequences without padding, positions counted anew in
+    each, with what flash attention is to know of them, as DataCollatorWithFlattening of transformers makes it.
+    """
+    ids, mask = batch.input_ids, batch.attention_mask
+    if not padding_free(config):
+        return {"input_ids": ids, "attention_mask": mask}, torch.arange(len(ids), device=ids.device) * ids.shape[1]
+    kept, lengths = mask.bool(), mask.sum(-1)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    begin = lengths.cumsum(0) - lengths
+    bounds = torch.cat([begin, lengths.sum()[None]]).to(torch.int32)  # (B + 1,)
+    limits = {
+        f"{name}_{part}": x for part in "qk" for name, x in (("cu_seq_lens", bounds), ("max_length", ids.shape[1]))
+    }
+    return {"input_ids": ids[kept][None], "position_ids": positions[kept][None], **limits}, begin
+
+
+def score_positions(model, inputs: dict, where: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """score_tokens of one forward pass -> (3, N), for the tokens that follow the positions `where` of its flattened output.
+
+    The model is called, wrapped as it is, with a language-model head that scores these hidden states where it stands, so that
+    logits of other tokens, or of the whole batch, are never made. UserError on a model without such a head, or with one
+    whose logits it changes afterwards (soft-capping, scaling).
+    """
+    inner = language_model(model)
+    head = inner.get_output_embeddings()
+    if head is None:
+        raise UserError(f"--model: found {type(inner).__name__} without a language-model head, expected a causal model")
+    make_logits, made = head.forward, []
+
+    def score(hidden: Tensor) -> Tensor:  # (B, L, H), or (1, sum of lengths, H)
+        kept = hidden.flatten(0, 1).index_select(0, where)
+        made.append(score_hidden(make_logits, kept, targets, inner.config.vocab_size, temperature))
+        return made[0]
+
+    with replaced_forward(head, score):
+        scores = model(**inputs, use_cache=False).logits
+    if head not in KNOWN_HEADS:
+        same = len(made) == 1 and scores.shape == made[0].shape and scores.dtype == made[0].dtype
+        if not (same and torch.equal(scores.nan_to_num(), made[0].nan_to_num())):
+            raise UserError(
+                f"--model: found {type(inner).__name__}, which does not return the logits of its head as they are (soft-capped,"
+                f" scaled, or cast to {scores.dtype}), expected plain ones"
+            )
+        KNOWN_HEADS.add(head)
+    return scores
 
 
 def response_logprobs(model, batch: Batch, temperature: float = 1.0) -> ResponseScores:
-    """Score the responses of a batch under a causal language model. Gradient flows through `logprobs`.
+    """Score the responses of a batch under a causal language model. Gradient flows through `logprobs`."""
+    mask = batch.response_mask
+    inputs, begin = model_inputs(language_model(model).config, batch)
+    row, t = mask.nonzero(as_tuple=True)  # (N,), (N,)
+    where = (begin + batch.response_start - 1)[row] + t  # what predicts token t stands one before it
+    scores = score_positions(model, inputs, where, batch.response_ids[mask], temperature)
 
-    The language-model head runs only on the columns that predict a response token of some row.
-    """
-    width = batch.response_mask.shape[1]
-    first = int(batch.response_start.min()) - 1  # the column that predicts the earliest response token
-    columns = torch.arange(first, batch.input_ids.shape[1] - 1, device=batch.input_ids.device)
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=columns
-    ).logits  # (B, L - 1 - first, V)
-    offsets = torch.arange(width, device=batch.input_ids.device)
-    index = (batch.response_start[:, None] - 1 - first + offsets).clamp(max=logits.shape[1] - 1)  # (B, T)
-    rows = torch.arange(len(index), device=index.device)[:, None]
-    return score_tokens(logits[rows, index], batch.response_ids, batch.response_mask, temperature)
+    def scatter(values: Tensor) -> Tensor:  # (N,) -> (B, T)
+        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+    return ResponseScores(scatter(scores[0]), *map(scatter, scores[1:].detach()))

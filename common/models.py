@@ -1,8 +1,11 @@
-"""Models: names, loading, the embedded `tiny`, LoRA, the reference policy, and what a run costs in memory."""
+"""Models: names, loading, the embedded `tiny`, LoRA, and the reference policy."""
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +19,7 @@ import torch
 
 from common import UserError, engines
 from common.data import cache_folder, encode, load_rows, pydoc_key
-from common.run import data_order, learning_rate_at, progress
+from common.run import data_order, fingerprint, learning_rate_at, native_bf16, progress
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
     "zephyr-7b-sft-full": "alignment-handbook/zephyr-7b-sft-full",
@@ -81,6 +84,20 @@ def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
 
 
+def attention(args) -> str:
+    """--attn-implementation; auto: flash attention 3 or 2 where it is installed beside CUDA and bf16, else sdpa."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    bf16 = (
+        args.dtype == "bfloat16" or args.mixed_precision == "bf16" or (args.mixed_precision == "auto" and native_bf16())
+    )
+    if args.attn_implementation != "auto" or not (torch.cuda.is_available() and bf16):
+        return args.attn_implementation.replace("auto", "sdpa")
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
 def load_model(args, name: str = "", flag: str = "--model"):
     """Causal language model of that name, --model unless given, with dropout off."""
     from transformers import AutoModelForCausalLM
@@ -90,11 +107,31 @@ def load_model(args, name: str = "", flag: str = "--model"):
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, args.dtype),
-            attn_implementation=args.attn_implementation,
+            attn_implementation=attention(args),
             trust_remote_code=args.trust_remote_code,
+            **four_bits(args),
         )
     model.config.use_cache = False
     return without_dropout(model)
+
+
+def four_bits(args) -> dict:
+    """What from_pretrained needs for --load-in-4bit; nothing without it. UserError where it cannot run."""
+    if not args.load_in_4bit:
+        return {}
+    installed = importlib.util.find_spec("bitsandbytes") is not None
+    if not (installed and torch.cuda.is_available()):
+        found = "no CUDA GPU" if installed else "no bitsandbytes"
+        raise UserError(f"--load-in-4bit: found {found}, expected bitsandbytes on a machine with a CUDA GPU")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def without_dropout(model):
@@ -166,12 +203,30 @@ def weights_digest(run, model) -> str:
 def add_lora(model, args, task_type: str = "CAUSAL_LM"):
     """LoRA on all linear layers, dropout 0. A scalar head (task_type SEQ_CLS) is trained whole.
 
-    The reference policy is then the model with its adapter switched off.
+    The reference policy is then the model with its adapter switched off. A checkpoint leaves out frozen weights that still
+    are as they are now.
     """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type=task_type)
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    for p in model.parameters():
+        if not p.requires_grad and not p.is_meta:
+            p.loaded = fingerprint(p)
+    return model
+
+
+def merged(args, model):
+    """A copy of a model with its LoRA adapters merged into the base.
+
+    A 4-bit base is loaded again in --dtype: rounded to 4 bits, the sum would lose most of the adapter.
+    """
+    if not args.load_in_4bit:
+        return copy.deepcopy(model).merge_and_unload()
+    whole = add_lora(load_model(dataclasses.replace(args, load_in_4bit=False)), args)
+    adapters = {name: p for name, p in model.state_dict().items() if "lora_" in name}
+    whole.load_state_dict(adapters, strict=False)
+    return whole.merge_and_unload()
 
 
 @contextlib.contextmanager
@@ -279,90 +334,3 @@ def train_tiny(path: Path) -> None:
                 advance(1)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-
-
-# ---- what it costs ----
-def memory_plan(config, args, sequences_per_row: int, scalar_config=None, value=True) -> dict:
-    """Estimated GiB per device: {phase: {part: GiB}} for training, generation and scoring with data parallelism.
-
-    With scalar_config, that of a reward model: the reward step and the policy step, where policy, reward and reference are in
-    memory, and with `value` a model of PPO's values too.
-    Counted exactly: weights, gradients, optimizer state, logits, KV cache. Activations: about 34 hidden-sized values per
-    token and layer (2 with gradient checkpointing), an estimate. Not counted: a gold model or baseline while it is used.
-    """
-    gib = 2**30
-    width = 2 if args.dtype == "bfloat16" else 4
-    states = {"rmsprop": 1, "adamw": 2}[args.optimizer]
-    weights, trained = (n * width for n in parameter_counts(config, args))
-    sequences = sequences_per_row * args.per_device_train_batch_size
-    answers = sequences * min(args.max_length, args.max_length - args.max_prompt_length + args.max_new_tokens)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = args.per_device_eval_batch_size * args.max_length * config.num_hidden_layers * heads * head_dim * 2 * width
-    answer_columns = args.per_device_eval_batch_size * 2 * (args.max_length - args.max_prompt_length)
-    logits = {"train": answers * config.vocab_size * 4 * 3, "score": answer_columns * config.vocab_size * 4}
-
-    def activations(c, rows: int) -> int:
-        return (
-            rows
-            * args.max_length
-            * c.num_hidden_layers
-            * c.hidden_size
-            * (2 if args.gradient_checkpointing else 34)
-            * 2
-        )
-
-    if scalar_config is None:
-        shared = {"weights": weights, "optimizer": trained * states}
-        plan = {
-            "train": shared
-            | {"gradients": trained, "logits": logits["train"], "activations": activations(config, sequences)},
-            "generate": shared | {"kv_cache": cache},
-            "score": shared | {"reference": 0 if args.lora_r else weights, "logits": logits["score"]},
-        }
-    else:
-        scalar, scalar_trained = (n * width for n in parameter_counts(scalar_config, args))
-        values = int(value)
-        shared = {"policy": weights, "value": values * scalar, "reward": scalar}
-        adapter_off = args.lora_r and args.sft_epochs == 0 and args.ref == "initial"
-        reference = {"reference": 0 if adapter_off else weights}
-        measured = (
-            {"reference": 2 * weights} if args.ref == "previous" and args.T > 1 else reference
-        )  # the initial one too
-        optimizer = {"optimizer": (trained + (1 + values) * scalar_trained) * states}
-        plan = {
-            "reward step": shared
-            | {"gradients": scalar_trained, "optimizer": scalar_trained * states}
-            | {"activations": activations(scalar_config, 2 * args.per_device_train_batch_size)},
-            "answers": shared | measured | optimizer | {"kv_cache": cache, "logits": logits["score"]},
-            "policy update": shared
-            | reference
-            | optimizer
-            | {"gradients": trained + values * scalar_trained, "logits": logits["train"]}
-            | {"activations": activations(config, sequences) + values * activations(scalar_config, sequences)},
-        }
-    return {phase: {part: value / gib for part, value in parts.items()} for phase, parts in plan.items()}
-
-
-def parameter_counts(config, args) -> tuple[int, int]:
-    """(parameters, of these trained) of a causal model of that configuration; a scalar model has as many within 1%."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    count = sum(p.numel() for p in model.parameters())
-    layers = [
-        m
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and "head" not in n and "embed_out" not in n
-    ]
-    return count, sum(args.lora_r * (m.in_features + m.out_features) for m in layers) if args.lora_r else count
-
-
-def print_memory_plan(args, sequences_per_row: int, scalar: str = "", value: bool = True) -> None:
-    """The memory plan of --model, and of the scalar models (reward, and value) made from `scalar` beside it, on the console."""
-    config = load_config(args.model, args.trust_remote_code)
-    scalar_config = load_config(scalar, args.trust_remote_code, "--reward-model") if scalar else None
-    for phase, parts in memory_plan(config, args, sequences_per_row, scalar_config, value).items():
-        detail = ", ".join(f"{part} {gib:.3f}" for part, gib in parts.items() if gib)
-        print(f"  memory per device, {phase}: about {sum(parts.values()):.2f} GiB ({detail})")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import UserError, models
+from common import UserError, logprobs, models
 from common.data import (
     Batch,
     cache_folder,
@@ -42,16 +42,17 @@ class ScalarModel(torch.nn.Module):
         `[:, t]` of the latter sees the prompt and t response tokens: the state in which token t is chosen.
         """
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if not hasattr(inner, "score"):  # an encoder, whose own forward knows where to read
-            return inner(**inputs).logits[:, 0].float() - self.center
-        hidden = getattr(inner, inner.base_model_prefix)(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
-        rows = torch.arange(len(hidden), device=hidden.device)
+            logits = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            return logits[:, 0].float() - self.center
+        inputs, begin = logprobs.model_inputs(inner.config, batch)
+        hidden = getattr(inner, inner.base_model_prefix)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        first = begin + batch.response_start  # (B,) of the first response tokens
         if not every:
-            return self.head(inner, hidden[rows, batch.response_start + batch.response_mask.sum(-1) - 1])
+            return self.head(inner, hidden[first + batch.response_mask.sum(-1) - 1])
         offsets = torch.arange(batch.response_mask.shape[1], device=hidden.device)
-        index = (batch.response_start[:, None] - 1 + offsets).clamp(max=hidden.shape[1] - 1)  # (B, T)
-        values = self.head(inner, hidden[rows[:, None], index])
+        index = (first[:, None] - 1 + offsets).clamp(max=len(hidden) - 1)  # (B, T)
+        values = self.head(inner, hidden[index])
         return torch.where(batch.response_mask, values, torch.zeros_like(values))
 
     def normalise(self, mean: float, std: float = 1.0) -> None:
@@ -78,7 +79,7 @@ def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) 
     """
     from transformers import AutoModelForSequenceClassification
 
-    kind = {} if head_seed is None else {"attn_implementation": args.attn_implementation}
+    kind = {} if head_seed is None else {"attn_implementation": models.attention(args)}
     try:
         with models.one_line_error(name, flag), quiet_load():
             model, info = AutoModelForSequenceClassification.from_pretrained(

@@ -1,8 +1,8 @@
 """What every run shares: flags, processes, run directory, metrics, progress, optimizer steps, checkpoints and resume."""
 
 import contextlib
-import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -32,6 +32,7 @@ class BaseArgs:
 
     resume: ClassVar[str] = ""  # a flag of training scripts
     lora_r: ClassVar[int] = 0
+    load_in_4bit: ClassVar[bool] = False
 
     model: str = "tiny"
     """model to start from: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
@@ -69,8 +70,9 @@ class BaseArgs:
     """auto: bf16 where the device multiplies it natively, else no. RFT paper: bf16."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the stored weights."""
-    attn_implementation: str = "sdpa"
-    """attention of transformers: sdpa, eager, flash_attention_2, ..."""
+    attn_implementation: str = "auto"
+    """attention of transformers: sdpa, eager, flash_attention_2, ...; auto: flash attention where installed, on CUDA in bf16;
+    else sdpa. With flash attention batches have no padding."""
     trust_remote_code: bool = False
     """run the Python code that a hub repository ships. Off unless you ask."""
     seed: int = 1
@@ -111,6 +113,9 @@ class BaseArgs:
 class RunArgs(BaseArgs):
     """Flags of every training script."""
 
+    sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two
+    scalar_models: ClassVar[int] = 0  # beside the policy: 1 is a reward model, 2 a value model too
+
     max_samples: int | Auto = "auto"
     """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
     select_top_k: int = 0
@@ -133,6 +138,8 @@ class RunArgs(BaseArgs):
     """rank of LoRA adapters on all linear layers; 0 trains all weights. RFT paper's LoRA variant: 64."""
     lora_alpha: int = 16
     """LoRA scale numerator. Released code: 16."""
+    load_in_4bit: bool = False
+    """QLoRA: the frozen base in 4 bits (nf4), with --lora-r, on a CUDA GPU with bitsandbytes; not where a reward is learned."""
     save_steps: int = 100
     """optimizer steps between checkpoints inside a training phase, > 0; one is also written at the end of each phase."""
     logging_steps: int = 1
@@ -150,6 +157,10 @@ class RunArgs(BaseArgs):
         for name in ("max_samples", "select_top_k", "lora_r"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "at least 0 and below 1")
+        require(
+            not self.load_in_4bit or (self.lora_r > 0 and not self.scalar_models), "load_in_4bit", True,
+            "--lora-r above 0 beside it, in a script without a reward model: 4-bit weights are neither trained nor replaced",
+        )  # fmt: skip
         require(
             not self.select_top_k or bool(self.gold_reward_model), "select_top_k", self.select_top_k,
             "--gold-reward-model beside it, which scores the demonstrations",
@@ -315,6 +326,25 @@ def data_order(n: int, *key: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(stream_seed(*key))).tolist()
 
 
+def names_flag_when_out_of_memory(name: str):
+    """Of a method of Run: an allocator's error becomes one line with the flag `name` to lower and the plan's estimate."""
+
+    def decorate(method):
+        @functools.wraps(method)
+        def wrapped(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                from common.memory import explain_out_of_memory  # it imports this file
+
+                explain_out_of_memory(error, self.args, name)
+                raise
+
+        return wrapped
+
+    return decorate
+
+
 class Run:
     """One run of one script: its processes, its directory, its log and its checkpoints."""
 
@@ -336,6 +366,8 @@ class Run:
         self.accelerator = engines.open_accelerator(
             mixed_precision=precision, log_with=log_with, project_config=project
         )
+        if args.lora_r:
+            self.accelerator.register_save_state_pre_hook(leave_out_loaded)
         if self.accelerator.num_processes != expected:
             raise UserError(
                 f"launched for {expected} processes, but accelerate runs {self.accelerator.num_processes}: they would train"
@@ -475,6 +507,7 @@ class Run:
             engines.load_weights(self.accelerator, model, source.state_dict(), part)
 
     # ---- sharing work ----
+    @names_flag_when_out_of_memory("per_device_eval_batch_size")
     def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:
         """work(indices) -> results on each rank's share of range(n), gathered in order on all ranks."""
         from accelerate.utils import gather_object
@@ -536,6 +569,7 @@ class Run:
         order = data_order(n, self.args.seed, *key)
         return [order[i : i + self.args.batch_size] for i in range(0, n, self.args.batch_size)]
 
+    @names_flag_when_out_of_memory("per_device_train_batch_size")
     def step(
         self, model, optimizer, rows: list, loss_fn: Callable, length: Callable, lr: float, rate: str = "learning_rate"
     ) -> dict[str, float]:
@@ -584,6 +618,8 @@ class Run:
 
     def save_checkpoint(self, position: dict[str, int]) -> None:
         """Models, optimizers, RNG and position under checkpoint/<iteration>_<step>; the two newest are kept.
+
+        With LoRA, of a frozen base only what is no longer as it was loaded: of --model itself, nothing.
 
         Everything is written to a temporary folder, listed with its SHA-256, synced, then renamed: a reader sees a whole
         checkpoint or none. A failed write leaves the earlier ones as they were and raises UserError.
@@ -652,7 +688,9 @@ class Run:
                     f"--resume: found {path.name} of {made_by[0]} on {made_by[1]} process(es), but this is {self.engine} on"
                     f" {self.world}; expected the same engine, and with ZeRO the same --num_processes"
                 )
-            engines.load_state(self.accelerator, str(path), fresh)
+            # an adapter-only checkpoint lacks weights that are loaded already; engines keep all of them
+            known = {"strict": False} if self.args.lora_r and self.engine == "plain" else {}
+            engines.load_state(self.accelerator, str(path), fresh, **known)
             if self.is_main:
                 with contextlib.suppress(FileNotFoundError), open(self.dir / "metrics.jsonl", "r+b") as f:
                     f.truncate(size)
@@ -700,7 +738,9 @@ class Run:
         model = model.get_submodule(part) if part else model
         with engines.whole(model, cast=False):
             if self.args.lora_r:
-                model = copy.deepcopy(model).merge_and_unload()
+                from common.models import merged  # it imports this file
+
+                model = merged(self.args, model)
             if self.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 model.save_pretrained(partial)
@@ -725,6 +765,20 @@ def write_json(path: Path, value) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
+
+
+def fingerprint(p: torch.Tensor) -> int:
+    """Sum of a tensor's bits as integers: the same on any device, another one after any training."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
+    return p.detach().contiguous().view(integer).sum(dtype=torch.int64).item()
+
+
+def leave_out_loaded(models: list, weights: list[dict], folder: str) -> None:
+    """Hook of accelerate's save_state: drop frozen weights that still are as add_lora found them, loaded from a model."""
+    for model, state in zip(models, weights, strict=False):  # engines save by themselves and give no weights here
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if not p.requires_grad and getattr(p, "loaded", None) == fingerprint(p):
+                state.pop(name, None)
 
 
 def sync_path(path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -50,6 +51,22 @@ def make_model(folder: Path, architecture: str = "gpt_neox", tokenizer=None, win
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class LookUp(torch.nn.Module):
+    """A policy whose hidden states are given, (B, L, H) or what expands to it, with the language-model head `head`."""
+
+    def __init__(self, hidden: torch.Tensor, head: torch.nn.Module):
+        super().__init__()
+        self.hidden, self.head = hidden, head
+        width = head.out_features if isinstance(head, torch.nn.Linear) else hidden.shape[-1]
+        self.config = SimpleNamespace(vocab_size=width)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.head(self.hidden.expand(*input_ids.shape, -1)))
 
 
 def make_classifier(folder: Path, source: Path, labels: int = 1, seed: int = 3) -> Path:

@@ -13,7 +13,7 @@ import exact
 import numpy as np
 import pytest
 import torch
-from helpers import command, drive, launcher, make_classifier, make_data, make_model, metrics, run, weights
+from helpers import LookUp, command, drive, launcher, make_classifier, make_data, make_model, metrics, run, weights
 from test_logprobs import widen
 
 import aihf_direct
@@ -397,10 +397,7 @@ def test_metrics_of_preferences_equal_those_of_trl():
     for pair, metrics_of_trl in ((TRL_PAIRS[0], TRL_METRICS), (TRL_PAIRS[2], {"rewards/accuracies": 0.5})):
         logits = torch.tensor([pair[:2]], dtype=torch.float64)
         logits = torch.cat([logits, torch.log1p(-logits.exp().sum(-1, keepdim=True))], -1)  # three tokens, normalised
-
-        def model(input_ids, logits_to_keep, logits=logits, **_):
-            return SimpleNamespace(logits=logits[:, None].expand(len(input_ids), len(logits_to_keep), 3))
-
+        model = LookUp(logits, torch.nn.Identity())
         row = {
             "prompt_ids": [2],
             "chosen_ids": [0],
@@ -453,15 +450,9 @@ def test_without_demonstrations_it_is_dpo_or_ipo(objective, kind):
     assert not any(name.startswith("demonstrations/") for name in row)
 
 
-class Table(torch.nn.Module):
+def table(rewards) -> LookUp:
     """A policy over n actions, each a response of one token, whatever the prompt."""
-
-    def __init__(self, rewards):
-        super().__init__()
-        self.rewards = torch.nn.Parameter(torch.tensor(rewards))
-
-    def forward(self, input_ids, logits_to_keep, **_):
-        return SimpleNamespace(logits=self.rewards.expand(len(input_ids), len(logits_to_keep), len(self.rewards)))
+    return LookUp(torch.nn.Parameter(torch.tensor(rewards)), torch.nn.Identity())
 
 
 def test_direct_aihf_of_a_table_is_stationary_at_the_papers_closed_form():
@@ -481,9 +472,9 @@ def test_direct_aihf_of_a_table_is_stationary_at_the_papers_closed_form():
     rows = weighted_rows(
         demonstrations, preferences, [(list(range(len(demonstrations))), list(range(len(preferences))))], 0, args
     )
-    gradient, _ = one_step(rows, args, model=Table(np.log(bandit.aihf_policy(shown, beats))))
+    gradient, _ = one_step(rows, args, model=table(np.log(bandit.aihf_policy(shown, beats))))
     assert gradient.abs().max() < 1e-10
-    gradient, _ = one_step(rows, args, model=Table(np.log(bandit.rlhf_policy(shown, beats))))
+    gradient, _ = one_step(rows, args, model=table(np.log(bandit.rlhf_policy(shown, beats))))
     assert gradient.abs().max() > 1e-2
 
 

@@ -2,18 +2,26 @@
 
 import copy
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import exact
 import pytest
 import torch
+from helpers import ROOT, LookUp
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import irft
 import sft
-from common import evals
+from common import UserError, evals, logprobs
 from common.data import Batch, collate
-from common.logprobs import masked_mean, masked_sum, response_logprobs, score_tokens
+from common.logprobs import masked_mean, masked_sum, response_logprobs
+from common.models import add_lora
+from common.rewards import ScalarModel
 from common.run import Run
+
+sys.path.append(str(ROOT / "benchmark"))
+from memory import measured_peak
 
 SEQUENCES = [([0], [1, 2, 3]), ([1, 2, 0, 1], [3]), ([2, 0], [0, 1, 2, 0]), ([1], [2, 3])]
 
@@ -33,22 +41,30 @@ def widen(batch: Batch, extra: int, value: int) -> Batch:
 
 @pytest.mark.parametrize("poison", [1.0, 1e9, float("nan")])
 def test_poisoned_padding_reaches_no_score_and_no_gradient(poison):
+    """Hidden states that predict no response token have no effect, whatever they are."""
     torch.manual_seed(0)
-    mask = torch.arange(5) < torch.tensor([[5], [2], [1], [4]])
-    logits, ids = torch.randn(4, 5, 7, dtype=torch.float64), torch.randint(0, 7, (4, 5))
-    clean = logits.clone().requires_grad_()
-    dirty = torch.where(mask[..., None], logits, poison).requires_grad_()
+    batch = collate([([0] * p, [1 + i % 6 for i in range(r)]) for p, r in ((1, 5), (3, 2), (2, 1), (1, 4))], 0)
+    hidden, head = torch.randn(4, 6, 3, dtype=torch.float64), torch.nn.Linear(3, 7).double()
+    end = batch.response_start + batch.response_mask.sum(-1) - 1
+    columns = torch.arange(6)
+    read = (columns >= batch.response_start[:, None] - 1) & (columns < end[:, None])
+    clean = hidden.clone().requires_grad_()
+    dirty = torch.where(read[..., None], hidden, poison).requires_grad_()
     before = dirty.detach().clone()
-    a, b = score_tokens(clean, ids, mask), score_tokens(dirty, ids, mask)
+    a, b = (response_logprobs(LookUp(x, head), batch) for x in (clean, dirty))
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
-        assert (x[~mask] == 0).all()
-    masked_sum(a.logprobs, mask).sum().backward()
-    masked_sum(b.logprobs, mask).sum().backward()
+        assert (x[~batch.response_mask] == 0).all()
+    masked_sum(a.logprobs, batch.response_mask).sum().backward()
+    masked_sum(b.logprobs, batch.response_mask).sum().backward()
     torch.testing.assert_close(clean.grad, dirty.grad, rtol=0, atol=0)
     assert torch.equal(before.nan_to_num(7), dirty.detach().nan_to_num(7))
-    want = torch.stack([logits[i, t].log_softmax(-1)[ids[i, t]] for i in range(4) for t in range(5) if mask[i, t]])
-    torch.testing.assert_close(a.logprobs[mask].detach(), want, rtol=0, atol=1e-12)
+    logp = head(hidden).log_softmax(-1)
+    want = [
+        logp[i, columns[read[i]]][range(m.sum()), y[m]]
+        for i, (m, y) in enumerate(zip(batch.response_mask, batch.response_ids, strict=True))
+    ]
+    torch.testing.assert_close(a.logprobs[batch.response_mask].detach(), torch.cat(want).detach(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("poison", [1.0, float("nan")])
@@ -92,11 +108,158 @@ def test_entropy_and_accuracy_are_exact(model):
 
 def test_the_stop_token_has_a_gradient(model):
     batch = collate([([0], [1, exact.EOS])], exact.EOS)
-    logits = model(input_ids=batch.input_ids).logits.detach()[:, 0:2].requires_grad_()
-    sft.nll_loss(
-        score_tokens(logits, batch.response_ids, batch.response_mask).logprobs, batch.response_mask
-    ).sum().backward()
+    logits = model(input_ids=batch.input_ids).logits.detach().requires_grad_()
+    scores = response_logprobs(LookUp(logits, torch.nn.Identity()), batch)
+    sft.nll_loss(scores.logprobs, batch.response_mask).sum().backward()
     assert logits.grad[0, 1, exact.EOS] < -1e-3
+
+
+# ---- the head: response tokens only, in chunks ----
+def tiny_config(architecture: str, **overrides):
+    size = dict(vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+    size |= {} if architecture == "gpt_neox" else {"num_key_value_heads": 2}
+    return AutoConfig.for_model(architecture, **size, max_position_embeddings=32, **overrides)
+
+
+def tiny_model(architecture: str, **overrides):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(architecture, **overrides)).double()
+
+
+def full_scores(model, batch: Batch, temperature: float):
+    """The same from the logits of every position, row by row."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits / temperature
+    logp, out = logits.log_softmax(-1), torch.zeros(3, *batch.response_mask.shape, dtype=torch.float64)
+    for i, (start, length) in enumerate(zip(batch.response_start, batch.response_mask.sum(-1), strict=True)):
+        part, ids = logp[i, start - 1 : start + length - 1], batch.response_ids[i, :length]
+        out[0, i, :length] = part.gather(-1, ids[:, None])[:, 0]
+        out[1, i, :length] = -(part.exp() * part).sum(-1)
+        out[2, i, :length] = part.argmax(-1) == ids
+    return out
+
+
+def gradients(model, logprobs) -> torch.Tensor:
+    model.zero_grad()
+    (logprobs * torch.linspace(1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+class Wrapper(torch.nn.Module):
+    """As accelerate's engines wrap a model: what must happen in its forward is lost if it is not called."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, **kwargs):
+        self.calls += 1
+        return self.module(**kwargs)
+
+
+ARCHITECTURES = ["gpt_neox", "llama", "mistral", "qwen2", "lora", "tied"]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    if request.param == "lora":
+        model = add_lora(tiny_model("mistral"), irft.Args(lora_r=2))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p)
+        return model
+    return tiny_model("llama", tie_word_embeddings=True) if request.param == "tied" else tiny_model(request.param)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 10, 1000])
+def test_chunks_of_response_tokens_are_the_full_logits(architecture, tokens, monkeypatch):
+    """Values, gradients, entropy and accuracy, through a wrapper, whatever the size of a chunk."""
+    monkeypatch.setattr(logprobs, "CHUNK", 11 * tokens)
+    wrapped, batch = Wrapper(architecture), collate(SEQUENCES, 0)
+    ours, full = response_logprobs(wrapped, batch, 0.7), full_scores(architecture, batch, 0.7)
+    assert wrapped.calls == 1
+    for found, want in zip(ours, full, strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    assert ours.logprobs.requires_grad and not ours.entropy.requires_grad
+    found, want = gradients(architecture, ours.logprobs), gradients(architecture, full[0])
+    assert want.norm() > 1e-2
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    assert "forward" not in vars(logprobs.language_model(architecture).get_output_embeddings())
+
+
+def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
+    """1,024 tokens of 2,048, 8,192 words: the full float32 logits take 64 MiB, these 32, and a chunk here 2."""
+    config = tiny_config("llama")
+    config.vocab_size, config.hidden_size, config.max_position_embeddings = 8192, 16, 256
+    model = AutoModelForCausalLM.from_config(config)
+    batch = collate([([1] * 128, [2] * 128)] * 8, 0)
+
+    def step():
+        response_logprobs(model, batch).logprobs.sum().backward()
+
+    monkeypatch.setattr(logprobs, "CHUNK", 2**30)
+    whole = measured_peak(step)
+    monkeypatch.setattr(logprobs, "CHUNK", 2**19)
+    chunked = measured_peak(step)
+    assert whole > 3 * 32 * 2**20  # the logits, their softmax and the gradient of these
+    assert chunked < 6 * 2 * 2**20 + 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [("gemma2", {"head_dim": 4, "final_logit_softcapping": 5.0}), ("cohere", {"logit_scale": 0.3})],
+)
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(architecture, overrides):
+    with pytest.raises(UserError, match="--model: found .* does not return the logits of its head as they are"):
+        response_logprobs(tiny_model(architecture, **overrides), collate(SEQUENCES, 0))
+
+
+# ---- without padding ----
+def block_diagonal(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, cu_seq_lens_k, **others):
+    """What flash attention of sequences of their own lengths computes, from what it is given."""
+    assert attention_mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    lengths = cu_seq_lens_q.diff()
+    assert others["max_length_q"] == others["max_length_k"] == lengths.max() and cu_seq_lens_q.dtype == torch.int32
+    own = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    allowed = (own[:, None] == own) & torch.ones(len(own), len(own)).tril().bool()
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("flash_attention_in_words", block_diagonal)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("sequences", [SEQUENCES, SEQUENCES[:1]])
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_in_words"])
+def test_one_row_without_padding_scores_as_padded_rows_do(architecture, sequences, attention, monkeypatch):
+    """Under flash attention's stand-in, and under sdpa, for which transformers makes the same mask from the positions."""
+    model, batch = tiny_model(architecture), collate(sequences, 0)
+    padded = response_logprobs(model, batch)
+    expected = gradients(model, padded.logprobs)
+    if attention == "sdpa":
+        monkeypatch.setattr(logprobs, "padding_free", lambda config: True)
+    else:
+        model.config._attn_implementation = attention
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    packed = response_logprobs(model, batch)
+    assert (
+        seen[0]["input_ids"].shape == (1, sum(len(p) + len(r) for p, r in sequences))
+        and "attention_mask" not in seen[0]
+    )
+    for found, want in zip(packed, padded, strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients(model, packed.logprobs), expected, rtol=0, atol=1e-12)
+
+
+def test_scalar_models_without_padding(monkeypatch):
+    torch.manual_seed(0)
+    scalar = ScalarModel(AutoModelForSequenceClassification.from_config(tiny_config("mistral", num_labels=1)).double())
+    batch = collate(SEQUENCES, 0)
+    padded = scalar(batch), scalar(batch, every=True)
+    monkeypatch.setattr(logprobs, "padding_free", lambda config: True)
+    torch.testing.assert_close((scalar(batch), scalar(batch, every=True)), padded, rtol=0, atol=1e-12)
 
 
 # ---- one optimizer step ----

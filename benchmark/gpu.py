@@ -1,0 +1,259 @@
+"""Speed and memory of SFT, IRFT and generation on a CUDA card, with random weights: see gpu.sh.
+
+Models of the shape of pythia-1.4b (all weights trained, bf16 autocast over float32, as the scripts run by default) and of
+Mistral 7B (LoRA, bf16 weights), and the former under DeepSpeed ZeRO-3 where deepspeed is installed. The losses are those of
+sft.py and irft.py, the generator is the scripts' own. Each case runs in a process of its own.
+
+A model's arithmetic is 2 operations per weight and token forward and 4 backward (2 for frozen weights), those of the
+language-model head for response tokens alone, and attention's; recomputation is not counted. The card's rate is that of a
+large bf16 product, measured in the same process.
+"""
+
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import UserError  # noqa: E402
+from common.run import main  # noqa: E402
+
+
+@dataclass
+class Shape:
+    architecture: str
+    size: dict
+    sequences: int  # in a forward pass of training
+    length: int  # prompt + response
+    response: int
+    prompts: int  # answered at a time
+    steps: int
+
+
+SHAPES = {
+    "pythia-1.4b": Shape(
+        "gpt_neox",
+        dict(vocab_size=50304, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, intermediate_size=8192),
+        16, 1024, 256, 64, 8,
+    ),
+    "mistral-7b": Shape(
+        "mistral",
+        dict(
+            vocab_size=32000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+            intermediate_size=14336,
+        ),
+        4, 1024, 256, 32, 8,
+    ),
+    "tiny": Shape(
+        "gpt_neox",
+        dict(vocab_size=1024, hidden_size=144, num_hidden_layers=3, num_attention_heads=4, intermediate_size=576),
+        4, 32, 8, 4, 1,
+    ),
+}  # fmt: skip
+STEPS = {"sft": "SFT", "irft": "IRFT training", "generate": "generation"}
+
+
+@dataclass
+class Args:
+    device: Literal["cuda", "cpu"] = "cuda"
+    """what to measure; cpu shows that this script works."""
+    shape: Literal["all", "pythia-1.4b", "mistral-7b", "tiny"] = "all"
+    """all: pythia-1.4b whole, mistral-7b with LoRA, and pythia-1.4b under ZeRO-3."""
+    case: str = ""
+    """step and LoRA rank as JSON: measure them in this process."""
+
+
+# ---- one case ----
+class NoEnd:
+    """A tokenizer of no use but to say that no token ends an answer."""
+
+    eos_token_id = None
+
+
+def operations(model, shape: Shape, train: bool) -> float:
+    """Floating-point operations of a forward (and backward) pass per sequence, or of generating one answer."""
+    head = model.get_output_embeddings().weight.numel()
+    embedding = model.get_input_embeddings().weight.numel()
+    body = [p for p in model.parameters() if p.ndim > 1]
+    frozen = sum(p.numel() for p in body if not p.requires_grad)
+    trained = sum(p.numel() for p in body) - frozen
+    layers, width, length = shape.size["num_hidden_layers"], shape.size["hidden_size"], shape.length
+    attention = 2 * layers * width * length**2  # two products, each 2 operations, half of them behind the causal mask
+    if any(p.requires_grad is False for p in body):  # LoRA: embedding and head are frozen too
+        frozen, per_head = frozen - head - embedding, 4
+    else:
+        trained, per_head = trained - head - embedding, 6
+    if not train:
+        return 2 * (frozen + trained) * length + 2 * head * shape.response + attention
+    return (4 * frozen + 6 * trained) * length + per_head * head * shape.response + 3 * attention
+
+
+def product_rate(device: str) -> float:
+    """Operations per second of a bf16 matrix product."""
+    n = 8192 if device == "cuda" else 256
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for repeats in (3, 20):  # the first ones warm up
+        synchronise(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        synchronise(device)
+    return repeats * 2 * n**3 / (time.perf_counter() - started)
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(device: str) -> int:
+    """Bytes: on CUDA what the allocator held at most, on CPU the largest resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(args: Args, step: str, lora_r: int) -> dict[str, float]:
+    """tokens per second over all devices, peak bytes of one, and the fraction of a bf16 product's rate."""
+    from accelerate import Accelerator
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import irft
+    import sft
+    from common import models
+    from common.generation import Generator
+    from common.run import make_optimizer
+
+    shape = SHAPES[args.shape]
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16")
+    if accelerator.state.deepspeed_plugin is not None:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": shape.sequences,
+            "zero_allow_untested_optimizer": True,
+        }
+    settings = irft.Args(lora_r=lora_r, mixed_precision="bf16", dtype="bfloat16" if lora_r else "float32")
+    config = AutoConfig.for_model(shape.architecture, **shape.size, max_position_embeddings=2048)
+    torch.manual_seed(0)
+    with accelerator.device:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, settings.dtype), attn_implementation=models.attention(settings)
+        )
+    model.config.use_cache = False
+    model = models.make_trainable(models.without_dropout(model), settings)
+    work = operations(model.get_base_model() if lora_r else model, shape, step != "generate")
+    rate = product_rate(args.device)
+    policy, optimizer = accelerator.prepare(model, make_optimizer("rmsprop", model.parameters()))
+    prompt, answer = [5] * (shape.length - shape.response), [7] * shape.response
+    pair = {
+        "prompt_ids": prompt,
+        "chosen_ids": answer,
+        "rejected_ids": answer,
+        "ref_chosen": -9.0,
+        "ref_rejected": -9.0,
+    }
+
+    def once() -> None:
+        if step == "generate":
+            generator = Generator(accelerator.unwrap_model(policy), NoEnd(), shape.prompts, shape.response)
+            generator.eos_ids = set()
+            generator.sample([prompt] * shape.prompts, list(range(shape.prompts)), 0)
+            return
+        policy.train()
+        if step == "sft":
+            rows = [{"prompt_ids": prompt, "response_ids": answer}] * shape.sequences
+            losses, _ = sft.demonstration_loss(policy, rows, accelerator.device)
+        else:
+            losses, _ = irft.pair_loss(policy, [pair] * (shape.sequences // 2), settings, accelerator.device)
+        accelerator.backward(losses.mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    once()  # optimizer state, kernels
+    synchronise(args.device)
+    started = time.perf_counter()
+    for _ in range(shape.steps):
+        once()
+    synchronise(args.device)
+    seconds = time.perf_counter() - started
+    sequences = shape.steps * (shape.prompts if step == "generate" else shape.sequences)
+    tokens = sequences * (shape.response if step == "generate" else shape.length)
+    return {
+        "tokens": accelerator.num_processes * tokens / seconds,
+        "bytes": peak(args.device),
+        "fraction": work * sequences / seconds / rate,
+        "rate": rate,
+    }
+
+
+# ---- the table ----
+def child(args: Args, shape: str, step: str, lora_r: int, zero3: bool) -> dict[str, float]:
+    """measure() in a process of its own, under accelerate's DeepSpeed launcher for ZeRO-3. UserError if it failed."""
+    words = [sys.executable]
+    if zero3:
+        launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--use_deepspeed", "--zero_stage", "3"]
+        words = [
+            *launch,
+            "--mixed_precision",
+            "bf16",
+            "--num_processes",
+            str(torch.cuda.device_count()),
+            "--num_machines",
+            "1",
+        ]
+    words += [__file__, "--device", args.device, "--shape", shape, "--case", json.dumps([step, lora_r])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not found:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{shape}, {step}: found exit status {done.returncode}: {last[:200]}, expected a measurement")
+    return json.loads(found[-1])
+
+
+def table(args: Args) -> None:
+    """All cases of --shape, as a Markdown table; a case that fails, of memory say, is a row that says so."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: found no CUDA card, expected one (--device cpu --shape tiny shows that the script works)"
+        )
+    named = (
+        [("pythia-1.4b", 0), ("mistral-7b", 64)] if args.shape == "all" else [(args.shape, 64 * ("7b" in args.shape))]
+    )
+    cases = [(shape, step, lora_r, False) for shape, lora_r in named for step in STEPS]
+    if args.device == "cuda" and importlib.util.find_spec("deepspeed"):
+        cases += [(named[0][0], step, 0, True) for step in ("sft", "irft")]
+    card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU: a check of the script, not a measurement"
+    print(f"{card}, torch {torch.__version__}\n")
+    print("| model | step | sequences x tokens (response) | tokens/s | peak, GiB | of a bf16 product's rate |")
+    print("|---|---|---|---|---|---|")
+    for shape, step, lora_r, zero3 in cases:
+        s = SHAPES[shape]
+        size = f"{s.prompts if step == 'generate' else s.sequences} x {s.length} ({s.response})"
+        label = (
+            f"{shape}{f', LoRA r = {lora_r}' if lora_r else ''}{', ZeRO-3' if zero3 else ''} | {STEPS[step]} | {size}"
+        )
+        try:
+            found = child(args, shape, step, lora_r, zero3)
+        except UserError as error:
+            print(f"| {label} | {error} | | |", flush=True)
+            continue
+        share = f"{found['fraction']:.0%} of {found['rate'] / 1e12:.1f} T/s"
+        print(f"| {label} | {found['tokens']:,.0f} | {found['bytes'] / 2**30:.1f} | {share} |", flush=True)
+
+
+def run(args: Args) -> None:
+    if args.case:
+        print(json.dumps(measure(args, *json.loads(args.case))), flush=True)
+    else:
+        table(args)
+
+
+if __name__ == "__main__":
+    main(lambda: run(tyro.cli(Args, description=__doc__)))

@@ -1,0 +1,340 @@
+"""What a run costs in memory: each phase's peak, from steps of its own models on tensors that have shapes but no data.
+
+Dims: B sequences, L prompt + response tokens, N response tokens in the batch, V vocabulary.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common import UserError, models
+from common.data import Batch
+from common.generation import inverse_cdf
+from common.logprobs import KNOWN_HEADS, language_model, score_positions, temper
+from common.rewards import ScalarModel
+from common.run import flag, native_bf16
+
+NF4 = 4.127 / 8  # bytes per weight with double quantisation, QLoRA arXiv:2305.14314, Sec. 3
+STATES = {"rmsprop": 1, "adamw": 2}  # values an optimizer keeps for each weight
+
+
+# ---- one step, without data ----
+class PeakMemory(TorchDispatchMode):
+    """Entered: counts the bytes that operations make and something still holds, but neither weights nor finished gradients.
+
+    `peak` is their largest sum, `peak_logits` the part of it in tensors whose last dimension is the vocabulary.
+    """
+
+    def __init__(self, model, vocabulary: int):
+        super().__init__()
+        known = [*model.parameters(), *model.buffers()]
+        self.vocabulary, self.storages = vocabulary, weakref.WeakSet(t.untyped_storage() for t in known)
+        self.live = self.logits = self.peak = self.peak_logits = 0
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: self.count(-p.grad.nbytes, 0))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.storages:
+                storage = tensor.untyped_storage()
+                self.storages.add(storage)
+                size = storage.nbytes()
+                logits = size if tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary else 0
+                weakref.finalize(storage, self.count, -size, -logits).atexit = False
+                self.count(size, logits)
+        return out
+
+    def count(self, size: int, logits: int) -> None:
+        self.live, self.logits = self.live + size, self.logits + logits
+        if self.live > self.peak:
+            self.peak, self.peak_logits = self.live, self.logits
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def without_data(args, config, layers: int, scalar: bool = False, checkpointing: bool = False, frozen: bool = False):
+    """The model of that configuration as a run prepares it, cut to so many layers, its weights on the meta device."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = copy.deepcopy(config)
+    config.num_hidden_layers, config.num_labels, config.use_cache = layers, 1, False
+    kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
+        model = models.without_dropout(model)
+        if args.lora_r and not frozen:
+            model = models.add_lora(model, args, "SEQ_CLS" if scalar else "CAUSAL_LM")
+        if checkpointing and not frozen:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return ScalarModel(model) if scalar else model
+
+
+def fill(model) -> None:
+    """Move weights and buffers, in place, from the meta device to this one; inside a FakeTensorMode that takes no memory."""
+    made = {}  # a tied weight stays one weight
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in made:
+                empty = torch.empty(p.shape, dtype=p.dtype, device=device())
+                made[id(p)] = p, torch.nn.Parameter(empty, p.requires_grad)
+            module._parameters[name] = None if p is None else made[id(p)][1]
+        for name, b in module._buffers.items():
+            module._buffers[name] = None if b is None else torch.empty(b.shape, dtype=b.dtype, device=device())
+
+
+def per_layer(measure: Callable[[int], dict[str, int]], layers: int) -> dict[str, int]:
+    """measure(layers); of a deep model from two and three layers: all that is measured is linear in their number."""
+    if layers <= 3:
+        return measure(layers)
+    two, three = measure(2), measure(3)
+    return {name: three[name] + (layers - 3) * (three[name] - two[name]) for name in three}
+
+
+def weights(args, config, scalar: bool = False, frozen: bool = False) -> dict[str, int]:
+    """Bytes of a model: weights, those that are trained, and the largest of these."""
+
+    def measure(layers: int) -> dict[str, int]:
+        model = without_data(args, config, layers, scalar, frozen=frozen)
+        sizes = [
+            (round(p.numel() * NF4) if args.load_in_4bit and "base_layer.weight" in name else p.nbytes, p.requires_grad)
+            for name, p in model.named_parameters()
+        ]
+        trained = [n for n, grad in sizes if grad and not frozen]
+        return {"all": sum(n for n, _ in sizes), "trained": sum(trained), "largest": max(trained, default=0)}
+
+    return per_layer(measure, config.num_hidden_layers)
+
+
+def empty_batch(rows: int, length: int, response: int) -> Batch:
+    ids = torch.zeros(rows, length, dtype=torch.long, device=device())
+    return Batch(ids, ids, ids[:, :response], ids[:, :response] == 0, ids[:, 0])
+
+
+@contextlib.contextmanager
+def counted(args, model, vocabulary: int) -> Iterator[PeakMemory]:
+    """Without data, under the run's mixed precision: the memory of what is done inside."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    bf16 = native_bf16() if args.mixed_precision == "auto" else args.mixed_precision == "bf16"
+    with FakeTensorMode():
+        fill(model)
+        with PeakMemory(model, vocabulary) as memory:
+            with torch.autocast(device(), torch.bfloat16, enabled=bf16):
+                yield memory
+
+
+def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False, train=True) -> dict[str, int]:
+    """Bytes over the weights of a forward pass over `rows` full windows, and of its backward pass if it is to `train`.
+
+    scalar: "" for log-probs of responses; "last" or "every" for a scalar model read there. peak: the maximum, without
+    finished gradients. logits: part of the peak. saved, if it is to train: what the forward pass leaves.
+    """
+    length, response = args.max_length, args.max_length - args.max_prompt_length
+
+    def measure(layers: int) -> dict[str, int]:
+        model = without_data(args, config, layers, bool(scalar), checkpointing, not train).train(train)
+        with counted(args, model, config.vocab_size) as memory, torch.set_grad_enabled(train):
+            batch = empty_batch(rows, length, response)
+            if scalar:
+                out = model(batch, every=scalar == "every")
+            else:
+                KNOWN_HEADS.add(language_model(model).get_output_embeddings())  # no values to compare
+                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+                positions = torch.zeros(rows * response, dtype=torch.long, device=device())
+                out = score_positions(model, inputs, positions, positions)[0]
+            saved = memory.live
+            if train:
+                with torch.autocast(device(), enabled=False):
+                    out.sum().backward()
+        return {"peak": memory.peak, "logits": memory.peak_logits} | ({"saved": saved} if train else {})
+
+    return per_layer(measure, config.num_hidden_layers)
+
+
+def generation_costs(args, config) -> dict[str, int]:
+    """Bytes over the weights of Generator's batch at the larger of two moments: full prompts, and the last of the tokens."""
+    from transformers import DynamicCache
+
+    rows, prompt = args.per_device_eval_batch_size, args.max_prompt_length
+    longest = min(args.max_length, prompt + args.max_new_tokens) - 1
+    moments = {"prompt": (prompt, prompt), "last": (longest, 1)}  # (tokens in the cache afterwards, of these new)
+
+    def measure(layers: int) -> dict[str, int]:
+        model, out = without_data(args, config, layers).eval(), {}
+        with counted(args, model, config.vocab_size) as memory, torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            for moment, (length, new) in moments.items():
+                if length > prompt + 1:  # what the steps between leave in the cache
+                    for layer in cache.layers:
+                        part = layer.keys[:, :, :1].expand(-1, -1, length - prompt - 1, -1)
+                        layer.update(part.clone(), part.clone())
+                memory.peak = 0
+                ids = torch.zeros(rows, new, dtype=torch.long, device=device())
+                mask = torch.ones(rows, length, dtype=torch.long, device=device())
+                logits = model(
+                    input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, logits_to_keep=1
+                ).logits[:, -1]
+                scored = temper(logits, 1.0)
+                inverse_cdf(scored, torch.zeros(rows, device=device()))
+                scored.log_softmax(-1)
+                kv_cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+                found = {"peak": memory.peak, "logits": memory.peak_logits, "kv_cache": kv_cache}
+                out |= {f"{moment} {name}": size for name, size in found.items()}
+        return out
+
+    found = per_layer(measure, config.num_hidden_layers)
+    moment = max(moments, key=lambda m: found[f"{m} peak"])
+    return {name: found[f"{moment} {name}"] for name in ("peak", "logits", "kv_cache")}
+
+
+# ---- the plan ----
+def sharding() -> tuple[int, int]:
+    """(processes, ZeRO stage) the launcher asked for: 1 shards optimizer state, 2 gradients too, 3 (FSDP too) weights too."""
+    env = os.environ
+    stage = 0
+    if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stage = int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 0)
+        if path := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            stage = json.loads(Path(path).read_text()).get("zero_optimization", {}).get("stage", 0)
+    elif env.get("ACCELERATE_USE_FSDP") == "true":
+        stage = 3
+    return int(env.get("WORLD_SIZE", 1)), stage
+
+
+class Plan:
+    """Bytes per device of a run's phases, every sequence filling its window: {part: bytes} at the moment of a phase's peak.
+
+    Scripts without a reward model train, generate and score; those with one (and, with PPO, a value model) have a reward
+    step, answers, and a policy update. Not counted: a gold model or baseline while it is used; what an engine gathers.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.world, self.stage = sharding()
+        self.config = models.load_config(args.model, args.trust_remote_code)
+        self.policy = weights(args, self.config)
+        self.frozen = weights(args, self.config, frozen=True)["all"]
+        self.scalars = args.scalar_models
+        if self.scalars:
+            name = getattr(args, "reward_model", "") or args.model
+            self.scalar_config = models.load_config(name, args.trust_remote_code, "--reward-model")
+            self.scalar = weights(args, self.scalar_config, scalar=True)
+
+    def shard(self, size: float, level: int) -> float:
+        """A device's part: level 1 is optimizer state, 2 gradients, 3 weights."""
+        return size / self.world if self.stage >= level else size
+
+    def held(self) -> dict[str, float]:
+        """Weights of the models that are trained."""
+        if not self.scalars:
+            return {"weights": self.shard(self.policy["all"], 3)}
+        one = self.shard(self.scalar["all"], 3)
+        return {"policy": self.shard(self.policy["all"], 3), "value": (self.scalars - 1) * one, "reward": one}
+
+    def optimizer(self, *trained: int) -> dict[str, float]:
+        return {"optimizer": self.shard(STATES[self.args.optimizer] * sum(trained), 1)}
+
+    def reference(self, copies: int = 1) -> dict[str, float]:
+        args = self.args
+        moves = getattr(args, "sft_epochs", 0) or getattr(args, "ref", "initial") == "previous"
+        adapter_off = args.lora_r and not (self.scalars and moves)  # models.open_reference
+        return {"reference": 0 if adapter_off else copies * self.frozen}
+
+    def step(self, trained: int, largest: int, peak: int, logits: int) -> dict[str, float]:
+        """The larger of two moments: a backward pass, and the update. Before a step's first backward pass, no gradient is."""
+        args, gradients = self.args, self.shard(trained, 2)
+        accumulated = args.batch_size > args.per_device_train_batch_size * self.world
+        backward = {"gradients": gradients if accumulated else 0, "logits": logits, "activations": peak - logits}
+        update = {"gradients": gradients, "update": gradients if device() == "cuda" else largest}  # torch's foreach
+        ddp = {"ddp_buckets": trained} if self.world > 1 and not self.stage else {}
+        return max(backward, update, key=lambda parts: sum(parts.values())) | ddp
+
+    def training(self, checkpointing: bool) -> dict[str, dict[str, float]]:
+        """The phases with a backward pass."""
+        args = self.args
+        rows = args.per_device_train_batch_size
+        own = forward_costs(args, self.config, rows * args.sequences_per_row, checkpointing=checkpointing)
+        trained, largest = self.policy["trained"], self.policy["largest"]
+        if not self.scalars:
+            return {
+                "train": self.held() | self.optimizer(trained) | self.step(trained, largest, own["peak"], own["logits"])
+            }
+        scalar = self.scalar
+        reward = forward_costs(args, self.scalar_config, 2 * rows, "last", checkpointing)["peak"]
+        peak, logits, both = own["peak"], own["logits"], trained
+        if self.scalars == 2:
+            value = forward_costs(args, self.scalar_config, rows * args.sequences_per_row, "every", checkpointing)
+            both, largest = trained + scalar["trained"], max(largest, scalar["largest"])
+            if own["saved"] + value["peak"] > peak:  # the value's backward pass comes first
+                peak, logits = own["saved"] + value["peak"], 0
+        return {
+            "reward step": self.held()
+            | self.optimizer(scalar["trained"])
+            | self.step(scalar["trained"], scalar["largest"], reward, 0),
+            "policy update": self.held()
+            | self.reference()
+            | self.optimizer(both, scalar["trained"])
+            | self.step(both, largest, peak, logits),
+        }
+
+    def answering(self) -> dict[str, dict[str, float]]:
+        """The phases without one."""
+        args, trained = self.args, self.policy["trained"]
+        made, scored = (
+            {k: v for k, v in costs.items() if k != "peak"} | {"activations": 2 * costs["peak"] - sum(costs.values())}
+            for costs in (
+                generation_costs(args, self.config),
+                forward_costs(args, self.config, args.per_device_eval_batch_size, train=False),
+            )
+        )
+        if not self.scalars:
+            held = self.held() | self.optimizer(trained)
+            return {"generate": held | made, "score": held | self.reference() | scored}
+        both = [trained, *[self.scalar["trained"]] * self.scalars]
+        moves = getattr(args, "ref", "initial") == "previous" and args.T > 1
+        copies = 2 if moves else 1  # an evaluation has the initial one too
+        larger = max(made, scored, key=lambda parts: sum(parts.values()))
+        return {"answers": self.held() | self.reference(copies) | self.optimizer(*both) | larger}
+
+
+def print_memory_plan(args) -> None:
+    """The memory plan on the console: a line for each phase, training with and without --gradient-checkpointing."""
+    plan, gib = Plan(args), 2**30
+    other = plan.training(not args.gradient_checkpointing)
+    for phase, parts in {**plan.training(args.gradient_checkpointing), **plan.answering()}.items():
+        detail = ", ".join(f"{part} {size / gib:.3f}" for part, size in parts.items() if size)
+        print(f"  memory per device, {phase}: about {sum(parts.values()) / gib:.2f} GiB ({detail})")
+        if phase in other:
+            word = "without" if args.gradient_checkpointing else "with"
+            print(f"    {word} --gradient-checkpointing: about {sum(other[phase].values()) / gib:.2f} GiB")
+    if plan.world > 1:
+        how = f"sharded as ZeRO-{plan.stage}" if plan.stage else "data parallel"
+        print(f"  per device of {plan.world}, {how}")
+
+
+# ---- when there is not enough ----
+def explain_out_of_memory(error: Exception, args, name: str) -> None:
+    """UserError in one line if an allocator raised the error: the flag to lower, and the plan of the phases it governs."""
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        return
+    found = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    phases = {}
+    if hasattr(args, "batch_size"):  # evaluate.py has no plan
+        train = name == "per_device_train_batch_size"
+        phases = Plan(args).training(args.gradient_checkpointing) if train else Plan(args).answering()
+    estimates = ", ".join(f"{phase} {sum(parts.values()) / 2**30:.2f} GiB" for phase, parts in phases.items())
+    estimates = f"; --dry-run estimates per device: {estimates}" if estimates else ""
+    wanted = f"less than {flag(name)} {getattr(args, name)}, or than --max-length {args.max_length}"
+    raise UserError(f"out of memory: found {found}; expected {wanted}{estimates}") from error

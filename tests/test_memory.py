@@ -1,0 +1,335 @@
+"""What --dry-run says of memory against what is measured; out of memory; checkpointing; adapters' checkpoints; attention."""
+
+import copy
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, command, drive, make_data, make_model, run
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import irft
+import rft
+import sft
+from common import UserError, models, rewards
+from common import memory as plans
+from common.data import collate
+from common.logprobs import response_logprobs
+from common.run import Run, fingerprint
+
+sys.path.append(str(ROOT / "benchmark"))
+import gpu
+import memory as benchmark
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    benchmark.make_model(folder / "tiny", "tiny")
+    make_model(folder / "model")
+    make_data(folder / "data.jsonl", 16)
+    return folder
+
+
+# ---- the plan ----
+CASES = [
+    ("irft", "train", {}),
+    ("irft", "train", {"gradient_checkpointing": True}),
+    ("irft", "train", {"lora_r": 8, "batch_size": 4}),
+    ("irft", "generate", {}),
+    ("irft", "score", {}),
+    ("rft", "reward step", {}),
+    ("rft", "policy update", {}),
+    ("rft", "policy update", {"gradient_checkpointing": True, "lora_r": 8}),
+    ("rft", "answers", {}),
+]
+
+
+@pytest.mark.parametrize(("script", "phase", "settings"), CASES)
+def test_the_plan_of_tiny_is_within_a_fifth_of_what_is_measured(place, script, phase, settings):
+    args = benchmark.phase_args(script, place / "tiny", **settings)
+    found = benchmark.measure_phase(phase, args)
+    assert benchmark.planned(args)[phase] == pytest.approx(found, rel=0.2)
+
+
+def test_deep_models_are_reckoned_from_two_and_three_layers(place):
+    args = benchmark.phase_args("irft", place / "tiny")
+    config = models.load_config(args.model)
+    config.num_hidden_layers = 7
+    plan = plans.forward_costs(args, config, 4)
+    whole = plans.per_layer
+    try:
+        plans.per_layer = lambda measure, layers: measure(layers)
+        assert plan == pytest.approx(plans.forward_costs(args, config, 4), rel=0.01)
+    finally:
+        plans.per_layer = whole
+
+
+def test_what_is_sharded_is_divided(place, monkeypatch):
+    args = benchmark.phase_args("irft", place / "tiny")
+    monkeypatch.setattr(plans, "device", lambda: "cpu")  # a CUDA update takes more
+    alone = plans.Plan(args)
+    held, optimizer, update = alone.held(), alone.optimizer(8), alone.step(80, 8, 24, 4)
+    assert update == {"gradients": 80, "logits": 4, "activations": 20}
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert plans.Plan(args).step(80, 8, 24, 4) == {
+        "gradients": 80,
+        "update": 8,
+        "ddp_buckets": 80,
+    }  # one pass over 8 rows
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for stage, parts in ((1, (1, 4, 1)), (2, (1, 4, 4)), (3, (4, 4, 4))):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+        plan = plans.Plan(args)
+        assert plan.held()["weights"] == held["weights"] / parts[0]
+        assert plan.optimizer(8)["optimizer"] == optimizer["optimizer"] / parts[1]
+        assert plan.step(80, 8, 24, 4)["gradients"] == 80 / parts[2]
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert plans.sharding() == (4, 3)
+
+
+def test_dry_run_prints_every_phase_with_and_without_checkpointing(place, capsys):
+    plans.print_memory_plan(benchmark.phase_args("rft", place / "tiny"))
+    printed = capsys.readouterr().out
+    for phase in ("reward step", "policy update", "answers"):
+        assert f"memory per device, {phase}: about 0." in printed
+    assert printed.count("with --gradient-checkpointing: about 0.") == 2
+    for part in ("policy", "value", "reward", "reference", "optimizer", "gradients", "activations", "kv_cache"):
+        assert f"{part} 0." in printed
+
+
+# ---- out of memory ----
+def fake_run(args) -> Run:
+    from accelerate import Accelerator
+
+    run = Run.__new__(Run)
+    run.args, run.accelerator, run.rank, run.world = args, Accelerator(cpu=True), 0, 1
+    return run
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")])
+def test_out_of_memory_names_the_flag_and_the_estimate(place, error):
+    def work(rows):
+        if error:
+            raise error
+        torch.empty(2**50)  # the CPU allocator's own error
+
+    run = fake_run(benchmark.phase_args("irft", place / "tiny"))
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError) as caught:
+        run.step(model, torch.optim.SGD(model.parameters()), [1, 2], work, lambda row: row, 0.1)
+    text = str(caught.value)
+    assert text.startswith("out of memory: found ") and "\n" not in text
+    assert "less than --per-device-train-batch-size 4, or than --max-length 256" in text
+    assert text.endswith(f"train {benchmark.planned(run.args)['train'] / 2**30:.2f} GiB")
+    with pytest.raises(UserError, match="less than --per-device-eval-batch-size 8.*generate .* GiB, score .* GiB$"):
+        run.map_rows(3, work)
+
+
+def test_other_errors_are_left_alone(place):
+    run = fake_run(benchmark.phase_args("irft", place / "tiny"))
+    with pytest.raises(RuntimeError, match="something else"):
+        run.map_rows(3, lambda rows: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+# ---- gradient checkpointing ----
+def gradients_and_layers(model, layer, forward) -> tuple[torch.Tensor, int]:
+    """(gradient of all that is trained, how often a layer ran)."""
+    calls = []
+    handle = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.zero_grad()
+    forward().sum().backward()
+    handle.remove()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), len(calls)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_checkpointing_changes_no_gradient_and_runs_layers_twice(place, lora_r, scalar):
+    batch = collate([([3, 4, 5], [6, 7]), ([8], [9, 10, 11])], 0)
+    found = []
+    for checkpointing in (False, True):
+        args = irft.Args(model=str(place / "model"), lora_r=lora_r, gradient_checkpointing=checkpointing)
+        torch.manual_seed(0)
+        if scalar:
+            model = rewards.prepare_scalar(args, args.model, "--reward-model").double().train()
+            inner, forward = model.model, lambda model=model: model(batch, every=True)
+        else:
+            model = models.prepare_policy(args).double().train()
+            inner, forward = model, lambda model=model: response_logprobs(model, batch).logprobs
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p)
+        layer = (inner.get_base_model() if lora_r else inner).gpt_neox.layers[0]
+        found.append(gradients_and_layers(model, layer, forward))
+    assert found[0][0].norm() > 1e-3
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-12)
+    assert [calls for _, calls in found] == [1, 2]
+
+
+# ---- LoRA: checkpoints, merging, four bits ----
+RUNS = {
+    "sft": ["sft.py", "--num-train-epochs", "1", "--lora-r", "2"],
+    "rft": "rft.py --lora-r 2 --T 2 --sft-epochs 1 --num-train-epochs 1 --total-episodes 8 --rollout-batch-size 4"
+    " --num-ppo-epochs 1 --reward-init sft --init initial".split(),
+}
+
+
+@pytest.fixture(scope="module")
+def lora(place):
+    """{name: (folder of a whole run, of one killed in its third checkpoint and resumed)}."""
+    scenarios, expected, out = [], [], {}
+    for name, (script, *flags) in RUNS.items():
+        out[name] = place / f"whole_{name}", place / f"resumed_{name}"
+        for folder in out[name]:
+            argv = command(script, place / "model", place / "data.jsonl", folder, *flags, "--save-steps", "1")[1:]
+            scenarios.append({"argv": argv})
+            expected.append(0)
+        n = 3 if name == "sft" else 9
+        scenarios[-1] |= {"at": "common.run.Run.step", "n": n}
+        expected[-1] = -9
+        scenarios.append({"argv": [script, "--resume", str(out[name][1])]})
+        expected.append(0)
+    statuses, printed = drive(scenarios)
+    assert statuses == expected, printed
+    return out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_killed_lora_run_resumes_to_the_same_bytes(lora, name):
+    whole, resumed = lora[name]
+    for kind in ("final", "reward") if name == "rft" else ("final",):
+        expected, found = (load_file(folder / kind / "model.safetensors") for folder in (whole, resumed))
+        assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+    assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
+
+
+def stored(path) -> set[str]:
+    with safe_open(path, "pt") as f:
+        return set(f.keys())
+
+
+def test_a_checkpoint_holds_adapters_and_no_base(lora):
+    (last,) = sorted((lora["sft"][0] / "checkpoint").iterdir())[-1:]
+    names = stored(last / "model.safetensors")
+    assert names and all("lora_" in name for name in names)
+    # in rft.py the reward's base is the SFT policy and no longer --model: it is kept; the head is trained whole
+    (last,) = sorted((lora["rft"][0] / "checkpoint").iterdir())[-1:]
+    reward = stored(last / "model_1.safetensors")
+    assert any("score" in name for name in reward) and any("base_layer" in name for name in reward)
+
+
+def test_frozen_weights_are_known_by_their_bits():
+    p = torch.randn(7, 5)
+    before = fingerprint(p)
+    assert fingerprint(p.clone()) == before
+    p[2, 3] += 1e-3
+    assert fingerprint(p) != before
+    assert fingerprint(p.bfloat16()) != before
+
+
+def test_merging_leaves_the_model_as_it_was(place):
+    args = irft.Args(model=str(place / "model"), lora_r=2)
+    model = models.prepare_policy(args)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    before = copy.deepcopy(model.state_dict())
+    batch = collate([([3, 4], [5, 6])], 0)
+    expected = response_logprobs(model, batch).logprobs
+    for four_bits in (False, True):  # with True the base is loaded again; here it never had four bits
+        args.load_in_4bit = four_bits
+        whole = models.merged(args, model)
+        assert not any("lora" in name for name in whole.state_dict())
+        torch.testing.assert_close(response_logprobs(whole, batch).logprobs, expected, rtol=0, atol=1e-4)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_four_bits_are_refused_without_a_gpu(place, monkeypatch):
+    argv = command("sft.py", place / "model", place / "data.jsonl", place / "four", "--load-in-4bit")
+    done = run(argv, check=False)
+    assert done.returncode == 2 and "--load-in-4bit: found True, expected --lora-r above 0" in done.stderr
+    args = sft.Args(model=str(place / "model"), lora_r=2, load_in_4bit=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = "no CUDA GPU" if importlib.util.find_spec("bitsandbytes") else "no bitsandbytes"
+    with pytest.raises(
+        UserError, match=f"--load-in-4bit: found {found}, expected bitsandbytes on a machine with a CUDA"
+    ):
+        models.load_model(args)
+    with pytest.raises(UserError, match="in a script without a reward model"):
+        small = benchmark.phase_args("rft", place / "model", lora_r=2, load_in_4bit=True)
+        settings = {k: v for k, v in rft.SETTINGS["tiny"].items() if getattr(small, k) == "auto"}
+        for name, value in settings.items():
+            setattr(small, name, value)
+        small.check()
+
+
+# ---- attention ----
+@pytest.mark.parametrize(
+    ("asked", "cuda", "precision", "installed", "expected"),
+    [
+        ("auto", False, "bf16", (True, True), "sdpa"),
+        ("auto", True, "bf16", (False, False), "sdpa"),
+        ("auto", True, "no", (True, True), "sdpa"),
+        ("auto", True, "bf16", (True, False), "flash_attention_2"),
+        ("auto", True, "bf16", (True, True), "flash_attention_3"),
+        ("eager", True, "bf16", (True, True), "eager"),
+    ],
+)
+def test_attention_is_chosen_by_device_and_precision(monkeypatch, asked, cuda, precision, installed, expected):
+    import transformers.utils
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    for version, there in zip((2, 3), installed, strict=True):
+        monkeypatch.setattr(transformers.utils, f"is_flash_attn_{version}_available", lambda there=there: there)
+    assert models.attention(irft.Args(attn_implementation=asked, mixed_precision=precision)) == expected
+
+
+# ---- benchmark/gpu.sh ----
+def gpu_benchmark(*flags: str):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its python is the one that runs the tests
+    return run(["bash", "benchmark/gpu.sh", *flags], check=False, PATH=path, CUDA_VISIBLE_DEVICES="")
+
+
+def test_the_gpu_benchmark_refuses_a_machine_without_a_card():
+    done = gpu_benchmark()
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: --device cuda: found no CUDA card") and done.stderr.count("\n") == 1
+
+
+def test_the_gpu_benchmark_prints_a_row_for_every_step():
+    done = gpu_benchmark("--device", "cpu", "--shape", "tiny")
+    assert done.returncode == 0, done.stderr
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "tiny" in line
+    ]
+    assert [row[1] for row in rows] == ["SFT", "IRFT training", "generation"], done.stdout
+    for row in rows:
+        assert float(row[3].replace(",", "")) > 0 and float(row[4]) > 0, done.stdout
+        assert re.fullmatch(r"\d+% of [\d.]+ T/s", row[5])
+
+
+def test_a_models_operations_are_those_that_torch_counts():
+    """Forward and backward, against torch's own counter, for a model whose every position is a response token's."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = dict(vocab_size=512, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256)
+    shape = gpu.Shape("gpt_neox", size, 1, 32, 32, 1, 1)
+    for lora_r in (0, 4):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **size), attn_implementation="eager")
+        model = models.make_trainable(model, irft.Args(lora_r=lora_r))
+        with FlopCounterMode(display=False) as counter:
+            loss = model(input_ids=torch.zeros(1, 32, dtype=torch.long)).logits.sum()
+            forward = counter.get_total_flops()
+            loss.backward()
+        inner = model.get_base_model() if lora_r else model
+        # torch counts whole attention matrices, of which causality needs half
+        assert gpu.operations(inner, shape, False) == pytest.approx(forward, rel=0.1)
+        assert gpu.operations(inner, shape, True) == pytest.approx(counter.get_total_flops(), rel=0.1)
