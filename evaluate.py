@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import evals, models, rewards
-from common.data import read_pairs, write_pairs
+from common.data import write_pairs
 from common.generation import Rollout, make_generator
 from common.run import BaseArgs, Run, main, parse_args, require, write_json
 
@@ -112,9 +112,11 @@ def evaluate(args: Args) -> None:
 def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
     """evaluation.json, figure.png and the table on the console, from the values and the rows in evals/."""
     args, folder = run.args, run.dir / "evals"
-    stored = read_columns(folder / "0000.parquet").items()
-    columns = {f"eval/{name}": column for name, column in stored if not name.startswith("judge/")}  # has its interval
-    reward = read_columns(folder / "reward_0000.parquet") if args.reward_model else {}
+    stored = evals.read_columns(folder / "0000.parquet").items()
+    columns = {
+        f"eval/{name}": c for name, c in stored if name != "row" and not name.startswith("judge/")
+    }  # has its interval
+    reward = evals.read_columns(folder / "reward_0000.parquet") if args.reward_model else {}
     measures = {name: {"value": values[name], "low": None, "high": None} for name in METRICS if name in values}
     for name, column in (columns | (evals.reward_columns(reward) if reward else {})).items():
         measures[name]["low"], measures[name]["high"] = evals.bootstrap_interval(column)
@@ -132,12 +134,6 @@ def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
     draw_figure(run.dir / "figure.png", held, columns, reward, result)
     show_measures(run, result)
     run.say(f"values: {run.dir / 'evaluation.json'}   figure: {run.dir / 'figure.png'}   rows: {folder}")
-
-
-def read_columns(path) -> dict[str, np.ndarray]:
-    """{column: (n,)} of the numbers in a file of evals/."""
-    stored = read_pairs(path)
-    return {name: np.array([r[name] for r in stored]) for name in stored[0] if name not in ("row", "sample")}
 
 
 def show_measures(run, result: dict) -> None:

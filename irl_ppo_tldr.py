@@ -397,10 +397,11 @@ def ppo_batch_loss(
     scale: answers over response tokens, and over steps, of the whole minibatch, so that the mean over answers is the mean over
     its tokens for the policy, over its steps for the value. policy_weight: 0 while the value model learns alone.
     """
-    batch = collate([with_last_step(r, args) for r in rows], pad_token_id=0).to(device)
+    sequences = [with_last_step(r["prompt_ids"], r["response_ids"], args) for r in rows]
+    batch = collate(sequences, pad_token_id=0).to(device)
     steps = batch.response_mask
     lengths = torch.tensor([len(r["response_ids"]) for r in rows], device=device)
-    mask = steps & (torch.arange(steps.shape[1], device=device) < lengths[:, None])
+    mask = torch.arange(steps.shape[1], device=device) < lengths[:, None]
     scores, values = actor_critic(batch, args.temperature)
     old_logprobs, old_values, advantages, returns = (
         pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
@@ -424,10 +425,9 @@ def ppo_batch_loss(
     return losses, stats
 
 
-def with_last_step(row: dict, args: Args) -> tuple[list[int], list[int]]:
+def with_last_step(query: list[int], response: list[int], args: Args) -> tuple[list[int], list[int]]:
     """(query, steps): the answer and, where there is room, one token that nothing reads, for the value after EOS (N+ 20, 23)."""
-    response = row["response_ids"]
-    return row["prompt_ids"], (response + response[-1:])[: args.max_new_tokens]
+    return query, (response + response[-1:])[: args.max_new_tokens]
 
 
 def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
@@ -479,7 +479,7 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
         with run.timed("reference"), reference() as ref_policy:
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        stepped = [with_last_step({"prompt_ids": x, "response_ids": y}, args) for x, y in sequences]
+        stepped = [with_last_step(x, y, args) for x, y in sequences]
         with run.timed("value"):
             values = run.score_batches(stepped, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
@@ -760,11 +760,12 @@ class IRL:
                 advance(1)
 
     def measure(self, t: int, updates: int, reference=None) -> None:
-        """Evaluation of the policy after so many PPO updates, against the initial policy, loaded unless it is given."""
-        run = self.run
-        reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
+        """Evaluation of the policy after so many PPO updates; for a KL against the initial policy, loaded unless it is given."""
+        run, initial = self.run, None
+        if self.args.eval_temperature == 1.0:
+            initial = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
         row = evals.evaluate(
-            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
+            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, initial, updates,
             self.bare_reward, temperature=self.args.eval_temperature,
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size

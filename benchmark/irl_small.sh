@@ -42,10 +42,7 @@ one_seed() {
       --dataset "$out/spaced/preferences.jsonl" --eval-dataset "$out/spaced/preferences.jsonl" --eval-samples 400
   done
 }
-for seed in $seeds; do
-  one_seed "$seed" 2>&1 | sed -u "s/^/[seed $seed] /" &
-  while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
-done
-wait
+# shellcheck disable=SC2086
+each_seed $seeds
 # shellcheck disable=SC2086
 python benchmark/irl_table.py --runs "$out" --seeds $seeds --output "$out"

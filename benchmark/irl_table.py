@@ -14,9 +14,9 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.tables import cell, markdown, mean_and_interval, read_columns  # noqa: E402
+from benchmark.tables import cell, markdown, mean_and_interval  # noqa: E402
 from common import UserError  # noqa: E402
-from common.evals import wins  # noqa: E402
+from common.evals import read_columns, wins  # noqa: E402
 from common.run import main  # noqa: E402
 
 COLUMNS = {  # column -> measure, digits

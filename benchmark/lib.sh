@@ -11,6 +11,16 @@ once() {
   fi
 }
 
+# each_seed SEED...: the caller's one_seed for every seed, two at a time, each on half of the cores.
+each_seed() {
+  local seed
+  for seed in "$@"; do
+    one_seed "$seed" 2>&1 | sed -u "s/^/[seed $seed] /" &
+    while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
+  done
+  wait
+}
+
 # two_lanes OUT FLAGS...: SFT then SPIN beside IRFT, each lane on half of the cores.
 two_lanes() {
   local out=$1

@@ -23,12 +23,9 @@ one_seed() {
     --reward-learning-rate 5e-4 --num-train-epochs 2 --learning-rate 1e-4 --total-episodes 5120 \
     --rollout-batch-size 64 --eval-updates 10 --value-warmup-ratio 0.0625 "${shared[@]}"
 }
+# shellcheck disable=SC2086
+each_seed $seeds
 runs=
-for seed in $seeds; do # two lanes, each on half of the cores
-  one_seed "$seed" 2>&1 | sed -u "s/^/[seed $seed] /" &
-  runs+=" $out/$seed/rft"
-  while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
-done
-wait
+for seed in $seeds; do runs+=" $out/$seed/rft"; done
 # shellcheck disable=SC2086
 python benchmark/fig2.py --runs $runs --output "$out"

@@ -1,10 +1,7 @@
 """What the tables of benchmark/ share: means over seeds with an interval over held-out rows."""
 
-from pathlib import Path
-
 import numpy as np
 
-from common.data import read_pairs
 from common.evals import bootstrap_interval
 
 
@@ -16,12 +13,6 @@ def mean_and_interval(values: list[np.ndarray]) -> tuple[float, float, float]:
 def cell(values: list[np.ndarray], digits: int) -> str:
     mean, low, high = (f"{v:.{digits}f}" for v in mean_and_interval(values))
     return f"{mean} [{low}, {high}]"
-
-
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """{column: (rows,)} of the numbers, row ids among them, in a Parquet file of evals/."""
-    rows = read_pairs(path)
-    return {k: np.array([r[k] for r in rows]) for k in rows[0] if k != "sample"}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -387,8 +387,8 @@ def evaluate(
     """All of EVAL_METRICS for the policy -> {name: mean}. `reference` is a context that yields the reference policy.
 
     With a reward model also eval/reward/samples. `iteration` names the files of this evaluation. Without a reference
-    (None) the measures that need one are left out. rollout: the policy's samples, where they have been drawn already.
-    temperature: of these samples; unless it is 1 they say nothing of the policy's KL, which is left out.
+    (None) there is no KL, without its log-probs in `held` no implicit reward. rollout: the policy's samples, where they have
+    been drawn already. temperature: of these samples; unless it is 1 they say nothing of the policy's KL, which is left out.
     """
     rows, with_kl = held.rows, reference is not None and temperature == 1.0
     passes = len(KINDS) + (rollout is None) + with_kl
@@ -401,24 +401,25 @@ def evaluate(
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
         if with_kl:  # again, as the reference does it: rounding differs with a cache
             ours = sequence_logprobs(run, policy, sequences, advance=advance)
-    against_reference = {}
-    if with_kl:
-        with reference as ref_policy:
-            theirs = sequence_logprobs(run, ref_policy, sequences)
-        kl_k1, kl_k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
-        against_reference = {"kl_k1": kl_k1, "kl_k3": kl_k3}
-    if reference is not None:
+    implicit, kl = {}, {}
+    if held.ref:
         reward = {kind: beta * (logp[kind] - np.array(held.ref[kind])) for kind in logp}
-        against_reference = {
+        implicit = {
             "rewards/margins": reward["chosen"] - reward["rejected"],
             "rewards/accuracies": wins(reward["chosen"], reward["rejected"]),
             "rewards/accuracies_shuffled": wins(reward["chosen"], reward["shuffled"]),
-        } | against_reference
+        }
+    if with_kl:
+        with reference as ref_policy:
+            theirs = sequence_logprobs(run, ref_policy, sequences)
+        k1, k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
+        kl = {"kl_k1": k1, "kl_k3": k3}
     texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
     table = {
         "nll": -logp["chosen"],
         "logps/gap": logp["chosen"] - logp["rejected"],
-        **against_reference,
+        **implicit,
+        **kl,
         "rouge_l": np.array([rouge_l(t, r["response_text"]) for t, r in zip(texts, rows, strict=True)]),
         "completions/mean_length": np.array([float(len(ids)) for ids in rollout.response_ids]),
         "completions/clipped_ratio": 1.0 - np.array(rollout.finished, dtype=float),
@@ -551,6 +552,12 @@ def kl_estimates(policy: list[list[float]], ref: list[list[float]]) -> tuple[np.
     """
     logratio = [np.array(a) - np.array(b) for a, b in zip(policy, ref, strict=True)]
     return np.array([u.sum() for u in logratio]), np.array([(np.exp(-u) - 1 + u).sum() for u in logratio])
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """{column: (n,)} of the numbers, row ids among them, in a file of evals/."""
+    stored = read_pairs(path)
+    return {name: np.array([r[name] for r in stored]) for name in stored[0] if name != "sample"}
 
 
 def save_evaluation(folder: Path, iteration: int, rows, texts, table) -> None:

@@ -41,7 +41,7 @@ class ScalarModel(torch.nn.Module):
 
         `[:, t]` of the latter sees the prompt and t response tokens: the state in which token t is chosen.
         """
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner = self.inner
         if not hasattr(inner, "score"):  # an encoder, whose own forward knows where to read
             logits = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             return logits[:, 0].float() - self.center
@@ -55,11 +55,15 @@ class ScalarModel(torch.nn.Module):
         values = self.head(inner, hidden[index])
         return torch.where(batch.response_mask, values, torch.zeros_like(values))
 
+    @property
+    def inner(self):
+        """The model without LoRA's wrapper."""
+        return logprobs.language_model(self.model)
+
     def normalise(self, mean: float, std: float = 1.0) -> None:
         """Shift and scale so that scores of this mean and standard deviation become of mean 0 and deviation 1."""
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         with torch.no_grad():
-            for parameter in inner.score.parameters():
+            for parameter in self.inner.score.parameters():
                 parameter /= std
             self.center.copy_((self.center + mean) / std)
 

@@ -128,7 +128,8 @@ def test_every_reward_is_measured_on_peoples_pairs(finished, place):
     kept = [r for r in metrics(out) if "eval/reward/accuracy_preferences" in r]
     assert [r["outer_iteration"] for r in kept] == [0, 1]
     rows = read_pairs(out / "evals" / "preferences_0001.parquet")
-    assert {r["row"] for r in rows} <= {r["row"] for r in load_rows(str(place / "prefs.jsonl"), "test", "preferences")}
+    assert {r["row"] for r in rows} <= {r["row"] for r in load_rows(str(place / "prefs.jsonl"), "all", "preferences")}
+    assert len(rows) == 4  # --eval-samples
     won = [(r["chosen"] > r["rejected"]) + 0.5 * (r["chosen"] == r["rejected"]) for r in rows]
     assert kept[1]["eval/reward/accuracy_preferences"] == pytest.approx(sum(won) / len(won))
 

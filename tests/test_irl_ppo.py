@@ -341,11 +341,11 @@ def test_an_update_is_that_of_the_padded_recipe(make_run, given):
 
 
 def eos_step_lost(monkeypatch):
-    monkeypatch.setattr(irl, "with_last_step", lambda r, args: (r["prompt_ids"], r["response_ids"]))
+    monkeypatch.setattr(irl, "with_last_step", lambda query, response, args: (query, response))
 
 
 def step_after_a_cut(monkeypatch):
-    monkeypatch.setattr(irl, "with_last_step", lambda r, args: (r["prompt_ids"], r["response_ids"] + [0]))
+    monkeypatch.setattr(irl, "with_last_step", lambda query, response, args: (query, response + [0]))
 
 
 def reward_where_eos_is_missing(monkeypatch):

@@ -365,9 +365,10 @@ def test_what_came_before_an_error_is_kept(serve, cache):
     with pytest.raises(UserError):
         Judge(flags(server.url)).compare(*pairs(10))
     (path,) = cache.glob("judge-*.jsonl")
-    deadline = time.time() + 10  # for the requests under way
-    while path.read_bytes().count(b"\n") < 5 and time.time() < deadline:
-        time.sleep(0.05)
+    deadline, asked = time.time() + 30, -1  # requests are still under way
+    while time.time() < deadline and (asked != len(server.bodies) or path.read_bytes().count(b"\n") < 5):
+        asked = len(server.bodies)
+        time.sleep(1)
     ok.set()
     before = len(server.bodies)
     assert not np.isnan(Judge(flags(server.url)).compare(*pairs(10))).any()
