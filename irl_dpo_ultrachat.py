@@ -70,7 +70,6 @@ BLOCK = 256  # prompts whose candidates are sampled, scored and kept on disk at 
 
 @dataclass
 class Args(RunArgs):
-    sequences_per_row: ClassVar[int] = 2
     scalar_models: ClassVar[int] = 1
 
     T: int = 2
@@ -149,6 +148,10 @@ class Args(RunArgs):
             not self.candidates_from or self.resume or (Path(self.candidates_from) / "candidates").is_dir(),
             "candidates_from", self.candidates_from, "the directory of a run of this script, with a folder candidates/",
         )  # fmt: skip
+
+    @property
+    def sequences_per_row(self) -> int:
+        return 2 if self.policy_objective == "dpo" else 1
 
 
 SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for

@@ -151,14 +151,34 @@ def whole(module: nn.Module, cast: bool = True) -> Iterator[nn.Module]:
             part._parameters[name] = meta
 
 
+def trained(view: nn.Module) -> nn.Module:
+    """The module that trains, of which a twin is the view, with each process's part of the weights; any other module itself."""
+    return view.__dict__["shards"][0]() if "shards" in view.__dict__ else view
+
+
 def gather(parameter: Tensor) -> Tensor:
     """All of a parameter of which each process has a part, on all of them."""
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
+    with gathered([parameter]):
+        return full(parameter).clone() if hasattr(parameter, "ds_id") else full(parameter)
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter.detach().full_tensor() if is_dtensor(parameter) else parameter.detach()
+
+@contextlib.contextmanager
+def gathered(parameters: list[Tensor]) -> Iterator[None]:
+    """ZeRO-3's parameters among these have all their numbers, for as long as the context lasts."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor of FSDP2's, or made from such ones, with all its numbers; any other itself. Without gradient."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def is_dtensor(x: Tensor) -> bool:

@@ -245,8 +245,7 @@ def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, 
         part = generator.sample(prompts, ids, seed, temperature, run.shared(advance))
         return list(zip(part.response_ids, part.finished, part.logprobs, strict=True))
 
-    with evaluating(generator.model):
-        results = run.map_rows(len(rows), work)
+    results = run.map_rows(len(rows), work)
     ids, finished, logprobs = (list(column) for column in zip(*results, strict=True))
     return Rollout([r["prompt_ids"] for r in rows], ids, finished, logprobs)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common import engines
 from common.logprobs import temper
 
 
@@ -62,14 +63,13 @@ class Generator:
         was_training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(order), self.batch_size):
-                part = order[start : start + self.batch_size]
-                uniforms = torch.stack([self._stream(seed, rows[i]) for i in part])
-                for i, response in zip(
-                    part, self._batch([prompts[i] for i in part], uniforms, temperature), strict=True
-                ):
-                    done[i] = response
-                advance(len(part))
+            with engines.whole(self.model):
+                for start in range(0, len(order), self.batch_size):
+                    part = order[start : start + self.batch_size]
+                    uniforms = torch.stack([self._stream(seed, rows[i]) for i in part])
+                    responses = self._batch([prompts[i] for i in part], uniforms, temperature)
+                    done |= dict(zip(part, responses, strict=True))
+                    advance(len(part))
         finally:
             self.model.train(was_training)
         ids, finished, logprobs = zip(*(done[i] for i in range(len(prompts))), strict=True) if prompts else ((), (), ())

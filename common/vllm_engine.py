@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import UserError
+from common import UserError, engines
 from common.data import collate
 from common.evals import evaluating
 from common.generation import Rollout, stop_tokens
-from common.logprobs import response_logprobs
+from common.logprobs import language_model, response_logprobs
 from common.run import require
 
 VLLM_METRICS = {  # name -> meaning, unit, range; of every phase of generation
@@ -122,7 +122,7 @@ def current_engine(run, model) -> "Engine":
 
 def engine_config(model) -> dict:
     """config.json of the model itself: no adapter, no quantisation, as its weights will come."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = language_model(model)
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
@@ -193,11 +193,12 @@ class Engine:
         if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        with self.run.timed("vllm_sync"), evaluating(model):
-            found = checksum(model)
+        with self.run.timed("vllm_sync"):
+            source = engines.trained(model)
+            found = checksum(source)
             stale = torch.tensor(float(found != self.holds), device=self.run.accelerator.device)
             if self.run.accelerator.reduce(stale, reduction="sum").item() > 0:  # sending may be collective: all or none
-                self.load(full_weights(model))
+                self.load(full_weights(source))
                 self.holds = found
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
@@ -313,18 +314,17 @@ def full_weights(model) -> Iterator[tuple[str, Tensor]]:
     LoRA: base weight plus adapter, as merge_and_unload makes it, while the model itself stays as it is, to the bit.
     ZeRO-3: gathered for as long as it is looked at; FSDP2: DTensors made whole. Both are collective: all ranks iterate.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = language_model(model)
     for name, parameter in base.named_parameters():
         layer_name, in_lora, leaf = name.partition(".base_layer.")
         if ".lora_" in name:
             continue
         if in_lora and leaf == "weight":
             layer = base.get_submodule(layer_name)
-            with gathered(list(layer.parameters())):
+            with engines.gathered(list(layer.parameters())):
                 tensor = merged_weight(layer)
         else:
-            with gathered([parameter]):
-                tensor = whole(parameter)
+            tensor = engines.gather(parameter)
         yield (f"{layer_name}.{leaf}" if in_lora else name), tensor
 
 
@@ -333,27 +333,10 @@ def merged_weight(layer) -> Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
     with torch.no_grad():
-        weight = whole(dequantize_module_weight(layer.base_layer))
+        weight = engines.full(dequantize_module_weight(layer.base_layer))
         for adapter in layer.active_adapters:
-            weight = weight + whole(layer.get_delta_weight(adapter)).to(weight.dtype)
+            weight = weight + engines.full(layer.get_delta_weight(adapter)).to(weight.dtype)
     return weight
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
-
-
-@contextlib.contextmanager
-def gathered(parameters: list) -> Iterator[None]:
-    """The full values of parameters that ZeRO-3 shards; all others have theirs."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(sharded):
-        yield
 
 
 def checksum(model) -> int:

@@ -81,6 +81,22 @@ def make_classifier(folder: Path, source: Path, labels: int = 1, seed: int = 3) 
     return folder
 
 
+def jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def tldr_rows(n: int) -> list[dict]:
+    """n posts of one to three lines with their summaries, as in TL;DR."""
+    words = "return the number of items in list open file and read it".split()
+    rows = []
+    for i in range(n):
+        lines = [" ".join(words[(i + j + k) % len(words)] for k in range(4)) for j in range(1 + i % 3)]
+        row = {"subreddit": "x", "title": f"t{i}", "post": "\n".join(lines)}
+        rows.append({**row, "summary": " ".join(words[i % 7 : i % 7 + 3])})
+    return rows
+
+
 def make_data(path: Path, n: int = 24, preference: bool = False) -> Path:
     """n prompt/completion (or prompt/chosen/rejected) rows of uneven length, as JSONL."""
     words = "return the number of items in list open file and read it".split()
@@ -90,8 +106,8 @@ def make_data(path: Path, n: int = 24, preference: bool = False) -> Path:
         row = {"prompt": f"say {i}: " + text, "completion": text + "."}
         if preference:
             row = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no " * (1 + i % 4)}
-        rows.append(json.dumps(row))
-    path.write_text("\n".join(rows) + "\n")
+        rows.append(row)
+    jsonl(path, rows)
     return path
 
 
@@ -131,6 +147,16 @@ def launcher(name: str) -> str:
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_metrics(one: Path, other: Path) -> None:
+    """Of two runs, but for rounding, which alone decides who wins as long as policy and reference coincide."""
+    from pytest import approx
+
+    for x, y in zip(metrics(one), metrics(other), strict=True):
+        if abs(x.get("rewards/margins", 1.0)) < 1e-6:
+            del x["rewards/accuracies"], y["rewards/accuracies"]
+        assert x == approx(y, rel=5e-3, abs=5e-4)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

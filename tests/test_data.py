@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ZEPHYR_TEMPLATE, make_tokenizer
+from helpers import ZEPHYR_TEMPLATE, jsonl, make_tokenizer
 
 from common import UserError, data
 from common.data import collate, encode, harvest_pydoc, load_rows, read_pairs, render_prompt, write_pairs
@@ -30,11 +30,6 @@ FORMATS = {  # raw row -> prompt, response, rejected
     ),
     "tldr": ({"subreddit": "x", "title": "t", "post": "p", "summary": "s"}, "SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:", "s", None),
 }  # fmt: skip
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from helpers import command, drive, make_data, make_model, metrics, weights
+from helpers import assert_same_metrics, command, drive, jsonl, make_data, make_model, metrics, tldr_rows, weights
 
 from common.data import read_pairs
 
@@ -30,7 +30,10 @@ FLAGS = {  # batches that two processes share unevenly, in micro-batches that th
     "aihf_ppo.py": f"{RFT} {RATES}".split(),
     "aihf.py": f"--T 2 --sft-epochs 1 --total-prompts 6 --rollout-batch-size 3 --num-generations 2 --eval-updates 1 {RATES}".split(),
     "aihf_direct.py": "--T 1 --learning-rate 1e-4".split(),
+    "irl_ppo_tldr.py": f"{RFT} {RATES} --prompts demonstrations --max-length 72".split(),
+    "irl_dpo_ultrachat.py": f"--T 2 --sft-epochs 1 --total-prompts 6 --rollout-batch-size 3 --num-generations 2 --eval-updates 1 {RATES}".split(),
 }
+LORA = ("irft.py", "rft.py")  # once more with adapters: on the policy, and on models with a scalar head
 TOLERANCE = 1e-5  # float32, on weights that moved by 3e-4 and more: sums in another order
 KILLED = {"irft.py": 4, "rft.py": 10}  # step it is killed at: between checkpoints, in iteration 1 and in PPO
 
@@ -42,8 +45,10 @@ def place(tmp_path_factory):
     make_model(folder / "model", hidden_size=192, intermediate_size=768)
     make_data(folder / "data.jsonl", 11)
     make_data(folder / "prefs.jsonl", 11, preference=True)
-    statuses, printed = drive([{"argv": argv(script, folder, "plain")} for script in FLAGS])
-    assert statuses == [0] * len(FLAGS), printed
+    jsonl(folder / "posts.jsonl", tldr_rows(11))
+    scenarios = [{"argv": argv(script, folder, "plain")} for script in FLAGS]
+    statuses, printed = drive([*scenarios, *with_lora(folder, "plain")])
+    assert statuses == [0] * (len(FLAGS) + len(LORA)), printed
     return folder
 
 
@@ -51,7 +56,12 @@ def argv(script: str, place, name: str) -> list[str]:
     flags = [*SHARED, *FLAGS[script]]
     if script.startswith("aihf"):
         flags += ["--preference-dataset", str(place / "prefs.jsonl")]
-    return command(script, place / "model", place / "data.jsonl", place / f"{name}_{script}", *flags)[1:]
+    data = place / ("posts.jsonl" if script == "irl_ppo_tldr.py" else "data.jsonl")
+    return command(script, place / "model", data, place / f"{name}_{script}", *flags)[1:]
+
+
+def with_lora(place, name: str) -> list[dict]:
+    return [{"argv": [*argv(script, place, f"{name}_lora"), "--lora-r", "4"]} for script in LORA]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -61,8 +71,8 @@ def engine(request, place):
     parameters = sum(1 for _ in weights(place / "plain_sft.py"))
     # held-out rows: samples and three kinds of response; evaluations, at first with the reference; saving
     phases = 4 + 6 + 5 + 1
-    scenarios = [{"argv": argv(script, place, name)} for script in FLAGS]
-    expected = [0] * len(FLAGS)
+    scenarios = [{"argv": argv(script, place, name)} for script in FLAGS] + with_lora(place, name)
+    expected = [0] * (len(FLAGS) + len(LORA))
     for script, n in KILLED.items():
         scenarios.append({"argv": argv(script, place, f"{name}_killed"), "at": "common.run.Run.step", "n": n})
         scenarios.append({"argv": [script, "--resume", str(place / f"{name}_killed_{script}")]})
@@ -85,8 +95,7 @@ def test_two_processes_give_the_weights_of_one(engine, place, script):
 
     plain, found = place / f"plain_{script}", place / f"{engine}_{script}"
     assert same_models(plain, found, TOLERANCE) > 1e-4
-    for x, y in zip(metrics(plain), metrics(found), strict=True):
-        assert x == pytest.approx(y, rel=5e-3, abs=5e-4)
+    assert_same_metrics(plain, found)
     for path in (plain / "generations").iterdir():
         ids = [[p["rejected_ids"] for p in read_pairs(out / "generations" / path.name)] for out in (plain, found)]
         assert ids[0] == ids[1]
@@ -96,6 +105,14 @@ def test_two_processes_give_the_weights_of_one(engine, place, script):
         reward = AutoModelForSequenceClassification.from_pretrained(found / "reward")
         centers = [json.loads((out / "reward" / "config.json").read_text())["reward_center"] for out in (plain, found)]
         assert reward.config.num_labels == 1 and centers[1] == pytest.approx(centers[0], abs=1e-4) and centers[0]
+
+
+@pytest.mark.parametrize("script", LORA)
+def test_adapters_are_trained_and_merged_as_in_one_process(engine, place, script):
+    """The reference is the adapter switched off, of weights that no process has whole."""
+    plain, found = place / f"plain_lora_{script}", place / f"{engine}_lora_{script}"
+    assert same_models(plain, found, TOLERANCE) > 1e-4
+    assert_same_metrics(plain, found)
 
 
 def same_models(one, other, tolerance: float) -> float:

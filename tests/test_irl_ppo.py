@@ -11,7 +11,7 @@ import exact
 import numpy as np
 import pytest
 import torch
-from helpers import make_model, make_tokenizer
+from helpers import jsonl, make_model, make_tokenizer
 from test_rft import (
     Table,
     all_logprobs,
@@ -63,15 +63,8 @@ def count(tokenizer, text: str) -> int:
     return len(tokenizer(text)["input_ids"])
 
 
-def write_jsonl(path, rows: list[dict]) -> str:
-    import json
-
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
 def test_query_is_subreddit_title_post_and_question(tmp_path, tokenizer):
-    rows = load_rows(write_jsonl(tmp_path / "tldr.jsonl", [POST]), "all")
+    rows = load_rows(jsonl(tmp_path / "tldr.jsonl", [POST]), "all")
     assert rows == [{"row": 0, "prompt": QUERY, "response": "cat sat"}]
     assert irl.fit_query(QUERY, tokenizer, 1000) == QUERY
 
@@ -162,11 +155,11 @@ def test_saved_tokenizers_ask_other_scripts_in_the_form_of_tldr(tokenizer):
 def test_comparisons_of_people_are_read(tmp_path):
     info = {k: POST[k] for k in ("subreddit", "title", "post")}
     row = {"info": info, "summaries": [{"text": " one"}, {"text": " two"}], "choice": 1}
-    path = write_jsonl(tmp_path / "pairs.jsonl", [row])
+    path = jsonl(tmp_path / "pairs.jsonl", [row])
     assert load_rows(path, "all", "preferences") == [{"row": 0, "prompt": QUERY, "chosen": " two", "rejected": " one"}]
     for bad, found in (({"choice": 2}, "found choice 2 of"), ({"summaries": [{"text": "a"}]}, "expected 0 or 1 of two"), ({"info": {}}, "found no post in info")):  # fmt: skip
         with pytest.raises(UserError, match=f"row 0: .*{found}"):
-            load_rows(write_jsonl(tmp_path / "bad.jsonl", [{**row, **bad}]), "all", "preferences")
+            load_rows(jsonl(tmp_path / "bad.jsonl", [{**row, **bad}]), "all", "preferences")
 
 
 # ---- SFT on query and response (N+ 5) ----

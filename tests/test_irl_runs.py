@@ -1,20 +1,22 @@
 """irl_ppo_tldr.py as a user meets it: TL;DR in, what a run leaves, its variants, an expert, bad input, processes, resume."""
 
-import json
 import signal
 import sys
 
 import pytest
 import torch
 from helpers import (
+    assert_same_metrics,
     command,
     drive,
+    jsonl,
     launcher,
     make_classifier,
     make_model,
     make_tokenizer,
     metrics,
     run,
+    tldr_rows,
     weights,
 )
 
@@ -26,24 +28,9 @@ SMALL = "--sft-epochs 1 --total-episodes 8 --rollout-batch-size 4 --eval-updates
 SMALL += "--reward-learning-rate 1e-3 --sft-learning-rate 1e-3 --prompts demonstrations --max-length 72".split()
 
 
-def tldr_rows(n: int) -> list[dict]:
-    words = "return the number of items in list open file and read it".split()
-    rows = []
-    for i in range(n):
-        lines = [" ".join(words[(i + j + k) % len(words)] for k in range(4)) for j in range(1 + i % 3)]
-        row = {"subreddit": "x", "title": f"t{i}", "post": "\n".join(lines)}
-        rows.append({**row, "summary": " ".join(words[i % 7 : i % 7 + 3])})
-    return rows
-
-
 def comparison(row: dict, i: int) -> dict:
     info = {k: row[k] for k in ("subreddit", "title", "post")}
     return {"info": info, "summaries": [{"text": " no " * (1 + i % 2)}, {"text": row["summary"]}], "choice": 1}
-
-
-def jsonl(path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +291,7 @@ def test_two_processes_give_the_weights_of_one(place):
         # no difference of two scores depends on the last bias: its gradient is rounding, which AdamW makes a step of
         told = [k for k in a if (name, k) != ("reward", "gpt_neox.final_layer_norm.bias")]
         assert max((a[k] - b[k]).abs().max() for k in told) < 2e-6
-    for x, y in zip(metrics(one), metrics(two), strict=True):
-        assert x == pytest.approx(y, rel=5e-3, abs=5e-4)
+    assert_same_metrics(one, two)
 
 
 # ---- resume ----

@@ -12,19 +12,34 @@ import psutil
 import pytest
 import torch
 import yaml
-from helpers import ROOT, command, drive, launch, make_data, make_model, metrics, weights
+from helpers import (
+    ROOT,
+    assert_same_metrics,
+    command,
+    drive,
+    jsonl,
+    launch,
+    make_data,
+    make_model,
+    metrics,
+    tldr_rows,
+    weights,
+)
 
 from common import engines
 from common.data import read_pairs
 
 PPO = "--sft-epochs 0 --total-episodes 16 --rollout-batch-size 8 --num-ppo-epochs 1 --eval-updates 2"
+ONLINE_DPO = "--sft-epochs 0 --total-prompts 16 --rollout-batch-size 8 --num-generations 2 --eval-updates 2"
 FLAGS = {
     "sft.py": "--num-train-epochs 2",
     "irft.py": "--T 2 --num-train-epochs 1",
     "rft.py": f"--T 1 --num-train-epochs 1 {PPO}",
-    "aihf.py": "--T 1 --sft-epochs 0 --total-prompts 16 --rollout-batch-size 8 --num-generations 2 --eval-updates 2",
+    "aihf.py": f"--T 1 {ONLINE_DPO}",
     "aihf_ppo.py": f"--T 1 {PPO}",
     "aihf_direct.py": "--T 1",
+    "irl_ppo_tldr.py": f"--T 1 {PPO} --prompts demonstrations --max-length 72",
+    "irl_dpo_ultrachat.py": f"--T 1 {ONLINE_DPO}",
 }
 TOLERANCE = 1e-5  # float32, on weights that moved by 1e-4 and more: sums in another order
 
@@ -33,12 +48,12 @@ def argv(place, name: str, script: str, micro: int) -> list[str]:
     flags = (
         f"--mixed-precision no --batch-size 8 --per-device-train-batch-size {micro} --eval-samples 2 {FLAGS[script]}"
     )
-    if script in ("rft.py", "aihf.py", "aihf_ppo.py"):
+    if "--eval-updates" in flags:  # a reward is learned
         flags += " --reward-learning-rate 1e-4 --optimizer adamw"
     if script.startswith("aihf"):
         flags += f" --preference-dataset {place / 'prefs.jsonl'}"
-    out = place / f"{name}_{script}"
-    return command(script, place / "model", place / "data.jsonl", out, "--learning-rate", "1e-4", *flags.split())[1:]
+    data, out = place / ("posts.jsonl" if script == "irl_ppo_tldr.py" else "data.jsonl"), place / f"{name}_{script}"
+    return command(script, place / "model", data, out, "--learning-rate", "1e-4", *flags.split())[1:]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +63,7 @@ def place(tmp_path_factory):
     make_model(folder / "model")
     make_data(folder / "data.jsonl", 20)
     make_data(folder / "prefs.jsonl", 16, preference=True)
+    jsonl(folder / "posts.jsonl", tldr_rows(20))
     assert drive([{"argv": argv(folder, "8", script, 8)} for script in FLAGS])[0] == [0] * len(FLAGS)
     shapes = [(script, 2) for script in FLAGS] + [("sft.py", 4), ("irft.py", 4)]
     scenarios = [
@@ -67,8 +83,7 @@ def test_one_process_with_8_is_two_with_4_or_with_twice_2(place, script, micro):
     a, b, start = weights(one), weights(two), load_file(place / "model" / "model.safetensors")
     assert max((a[k] - start[k]).abs().max() for k in a) > 1e-4
     assert max((a[k] - b[k]).abs().max() for k in a) < TOLERANCE
-    for x, y in zip(metrics(one), metrics(two), strict=True):
-        assert x == pytest.approx(y, rel=5e-3, abs=5e-4)
+    assert_same_metrics(one, two)
     for path in (one / "generations").iterdir():
         rows = [[p["rejected_ids"] for p in read_pairs(out / "generations" / path.name)] for out in (one, two)]
         assert rows[0] == rows[1]
