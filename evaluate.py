@@ -87,10 +87,10 @@ def evaluate(args: Args) -> None:
 
     run = Run(args, "evaluate", METRICS)
     run.say(f"evaluate: {args.model} on {len(rows)} held-out rows, {run.world} process(es), {run.dir}")
-    policy = models.autocast_forward(run, models.load_model(args).eval())
+    policy = models.for_inference(run, models.load_model(args))
     reference = None
     if args.ref_model:
-        reference = models.autocast_forward(run, models.load_model(args, args.ref_model, "--ref-model").eval())
+        reference = models.for_inference(run, models.load_model(args, args.ref_model, "--ref-model"))
     generator = make_generator(run, policy, tokenizer)
     with run.phase("samples", len(rows), step=0) as advance:
         samples = evals.sample_rows(run, generator, rows, evals.EVAL_SEED, args.temperature, advance)
@@ -101,7 +101,7 @@ def evaluate(args: Args) -> None:
     )
     if args.reward_model:
         del policy, reference, generator, against  # their memory, before another model comes
-        values |= evals.evaluate_reward(run, models.autocast_forward(run, scalar), held, 0, samples.response_ids)
+        values |= evals.evaluate_reward(run, models.for_inference(run, scalar), held, 0, samples.response_ids)
     run.log({name: values[name] for name in METRICS if name in values}, step=0)
     if run.is_main:
         report(run, held, values)

@@ -98,7 +98,7 @@ def preference(row: dict, rejected_ids: list[int]) -> dict:
 def with_samples(run, rows: list[dict], tokenizer) -> list[dict]:
     """Preference pairs: each row's response against one of --sampler's, which has the tokenizer of --model."""
     args = run.args
-    policy = models.autocast_forward(run, models.load_model(args, args.sampler, "--sampler").eval())
+    policy = models.for_inference(run, models.load_model(args, args.sampler, "--sampler"))
     generator = make_generator(run, policy, tokenizer)
     with run.phase("samples", len(rows)) as advance:
         samples = evals.sample_rows(run, generator, rows, args.seed, 1.0, advance).response_ids

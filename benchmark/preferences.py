@@ -51,7 +51,7 @@ def make(args: Args) -> None:
     write_jsonl(run.dir / "demonstrations.jsonl", given)
     asked = [r for r in rows if not for_demonstrations(r)][: args.max_preferences]
     asked = encode(asked, tokenizer, args.max_length, args.max_prompt_length)
-    policy = models.autocast_forward(run, models.load_model(args).eval())
+    policy = models.for_inference(run, models.load_model(args))
     generator = make_generator(run, policy, tokenizer)
     texts = []
     for k in range(2):

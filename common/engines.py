@@ -80,19 +80,15 @@ def prepare(accelerator, args, *objects) -> tuple[list, dict[nn.Module, nn.Modul
                 "gradient_accumulation_steps": 1,  # Run.step says where an update ends
                 "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
             }
-        buffers = {path: dict(module._buffers) for path, module in model.named_modules()}
         model, optimizer = accelerator.prepare(model, optimizer)
         prepared += [model, optimizer]
         views[model] = bare = accelerator.unwrap_model(model)
-        # DeepSpeed rounds buffers to bf16; rotary frequencies and the centre of a reward must not be
-        for path, kept in buffers.items():
-            on_device = {k: None if b is None else b.to(accelerator.device) for k, b in kept.items()}
-            bare.get_submodule(path)._buffers.update(on_device)
         if twin is not None:
             cast = torch.bfloat16 if name == "fsdp2" and accelerator.mixed_precision == "bf16" else None
             for path, module in twin.named_modules():
                 # weak: a copy of the twin must not copy what it is filled from
                 module.__dict__["shards"] = weakref.ref(bare.get_submodule(path)), cast
+                module._buffers.update(bare.get_submodule(path)._buffers)  # on the device by now
             views[model] = twin
     return prepared, views
 
@@ -243,6 +239,11 @@ def clip(accelerator, model: nn.Module, max_norm: float) -> float:
     if engine_name(accelerator).startswith("zero"):
         model.step()
         return float(model.get_global_grad_norm())
+    for (
+        p
+    ) in model.parameters():  # of a part that the loss leaves out: 0, as under DDP; checkpoints hold the state of all
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return float(norm.full_tensor() if is_dtensor(norm) else norm)
 
@@ -250,8 +251,14 @@ def clip(accelerator, model: nn.Module, max_norm: float) -> float:
 # ---- checkpoints ----
 def save_state(accelerator, folder: str) -> list[int]:
     """accelerate's save_state. Returns which optimizers had no state yet: saving FSDP2's would give them one, AdamW's a step."""
+    from torch.distributed.checkpoint import CheckpointException
+
     fresh = [i for i, optimizer in enumerate(accelerator._optimizers) if not optimizer.state]
-    accelerator.save_state(folder, safe_serialization=True)
+    try:
+        accelerator.save_state(folder, safe_serialization=True)
+    except CheckpointException as error:  # FSDP2's; no Exception, but a BaseException
+        reason = next(iter(error.failures.values()))[0] if error.failures else error
+        raise OSError(f"{reason}") from error
     forget(accelerator, fresh)
     return fresh
 

@@ -268,9 +268,10 @@ def prepare_held_out(
                 samples = dict(zip((r["row"] for r in sampled_rows), rollout.response_ids, strict=True))
             rejected = [r["rejected_ids"] if "rejected_ids" in r else samples[r["row"]] for r in rows]
             held = HeldOut(rows, rejected, {}, {})
-            for kind in KINDS:
-                scored = sequence_logprobs(run, reference, held.sequences(kind), advance=advance)
-                held.ref[kind] = [total for total, _ in scored]
+            with evaluating(reference):
+                for kind in KINDS:
+                    scored = sequence_logprobs(run, reference, held.sequences(kind), advance=advance)
+                    held.ref[kind] = [total for total, _ in scored]
         columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
         columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
         if with_gold:
@@ -319,7 +320,7 @@ def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: fl
     @functools.cache
     def load():
         tokenizer = models.load_tokenizer(args, name, flag)
-        model = models.autocast_forward(run, models.load_model(args, name, flag).eval())
+        model = models.for_inference(run, models.load_model(args, name, flag))
         return tokenizer, make_generator(run, model, tokenizer)
 
     def work(indices, advance) -> list[tuple[str, bool]]:
@@ -392,15 +393,20 @@ def evaluate(
     rows, with_kl = held.rows, reference is not None and temperature == 1.0
     passes = len(KINDS) + (rollout is None) + with_kl
     with run.phase(f"evaluation {iteration}", passes * len(rows), evaluation=iteration) as advance:
-        logp = {}
-        for kind in KINDS:
-            scored = sequence_logprobs(run, policy, held.sequences(kind), advance=advance)
-            logp[kind] = np.array([total for total, _ in scored])
         rollout = rollout or sample_rows(run, generator, rows, EVAL_SEED, temperature, advance)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        if with_kl:  # again, as the reference does it: rounding differs with a cache
-            ours = sequence_logprobs(run, policy, sequences, advance=advance)
-    implicit, kl = {}, {}
+        logp, kl = {}, {}
+        with evaluating(policy):
+            for kind in KINDS:
+                scored = sequence_logprobs(run, policy, held.sequences(kind), advance=advance)
+                logp[kind] = np.array([total for total, _ in scored])
+            if with_kl:  # the policy's own again, as the reference does it: rounding differs with a cache
+                ours = sequence_logprobs(run, policy, sequences, advance=advance)
+                with reference as ref_policy:
+                    theirs = sequence_logprobs(run, ref_policy, sequences)
+                k1, k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
+                kl = {"kl_k1": k1, "kl_k3": k3}
+    implicit = {}
     if held.ref:
         reward = {kind: beta * (logp[kind] - np.array(held.ref[kind])) for kind in logp}
         implicit = {
@@ -408,11 +414,6 @@ def evaluate(
             "rewards/accuracies": wins(reward["chosen"], reward["rejected"]),
             "rewards/accuracies_shuffled": wins(reward["chosen"], reward["shuffled"]),
         }
-    if with_kl:
-        with reference as ref_policy:
-            theirs = sequence_logprobs(run, ref_policy, sequences)
-        k1, k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
-        kl = {"kl_k1": k1, "kl_k3": k3}
     texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
     table = {
         "nll": -logp["chosen"],

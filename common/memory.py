@@ -5,6 +5,7 @@ Dims: B sequences, L prompt + response tokens, N response tokens in the batch, V
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import weakref
@@ -74,11 +75,15 @@ def without_data(args, config, layers: int, scalar: bool = False, checkpointing:
     with torch.device("meta"):
         model = kind.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
         model = models.without_dropout(model)
-        if args.lora_r and not frozen:
-            model = models.add_lora(model, args, "SEQ_CLS" if scalar else "CAUSAL_LM")
-        if checkpointing and not frozen:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return ScalarModel(model) if scalar else model
+        if scalar:
+            model = ScalarModel(model)
+        if frozen:
+            return model
+        trained = dataclasses.replace(args, gradient_checkpointing=checkpointing)
+        if not scalar:
+            return models.make_trainable(model, trained)
+        model.model = models.make_trainable(model.model, trained, "SEQ_CLS")
+        return model
 
 
 def fill(model) -> None:

@@ -163,14 +163,18 @@ def one_line_error(name: str, flag: str = "--model") -> Iterator[None]:
 
 
 def autocast_forward(run, model):
-    """The model on the run's device, its forward under the run's mixed precision: for models accelerate does not prepare."""
-    model.to(run.accelerator.device)
+    """The model, its forward under the run's mixed precision: for what is called by itself, not as accelerate prepared it."""
     if run.accelerator.mixed_precision == "bf16":
         # a weak reference: a bound method kept in the model itself would keep it in memory when it is no longer used
         forward, this = type(model).forward, weakref.ref(model)
         wrapped = functools.wraps(forward)(lambda *args, **kwargs: forward(this(), *args, **kwargs))
         model.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(wrapped)
     return model
+
+
+def for_inference(run, model):
+    """A model that is not trained: on the run's device, under its mixed precision, in evaluation mode."""
+    return autocast_forward(run, model.to(run.accelerator.device).eval())
 
 
 def prepare_policy(args, name: str = ""):
@@ -257,7 +261,7 @@ def open_reference(run, policy, source: str) -> Callable[[], contextlib.Abstract
                 yield policy
 
         return adapter_off
-    model = autocast_forward(run, load_model(run.args, source).eval())
+    model = for_inference(run, load_model(run.args, source))
     return lambda: contextlib.nullcontext(model)
 
 

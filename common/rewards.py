@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, logprobs, models
@@ -34,6 +35,10 @@ class ScalarModel(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        if hasattr(model, "score"):
+            model.score.__class__ = (
+                ExactLinear  # of an nn.Linear: a reward of 5.02 and one of 5.03 are the same in bf16
+            )
         self.register_buffer("center", torch.tensor(float(getattr(model.config, "reward_center", 0.0))))
 
     def forward(self, batch: Batch, every: bool = False) -> Tensor:
@@ -68,11 +73,17 @@ class ScalarModel(torch.nn.Module):
             self.center.copy_((self.center + mean) / std)
 
     def head(self, inner, hidden: Tensor) -> Tensor:
-        """(..., H) -> (...), in float32 (float64 stays) whatever the mixed precision."""
+        """(..., H) -> (...)"""
+        return inner.score(hidden)[..., 0] - self.center
+
+
+class ExactLinear(torch.nn.Linear):
+    """Computed in float32 (float64 stays) whatever the mixed precision, and whatever type an engine gave the weights."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = next(inner.score.parameters())
-            values = inner.score(hidden.to(weight.dtype))[..., 0]
-        return (values if values.dtype == torch.float64 else values.float()) - self.center
+            return F.linear(hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) -> ScalarModel:
@@ -208,7 +219,7 @@ class GoldReward:
 
     def __init__(self, run):
         self.run, self.name = run, run.args.gold_reward_model
-        self.scalar = models.autocast_forward(run, load_scalar_model(run.args, self.name, FLAG).eval())
+        self.scalar = models.for_inference(run, load_scalar_model(run.args, self.name, FLAG))
 
     def score(self, rows: list[dict], responses: list[str], advance=lambda n: None) -> list[float]:
         """Score of each response to its row's prompt, shared over ranks; EOS ends every response."""

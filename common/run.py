@@ -374,6 +374,8 @@ class Run:
                 f" apart. Type: accelerate launch --config_file configs/cpu.yaml --num_processes {expected} {script}.py ..."
             )
         self.engine = engines.engine_name(self.accelerator)
+        one = "one process, or DDP (configs/ddp.yaml): 4-bit weights are not cut up"
+        require(not args.load_in_4bit or self.engine == "plain", "load_in_4bit", self.engine, one)
         self.views = {}
         self.rank, self.world, self.is_main = (
             self.accelerator.process_index,

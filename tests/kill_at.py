@@ -11,6 +11,7 @@ scenario that is no list runs in the process itself, as the launcher started it.
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -79,6 +80,8 @@ def child(scenario: dict) -> int:
     rank = int(os.environ.get("RANK", 0))
     if scenario.get("report_writes") and rank:
         report_writes(scenario["report_writes"])
+    if limit := scenario.get("file_limit"):  # bytes past which the kernel refuses to write, as a full disk would
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if scenario.get("at") and rank == scenario.get("rank", rank):
         kill_self_at(scenario["at"], scenario["n"], scenario.get("signal", signal.SIGKILL))
     try:
@@ -123,7 +126,7 @@ def main() -> None:
             status = 1
             try:
                 status = child(scenario)
-            except Exception:
+            except BaseException:  # of which torch's CheckpointException is one
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()

@@ -30,12 +30,12 @@ FLAGS = {  # batches that two processes share unevenly, in micro-batches that th
     "aihf_ppo.py": f"{RFT} {RATES}".split(),
     "aihf.py": f"--T 2 --sft-epochs 1 --total-prompts 6 --rollout-batch-size 3 --num-generations 2 --eval-updates 1 {RATES}".split(),
     "aihf_direct.py": "--T 1 --learning-rate 1e-4".split(),
-    "irl_ppo_tldr.py": f"{RFT} {RATES} --prompts demonstrations --max-length 72".split(),
+    "irl_ppo_tldr.py": f"{RFT} {RATES} --prompts demonstrations --max-length 72 --reward-normalisation mean_std".split(),
     "irl_dpo_ultrachat.py": f"--T 2 --sft-epochs 1 --total-prompts 6 --rollout-batch-size 3 --num-generations 2 --eval-updates 1 {RATES}".split(),
 }
 LORA = ("irft.py", "rft.py")  # once more with adapters: on the policy, and on models with a scalar head
 TOLERANCE = 1e-5  # float32, on weights that moved by 3e-4 and more: sums in another order
-KILLED = {"irft.py": 4, "rft.py": 10}  # step it is killed at: between checkpoints, in iteration 1 and in PPO
+KILLED = (("irft.py", 4), ("rft.py", 4), ("rft.py", 10))  # (script, step): in iteration 1; after SFT; in PPO
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +66,16 @@ def with_lora(place, name: str) -> list[dict]:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request, place):
-    """Name of the engine; all scripts have run under it, and two of them once more, killed on one rank and resumed."""
+    """Name of the engine; all scripts have run under it, and some of them once more, killed on one rank and resumed."""
     name = request.param
     parameters = sum(1 for _ in weights(place / "plain_sft.py"))
-    # held-out rows: samples and three kinds of response; evaluations, at first with the reference; saving
-    phases = 4 + 6 + 5 + 1
+    # of the reference on held-out rows and of two evaluations, answers and scores each; saving
+    phases = 2 + 2 * 2 + 1
     scenarios = [{"argv": argv(script, place, name)} for script in FLAGS] + with_lora(place, name)
     expected = [0] * (len(FLAGS) + len(LORA))
-    for script, n in KILLED.items():
-        scenarios.append({"argv": argv(script, place, f"{name}_killed"), "at": "common.run.Run.step", "n": n})
-        scenarios.append({"argv": [script, "--resume", str(place / f"{name}_killed_{script}")]})
+    for script, n in KILLED:
+        scenarios.append({"argv": argv(script, place, f"{name}_killed{n}"), "at": "common.run.Run.step", "n": n})
+        scenarios.append({"argv": [script, "--resume", str(place / f"{name}_killed{n}_{script}")]})
         expected += [-signal.SIGKILL, 0]
     bf16 = argv("irft.py", place, f"{name}_bf16")
     scenarios.append({"argv": [*bf16, "--mixed-precision", "bf16"]})
@@ -84,8 +84,14 @@ def engine(request, place):
     for n in (phases * parameters, phases * parameters + 1):
         scenarios.append({"argv": argv("sft.py", place, f"{name}_gather{n}"), "at": "common.engines.gather", "n": n})
     expected += [-signal.SIGKILL if sharded else 0, 0]
+    scenarios.append({"argv": argv("sft.py", place, f"{name}_moved"), "at": "common.run.Run.step", "n": 3})
+    resume = ["sft.py", "--resume", str(place / f"{name}_moved_sft.py")]
+    scenarios.append({"argv": resume, "file_limit": 20_000})
+    scenarios.append({"argv": [*argv("sft.py", place, f"{name}_4bit"), "--lora-r", "4", "--load-in-4bit"]})
+    expected += [-signal.SIGKILL, 2, 2]
     statuses, printed = drive(scenarios, config=f"{name}.yaml")
     assert statuses == expected, printed[-4000:]
+    (place / f"{name}_printed").write_text(printed)
     return name
 
 
@@ -99,8 +105,10 @@ def test_two_processes_give_the_weights_of_one(engine, place, script):
     for path in (plain / "generations").iterdir():
         ids = [[p["rejected_ids"] for p in read_pairs(out / "generations" / path.name)] for out in (plain, found)]
         assert ids[0] == ids[1]
-    policy = AutoModelForCausalLM.from_pretrained(found / "final")
-    assert all(torch.equal(v, policy.state_dict()[k]) for k, v in weights(found).items())
+    policy, loaded = AutoModelForCausalLM.from_pretrained(found / "final", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    sums = [sum(p.double().sum().item() for p in x) for x in (policy.parameters(), weights(found).values())]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-12)
     if (found / "reward").exists():
         reward = AutoModelForSequenceClassification.from_pretrained(found / "reward")
         centers = [json.loads((out / "reward" / "config.json").read_text())["reward_center"] for out in (plain, found)]
@@ -140,21 +148,33 @@ def test_in_bf16_policy_and_reference_coincide_at_first(engine, place):
     assert max((a[k] - b[k].float()).abs().max() for k in a) < 2e-2
 
 
-@pytest.mark.parametrize("script", KILLED)
-def test_killed_and_resumed_equals_left_alone(engine, place, script):
+@pytest.mark.parametrize("script, n", KILLED)
+def test_killed_and_resumed_equals_left_alone(engine, place, script, n):
     """To the bit: two ranks add two numbers, in whatever order."""
-    whole, resumed = place / f"{engine}_{script}", place / f"{engine}_killed_{script}"
+    whole, resumed = place / f"{engine}_{script}", place / f"{engine}_killed{n}_{script}"
     same_models(whole, resumed, 0.0)
     assert metrics(whole) == metrics(resumed)
     last = max((resumed / "checkpoint").iterdir())
     assert f'"engine": "{engine}"' in (last / "position.json").read_text()
 
 
+def test_a_full_disk_leaves_the_last_good_checkpoint(engine, place):
+    """Every process then writes a part of it; one line says so."""
+    (error,) = {
+        line for line in (place / f"{engine}_printed").read_text().splitlines() if "could not be written" in line
+    }
+    assert error.startswith("error: checkpoint could not be written to") and "File too large" in error
+    assert "last good checkpoint" in error and "0000_00000002; free space" in error
+
+
+def test_four_bits_are_refused(engine, place):
+    expected = f"error: --load-in-4bit: found {engine}, expected one process, or DDP (configs/ddp.yaml)"
+    assert expected in (place / f"{engine}_printed").read_text()
+
+
 def test_a_checkpoint_of_another_engine_or_number_of_processes(engine, place):
     """FSDP2's is cut up anew; ZeRO's cannot be, and says so; no other engine's is taken for one's own."""
     killed = place / f"{engine}_moved_sft.py"
-    scenario = {"argv": argv("sft.py", place, f"{engine}_moved"), "at": "common.run.Run.step", "n": 3}
-    assert drive([scenario], config=f"{engine}.yaml")[0] == [-signal.SIGKILL]
     resume = {"argv": ["sft.py", "--resume", str(killed)]}
     statuses, printed = drive([resume])
     assert statuses == [2] and f"of {engine} on 2 process(es), but this is plain on 1" in printed

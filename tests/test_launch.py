@@ -41,6 +41,7 @@ FLAGS = {
     "irl_ppo_tldr.py": f"--T 1 {PPO} --prompts demonstrations --max-length 72",
     "irl_dpo_ultrachat.py": f"--T 1 {ONLINE_DPO}",
 }
+SHAPES = [(script, micro) for script in FLAGS for micro in (4, 2)]
 TOLERANCE = 1e-5  # float32, on weights that moved by 1e-4 and more: sums in another order
 
 
@@ -58,24 +59,23 @@ def argv(place, name: str, script: str, micro: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Every script on one process in batches of 8, and on two in micro-batches of 2; two of them also in those of 4."""
+    """Every script on one process in batches of 8, and on two in micro-batches of 4, and of 2."""
     folder = tmp_path_factory.mktemp("launch")
     make_model(folder / "model")
     make_data(folder / "data.jsonl", 20)
     make_data(folder / "prefs.jsonl", 16, preference=True)
     jsonl(folder / "posts.jsonl", tldr_rows(20))
     assert drive([{"argv": argv(folder, "8", script, 8)} for script in FLAGS])[0] == [0] * len(FLAGS)
-    shapes = [(script, 2) for script in FLAGS] + [("sft.py", 4), ("irft.py", 4)]
     scenarios = [
-        {"argv": argv(folder, f"2x{micro}", script, micro), "report_writes": str(folder)} for script, micro in shapes
+        {"argv": argv(folder, f"2x{micro}", script, micro), "report_writes": str(folder)} for script, micro in SHAPES
     ]
     statuses, printed = drive(scenarios, config="cpu.yaml")
-    assert statuses == [0] * len(shapes), printed
+    assert statuses == [0] * len(SHAPES), printed
     (folder / "printed").write_text(printed)
     return folder
 
 
-@pytest.mark.parametrize("script, micro", [*((script, 2) for script in FLAGS), ("sft.py", 4), ("irft.py", 4)])
+@pytest.mark.parametrize("script, micro", SHAPES)
 def test_one_process_with_8_is_two_with_4_or_with_twice_2(place, script, micro):
     from safetensors.torch import load_file
 
@@ -93,7 +93,8 @@ def test_rank_0_alone_writes(place):
     """Of the other one Python sees no write, but that of its random numbers' state into a checkpoint being made."""
     printed = (place / "printed").read_text()
     wrote = {line for line in printed.splitlines() if line.startswith("WROTE") and "/checkpoint/.partial_" not in line}
-    assert not wrote and printed.count("2 process(es)") == len(FLAGS) + 2
+    assert not wrote and printed.count("2 process(es)") == len(SHAPES)
+    assert any(line.startswith("WROTE") and "random_states_1" in line for line in printed.splitlines())
     assert (place / "2x2_sft.py" / "checkpoint").exists()
 
 

@@ -254,6 +254,20 @@ def test_center_is_subtracted_everywhere_and_read_from_the_config(scalar):
     del scalar.model.config.reward_center
 
 
+def test_the_head_computes_in_float32_whatever_its_weights_are(scalar):
+    """An engine keeps them in bf16, in which 5.02 and 5.03 are the same."""
+    batch, bf16 = collate(SEQUENCES, pad_token_id=0), copy.deepcopy(scalar).bfloat16()
+    kept = []
+    bf16.model.score.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = bf16(batch)
+        expected = kept[-1].float() @ bf16.model.score.weight.float()[0] - bf16.center
+        assert (
+            found.dtype == torch.float32 and close(found, expected) and not torch.equal(found, found.bfloat16().float())
+        )
+
+
 @pytest.mark.parametrize("architecture", ["gpt_neox", "mistral"])
 def test_scores_are_those_of_transformers_where_pad_is_a_token_of_its_own(architecture):
     batch = collate(SEQUENCES, pad_token_id=4)
