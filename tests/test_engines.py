@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(engine, place):
     (error,) = {
         line for line in (place / f"{engine}_printed").read_text().splitlines() if "could not be written" in line
     }
-    assert error.startswith("error: checkpoint could not be written to") and "File too large" in error
+    assert error.startswith("error: checkpoint could not be written to")
     assert "last good checkpoint" in error and "0000_00000002; free space" in error
 
 
