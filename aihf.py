@@ -348,7 +348,7 @@ def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: 
 
 
 # ---- rollouts of online DPO ----
-def collect(run, policy, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
+def collect(run, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
     """For every prompt the best and the worst of its N answers, with the log-probs of policy and reference.
 
     The policy's log-probs are those they were sampled with; the reference sees the two that are kept, all else nothing twice.
@@ -362,13 +362,13 @@ def collect(run, policy, reward_model, generator, reference, rows: list[dict], s
             asked = [(rows[i]["prompt_ids"], i * n + j) for i in indices for j in range(n)]
             rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"):
+        with run.timed("score"), evals.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
             scores = torch.tensor(scores, dtype=torch.float64).view(len(indices), n)
             scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool).view(len(indices), n)
         best, worst = (index + torch.arange(len(scores)) * n for index in max_min(scores))
         kept = [*best.tolist(), *worst.tolist()]
-        with run.timed("reference"), reference() as ref_policy:
+        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
             ref = run.score_batches(
                 [sequences[k] for k in kept], lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature)
             )
@@ -383,8 +383,7 @@ def collect(run, policy, reward_model, generator, reference, rows: list[dict], s
             })  # fmt: skip
         return pairs
 
-    with evals.evaluating(policy), evals.evaluating(reward_model):
-        return run.map_rows(len(rows), work)
+    return run.map_rows(len(rows), work)
 
 
 def measure_answers(pairs: list[dict]) -> dict[str, float]:
@@ -613,7 +612,7 @@ class AIHF:
                     break
                 rows = [self.prompts[i] for i in order[u * size : (u + 1) * size]]
                 seed = stream_seed(args.seed, t, PROMPTS, u)
-                pairs = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+                pairs = collect(run, self.bare_reward, self.generator, reference, rows, seed)
                 run.stop_if_asked(self.position)
                 row = measure_answers(pairs)
                 with run.timed("update"):

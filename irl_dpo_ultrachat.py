@@ -347,9 +347,7 @@ def count_steps(n: int, args: Args) -> Steps:
 
 
 # ---- candidates, and the pairs made of them ----
-def score_candidates(
-    run, policy, reward_model, generator, rows: list[dict], first: int, seed: int
-) -> list[dict[str, list]]:
+def score_candidates(run, reward_model, generator, rows: list[dict], first: int, seed: int) -> list[dict[str, list]]:
     """N answers to each prompt with their scores: {name: list of N} for each row. Every answer is scored once.
 
     Candidate j of row i has the random stream (first + i) N + j of the seed. Scoring is in batches sorted by length.
@@ -362,14 +360,13 @@ def score_candidates(
             asked = [(rows[i]["prompt_ids"], (first + i) * n + j) for i in indices for j in range(n)]
             rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"):
+        with run.timed("score"), evals.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
         names = {"response_ids": rollout.response_ids, "finished": rollout.finished, "logprobs": rollout.logprobs}
         names["scores"] = scores
         return [{k: v[i * n : (i + 1) * n] for k, v in names.items()} for i in range(len(indices))]
 
-    with evals.evaluating(policy), evals.evaluating(reward_model):
-        return run.map_rows(len(rows), work)
+    return run.map_rows(len(rows), work)
 
 
 def candidate_key(run, weights: list[str], generator, rows: list[dict], first: int, seed: int) -> str:
@@ -420,7 +417,7 @@ def choose_pairs(run, rows: list[dict], candidates: list[dict], reference) -> li
             "lengths": list(map(len, candidate["response_ids"])), "finished": candidate["finished"],
         })  # fmt: skip
     if dpo:
-        with run.timed("reference"), reference() as ref_policy:
+        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
             ref = run.map_sequences(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
         for pair, (chosen, _), (rejected, _) in zip(pairs, ref[: len(rows)], ref[len(rows) :], strict=True):
             pair |= {"ref_chosen": chosen, "ref_rejected": rejected}
@@ -633,9 +630,7 @@ class IRL:
         for begin in range(0, len(rows), BLOCK):
             block, first = rows[begin : begin + BLOCK], u * self.args.rollout_batch_size + begin
             key = candidate_key(run, weights, self.generator, block, first, seed)
-            make = functools.partial(
-                score_candidates, run, self.bare, self.bare_reward, self.generator, block, first, seed
-            )
+            make = functools.partial(score_candidates, run, self.bare_reward, self.generator, block, first, seed)
             candidates, folder = kept_candidates(run, f"iter_{t}_{first:07d}_{key}.parquet", make)
             self.reused[folder] = self.reused.get(folder, 0) + len(block)
             pairs += choose_pairs(run, block, candidates, reference)

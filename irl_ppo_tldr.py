@@ -475,12 +475,12 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
             prompts = [rows[i]["prompt_ids"] for i in indices]
             rollout = generator.sample(prompts, indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"):
+        with run.timed("score"), evals.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy:
+        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
         stepped = [with_last_step(x, y, args) for x, y in sequences]
-        with run.timed("value"):
+        with run.timed("value"), evals.evaluating(actor_critic.value):
             values = run.score_batches(stepped, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
             {
@@ -492,8 +492,7 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
             )
         ]  # fmt: skip
 
-    with evals.evaluating(actor_critic), evals.evaluating(reward_model):
-        return run.map_rows(len(rows), work)
+    return run.map_rows(len(rows), work)
 
 
 def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:

@@ -1,19 +1,22 @@
 """Speed and memory of SFT, IRFT and generation on a CUDA card, with random weights: see gpu.sh.
 
 Models of the shape of pythia-1.4b (all weights trained, bf16 autocast over float32, as the scripts run by default) and of
-Mistral 7B (LoRA, bf16 weights), and the former under DeepSpeed ZeRO-3 where deepspeed is installed. The losses are those of
-sft.py and irft.py, the generator is the scripts' own. Each case runs in a process of its own.
+Mistral 7B (LoRA, bf16 weights); the former under DeepSpeed ZeRO-3 too, and both with vLLM's generation, where these are
+installed. Losses, updates and generators are the scripts' own. Each case runs in processes of its own.
 
 A model's arithmetic is 2 operations per weight and token forward and 4 backward (2 for frozen weights), those of the
 language-model head for response tokens alone, and attention's; recomputation is not counted. The card's rate is that of a
 large bf16 product, measured in the same process.
 """
 
+import dataclasses
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Literal
 import torch
 import tyro
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import UserError  # noqa: E402
 from common.run import main  # noqa: E402
@@ -58,6 +62,18 @@ SHAPES = {
         4, 32, 8, 4, 1,
     ),
 }  # fmt: skip
+
+
+@dataclass
+class Case:
+    shape: str
+    step: str
+    lora_r: int
+    config: str = ""  # of configs/
+    generation: str = "hf"
+    folder: str = ""  # for what a run writes
+
+
 STEPS = {"sft": "SFT", "irft": "IRFT training", "generate": "generation"}
 
 
@@ -68,7 +84,7 @@ class Args:
     shape: Literal["all", "pythia-1.4b", "mistral-7b", "tiny"] = "all"
     """all: pythia-1.4b whole, mistral-7b with LoRA, and pythia-1.4b under ZeRO-3."""
     case: str = ""
-    """step and LoRA rank as JSON: measure them in this process."""
+    """one Case as JSON: measure it in this process."""
 
 
 # ---- one case ----
@@ -121,99 +137,87 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(args: Args, step: str, lora_r: int) -> dict[str, float]:
+def measure(device: str, case: Case) -> dict[str, float]:
     """tokens per second over all devices, peak bytes of one, and the fraction of a bf16 product's rate."""
-    from accelerate import Accelerator
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import irft
     import sft
     from common import models
-    from common.generation import Generator
-    from common.run import make_optimizer
+    from common.generation import make_generator
+    from common.run import Run, make_optimizer, resolve_auto
 
-    shape = SHAPES[args.shape]
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16")
-    if accelerator.state.deepspeed_plugin is not None:
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": shape.sequences,
-            "zero_allow_untested_optimizer": True,
-        }
-    settings = irft.Args(lora_r=lora_r, mixed_precision="bf16", dtype="bfloat16" if lora_r else "float32")
+    shape, rows = SHAPES[case.shape], SHAPES[case.shape].sequences
+    per_device = rows if case.step == "sft" else rows // 2  # a pair has two sequences
+    settings = irft.Args(
+        model=case.shape, output_dir=case.folder, lora_r=case.lora_r, mixed_precision="bf16", generation=case.generation,
+        dtype="bfloat16" if case.lora_r else "float32", max_prompt_length=shape.length - shape.response,
+        max_length=shape.length, max_new_tokens=shape.response, per_device_eval_batch_size=shape.prompts,
+        per_device_train_batch_size=per_device,
+    )  # fmt: skip
+    resolve_auto(settings, irft.SETTINGS)
+    run = Run(settings, "gpu", {**irft.METRICS, **sft.METRICS})
     config = AutoConfig.for_model(shape.architecture, **shape.size, max_position_embeddings=2048)
     torch.manual_seed(0)
-    with accelerator.device:
+    with run.accelerator.device:
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, settings.dtype), attn_implementation=models.attention(settings)
+            config, dtype=getattr(torch, settings.dtype), attn_implementation=models.attention(settings, config)
         )
     model.config.use_cache = False
     model = models.make_trainable(models.without_dropout(model), settings)
-    work = operations(model.get_base_model() if lora_r else model, shape, step != "generate")
-    rate = product_rate(args.device)
-    policy, optimizer = accelerator.prepare(model, make_optimizer("rmsprop", model.parameters()))
+    work = operations(model.get_base_model() if case.lora_r else model, shape, case.step != "generate")
+    rate = product_rate(device)
+    policy, optimizer = run.prepare(model, make_optimizer("rmsprop", model.parameters()))
+    generator = make_generator(run, run.unwrap(policy), NoEnd())
+    generator.eos_ids = set()
     prompt, answer = [5] * (shape.length - shape.response), [7] * shape.response
-    pair = {
-        "prompt_ids": prompt,
-        "chosen_ids": answer,
-        "rejected_ids": answer,
-        "ref_chosen": -9.0,
-        "ref_rejected": -9.0,
-    }
+    pair = dict(prompt_ids=prompt, chosen_ids=answer, rejected_ids=answer, ref_chosen=-9.0, ref_rejected=-9.0)
+    row = {**pair, "response_ids": answer}
+
+    def loss(part: list[dict]):
+        if case.step == "sft":
+            return sft.demonstration_loss(policy, part, run.accelerator.device)
+        return irft.pair_loss(policy, part, settings, run.accelerator.device)
 
     def once() -> None:
-        if step == "generate":
-            generator = Generator(accelerator.unwrap_model(policy), NoEnd(), shape.prompts, shape.response)
-            generator.eos_ids = set()
+        if case.step == "generate":
             generator.sample([prompt] * shape.prompts, list(range(shape.prompts)), 0)
-            return
-        policy.train()
-        if step == "sft":
-            rows = [{"prompt_ids": prompt, "response_ids": answer}] * shape.sequences
-            losses, _ = sft.demonstration_loss(policy, rows, accelerator.device)
         else:
-            losses, _ = irft.pair_loss(policy, [pair] * (shape.sequences // 2), settings, accelerator.device)
-        accelerator.backward(losses.mean())
-        optimizer.step()
-        optimizer.zero_grad()
+            run.step(policy.train(), optimizer, [row] * per_device * run.world, loss, lambda _: 0, 1e-6)
 
-    once()  # optimizer state, kernels
-    synchronise(args.device)
+    once()  # optimizer state, kernels, vLLM's start
+    synchronise(device)
     started = time.perf_counter()
     for _ in range(shape.steps):
         once()
-    synchronise(args.device)
+    synchronise(device)
     seconds = time.perf_counter() - started
-    sequences = shape.steps * (shape.prompts if step == "generate" else shape.sequences)
-    tokens = sequences * (shape.response if step == "generate" else shape.length)
+    sequences = shape.steps * (shape.prompts if case.step == "generate" else shape.sequences)
+    tokens = sequences * (shape.response if case.step == "generate" else shape.length)
     return {
-        "tokens": accelerator.num_processes * tokens / seconds,
-        "bytes": peak(args.device),
+        "tokens": run.world * tokens / seconds,
+        "bytes": peak(device),
         "fraction": work * sequences / seconds / rate,
         "rate": rate,
     }
 
 
 # ---- the table ----
-def child(args: Args, shape: str, step: str, lora_r: int, zero3: bool) -> dict[str, float]:
-    """measure() in a process of its own, under accelerate's DeepSpeed launcher for ZeRO-3. UserError if it failed."""
+def child(args: Args, case: Case) -> dict[str, float]:
+    """measure() in processes of its own, under accelerate's launcher with the case's config. UserError if it failed."""
     words = [sys.executable]
-    if zero3:
-        launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--use_deepspeed", "--zero_stage", "3"]
-        words = [
-            *launch,
-            "--mixed_precision",
-            "bf16",
-            "--num_processes",
-            str(torch.cuda.device_count()),
-            "--num_machines",
-            "1",
-        ]
-    words += [__file__, "--device", args.device, "--shape", shape, "--case", json.dumps([step, lora_r])]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if case.config:
+        start = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(CONFIGS / case.config)]
+        words = [*start, "--num_processes", str(torch.cuda.device_count() if args.device == "cuda" else 2)]
+    env = os.environ | ({} if args.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
+    with tempfile.TemporaryDirectory() as folder:
+        case.folder = f"{folder}/run"
+        words += [__file__, "--device", args.device, "--case", json.dumps(dataclasses.asdict(case))]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"{shape}, {step}: found exit status {done.returncode}: {last[:200]}, expected a measurement")
+        raise UserError(f"{case.step}: found exit status {done.returncode}: {last[:200]}, expected a measurement")
     return json.loads(found[-1])
 
 
@@ -226,21 +230,22 @@ def table(args: Args) -> None:
     named = (
         [("pythia-1.4b", 0), ("mistral-7b", 64)] if args.shape == "all" else [(args.shape, 64 * ("7b" in args.shape))]
     )
-    cases = [(shape, step, lora_r, False) for shape, lora_r in named for step in STEPS]
-    if args.device == "cuda" and importlib.util.find_spec("deepspeed"):
-        cases += [(named[0][0], step, 0, True) for step in ("sft", "irft")]
+    cases = [Case(shape, step, lora_r) for shape, lora_r in named for step in STEPS]
+    if args.device == "cuda" and importlib.util.find_spec("vllm"):
+        cases += [Case(shape, "generate", lora_r, generation="vllm") for shape, lora_r in named]
+    if importlib.util.find_spec("deepspeed"):
+        cases += [Case(named[0][0], step, 0, config="zero3.yaml") for step in STEPS]
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU: a check of the script, not a measurement"
     print(f"{card}, torch {torch.__version__}\n")
     print("| model | step | sequences x tokens (response) | tokens/s | peak, GiB | of a bf16 product's rate |")
     print("|---|---|---|---|---|---|")
-    for shape, step, lora_r, zero3 in cases:
-        s = SHAPES[shape]
-        size = f"{s.prompts if step == 'generate' else s.sequences} x {s.length} ({s.response})"
-        label = (
-            f"{shape}{f', LoRA r = {lora_r}' if lora_r else ''}{', ZeRO-3' if zero3 else ''} | {STEPS[step]} | {size}"
-        )
+    for case in cases:
+        s = SHAPES[case.shape]
+        size = f"{s.prompts if case.step == 'generate' else s.sequences} x {s.length} ({s.response})"
+        how = [f"LoRA r = {case.lora_r}"] * (case.lora_r > 0) + ["ZeRO-3"] * bool(case.config)
+        label = f"{', '.join([case.shape, *how])} | {STEPS[case.step]}{', vLLM' * (case.generation == 'vllm')} | {size}"
         try:
-            found = child(args, shape, step, lora_r, zero3)
+            found = child(args, case)
         except UserError as error:
             print(f"| {label} | {error} | | |", flush=True)
             continue
@@ -249,10 +254,12 @@ def table(args: Args) -> None:
 
 
 def run(args: Args) -> None:
-    if args.case:
-        print(json.dumps(measure(args, *json.loads(args.case))), flush=True)
-    else:
+    if not args.case:
         table(args)
+        return
+    found = measure(args.device, Case(**json.loads(args.case)))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def measure_phase(phase: str, args) -> int:
         pair = {"chosen_ids": y, "rejected_ids": y[:-1], "ref_chosen": -9.0, "ref_rejected": -9.0}
         return {"prompt_ids": x, "response_ids": y, **zeros, **pair}
 
-    rows, short = [row(x, y) for x, y in sequences(args.batch_size, args)], row([1], [2, 2])
+    size = args.rollout_batch_size // args.num_mini_batches if phase == "policy update" else args.batch_size
+    rows, short = [row(x, y) for x, y in sequences(size, args)], row([1], [2, 2])
     if phase in PHASES["irft"]:
         policy, optimizer = prepared(models.prepare_policy(args), irft.pair_loss, short)
         if phase == "train":
@@ -169,8 +170,9 @@ def phase_args(script: str, folder: Path, **settings):
     import irft
     import rft
 
-    own = dict(reward_model="", sft_epochs=0) if script == "rft" else {}
     shared = SIZES.get(folder.name, SIZES["tiny"]) | dict(model=str(folder), mixed_precision="no")
+    ppo = dict(rollout_batch_size=2 * shared["batch_size"], num_mini_batches=2)
+    own = dict(reward_model="", sft_epochs=0, **ppo) if script == "rft" else {}
     return {"irft": irft, "rft": rft}[script].Args(**shared | own | settings)
 
 

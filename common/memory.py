@@ -21,7 +21,7 @@ from common.data import Batch
 from common.generation import inverse_cdf
 from common.logprobs import KNOWN_HEADS, language_model, score_positions, temper
 from common.rewards import ScalarModel
-from common.run import flag, native_bf16
+from common.run import flag, mixes_bf16
 
 NF4 = 4.127 / 8  # bytes per weight with double quantisation, QLoRA arXiv:2305.14314, Sec. 3
 STATES = {"rmsprop": 1, "adamw": 2}  # values an optimizer keeps for each weight
@@ -132,11 +132,10 @@ def counted(args, model, vocabulary: int) -> Iterator[PeakMemory]:
     """Without data, under the run's mixed precision: the memory of what is done inside."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    bf16 = native_bf16() if args.mixed_precision == "auto" else args.mixed_precision == "bf16"
     with FakeTensorMode():
         fill(model)
         with PeakMemory(model, vocabulary) as memory:
-            with torch.autocast(device(), torch.bfloat16, enabled=bf16):
+            with torch.autocast(device(), torch.bfloat16, enabled=mixes_bf16(args)):
                 yield memory
 
 
@@ -205,41 +204,57 @@ def generation_costs(args, config) -> dict[str, int]:
 
 
 # ---- the plan ----
-def sharding() -> tuple[int, int]:
-    """(processes, ZeRO stage) the launcher asked for: 1 shards optimizer state, 2 gradients too, 3 (FSDP too) weights too."""
+def launched() -> tuple[int, str]:
+    """(processes, engine) that the launcher asked for; the engine as engines.engine_name has it."""
     env = os.environ
-    stage = 0
+    engine = "plain"
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        stage = int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 0)
+        stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         if path := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-            stage = json.loads(Path(path).read_text()).get("zero_optimization", {}).get("stage", 0)
+            stage = json.loads(Path(path).read_text()).get("zero_optimization", {}).get("stage")
+        engine = f"zero{stage}"
     elif env.get("ACCELERATE_USE_FSDP") == "true":
-        stage = 3
-    return int(env.get("WORLD_SIZE", 1)), stage
+        engine = "fsdp2"
+    return int(env.get("WORLD_SIZE", 1)), engine
+
+
+SHARDED = {
+    "zero2": 2,
+    "zero3": 3,
+    "fsdp2": 3,
+}  # what an engine shares out: 1 optimizer state, 2 gradients too, 3 weights too
 
 
 class Plan:
     """Bytes per device of a run's phases, every sequence filling its window: {part: bytes} at the moment of a phase's peak.
 
     Scripts without a reward model train, generate and score; those with one (and, with PPO, a value model) have a reward
-    step, answers, and a policy update. Not counted: a gold model or baseline while it is used; what an engine gathers.
+    step, answers, and a policy update. Not counted: a gold model or baseline while it is used; vLLM; the layer that an
+    engine gathers.
     """
 
     def __init__(self, args):
         self.args = args
-        self.world, self.stage = sharding()
+        self.world, self.engine = launched()
+        self.level = SHARDED.get(self.engine, 0)
+        # engines compute in bf16 weights, with no autocast; ZeRO stores these, with float32 ones beside the optimizer's state
+        engine_bf16 = self.level > 0 and mixes_bf16(args)
+        self.computed = dataclasses.replace(args, dtype="bfloat16", mixed_precision="no") if engine_bf16 else args
+        self.masters = engine_bf16 and self.engine != "fsdp2" and args.dtype == "float32"
         self.config = models.load_config(args.model, args.trust_remote_code)
-        self.policy = weights(args, self.config)
+        self.policy = weights(self.computed if self.masters else args, self.config)
         self.frozen = weights(args, self.config, frozen=True)["all"]
+        self.whole = weights(self.computed, self.config)["all"]
         self.scalars = args.scalar_models
         if self.scalars:
             name = getattr(args, "reward_model", "") or args.model
             self.scalar_config = models.load_config(name, args.trust_remote_code, "--reward-model")
-            self.scalar = weights(args, self.scalar_config, scalar=True)
+            self.scalar = weights(self.computed if self.masters else args, self.scalar_config, scalar=True)
+            self.whole = max(self.whole, weights(self.computed, self.scalar_config, scalar=True)["all"])
 
     def shard(self, size: float, level: int) -> float:
         """A device's part: level 1 is optimizer state, 2 gradients, 3 weights."""
-        return size / self.world if self.stage >= level else size
+        return size / self.world if self.level >= level else size
 
     def held(self) -> dict[str, float]:
         """Weights of the models that are trained."""
@@ -249,7 +264,10 @@ class Plan:
         return {"policy": self.shard(self.policy["all"], 3), "value": (self.scalars - 1) * one, "reward": one}
 
     def optimizer(self, *trained: int) -> dict[str, float]:
-        return {"optimizer": self.shard(STATES[self.args.optimizer] * sum(trained), 1)}
+        values = STATES[self.args.optimizer] + self.masters
+        return {
+            "optimizer": self.shard(values * (1 + self.masters) * sum(trained), 1)
+        }  # of masters, twice a bf16 weight's
 
     def reference(self, copies: int = 1) -> dict[str, float]:
         args = self.args
@@ -257,41 +275,41 @@ class Plan:
         adapter_off = args.lora_r and not (self.scalars and moves)  # models.open_reference
         return {"reference": 0 if adapter_off else copies * self.frozen}
 
-    def step(self, trained: int, largest: int, peak: int, logits: int) -> dict[str, float]:
-        """The larger of two moments: a backward pass, and the update. Before a step's first backward pass, no gradient is."""
-        args, gradients = self.args, self.shard(trained, 2)
-        accumulated = args.batch_size > args.per_device_train_batch_size * self.world
+    def step(self, rows: int, trained: int, largest: int, peak: int, logits: int) -> dict[str, float]:
+        """Of an update on so many rows, the larger of two moments: a backward pass, before the first of which there is no
+        gradient, and the optimizer's step."""
+        gradients = self.shard(trained, 2)
+        accumulated = rows > self.args.per_device_train_batch_size * self.world
         backward = {"gradients": gradients if accumulated else 0, "logits": logits, "activations": peak - logits}
         update = {"gradients": gradients, "update": gradients if device() == "cuda" else largest}  # torch's foreach
-        ddp = {"ddp_buckets": trained} if self.world > 1 and not self.stage else {}
+        ddp = {"ddp_buckets": trained} if self.world > 1 and not self.level else {}
         return max(backward, update, key=lambda parts: sum(parts.values())) | ddp
 
     def training(self, checkpointing: bool) -> dict[str, dict[str, float]]:
         """The phases with a backward pass."""
-        args = self.args
-        rows = args.per_device_train_batch_size
-        own = forward_costs(args, self.config, rows * args.sequences_per_row, checkpointing=checkpointing)
+        args, computed = self.args, self.computed
+        rows, update = args.per_device_train_batch_size, args.batch_size
+        own = forward_costs(computed, self.config, rows * args.sequences_per_row, checkpointing=checkpointing)
         trained, largest = self.policy["trained"], self.policy["largest"]
-        if not self.scalars:
-            return {
-                "train": self.held() | self.optimizer(trained) | self.step(trained, largest, own["peak"], own["logits"])
-            }
-        scalar = self.scalar
-        reward = forward_costs(args, self.scalar_config, 2 * rows, "last", checkpointing)["peak"]
         peak, logits, both = own["peak"], own["logits"], trained
+        if not self.scalars:
+            return {"train": self.held() | self.optimizer(trained) | self.step(update, trained, largest, peak, logits)}
+        scalar = self.scalar
+        reward = forward_costs(computed, self.scalar_config, 2 * rows, "last", checkpointing)["peak"]
         if self.scalars == 2:
-            value = forward_costs(args, self.scalar_config, rows * args.sequences_per_row, "every", checkpointing)
+            update = args.rollout_batch_size // args.num_mini_batches
+            value = forward_costs(computed, self.scalar_config, rows * args.sequences_per_row, "every", checkpointing)
             both, largest = trained + scalar["trained"], max(largest, scalar["largest"])
             if own["saved"] + value["peak"] > peak:  # the value's backward pass comes first
                 peak, logits = own["saved"] + value["peak"], 0
         return {
             "reward step": self.held()
             | self.optimizer(scalar["trained"])
-            | self.step(scalar["trained"], scalar["largest"], reward, 0),
+            | self.step(args.batch_size, scalar["trained"], scalar["largest"], reward, 0),
             "policy update": self.held()
             | self.reference()
             | self.optimizer(both, scalar["trained"])
-            | self.step(both, largest, peak, logits),
+            | self.step(update, both, largest, peak, logits),
         }
 
     def answering(self) -> dict[str, dict[str, float]]:
@@ -300,10 +318,15 @@ class Plan:
         made, scored = (
             {k: v for k, v in costs.items() if k != "peak"} | {"activations": 2 * costs["peak"] - sum(costs.values())}
             for costs in (
-                generation_costs(args, self.config),
+                generation_costs(self.computed, self.config),
                 forward_costs(args, self.config, args.per_device_eval_batch_size, train=False),
             )
         )
+        gathered = {"gathered": self.whole} if self.level == 3 else {}  # engines.whole, a model at a time
+        scored |= gathered
+        made = (
+            {} if args.generation == "vllm" else made | gathered
+        )  # vLLM takes no batches of ours, and weights one by one
         if not self.scalars:
             held = self.held() | self.optimizer(trained)
             return {"generate": held | made, "score": held | self.reference() | scored}
@@ -324,21 +347,26 @@ def print_memory_plan(args) -> None:
         if phase in other:
             word = "without" if args.gradient_checkpointing else "with"
             print(f"    {word} --gradient-checkpointing: about {sum(other[phase].values()) / gib:.2f} GiB")
+    if args.generation == "vllm":
+        when = "while it answers" if args.vllm_sleep_level else "all the time"
+        print(f"  vLLM: {args.vllm_gpu_memory_utilization:.0%} of each GPU besides, {when}")
     if plan.world > 1:
-        how = f"sharded as ZeRO-{plan.stage}" if plan.stage else "data parallel"
-        print(f"  per device of {plan.world}, {how}")
+        print(f"  per device of {plan.world}, {'data parallel' if plan.engine == 'plain' else plan.engine}")
 
 
 # ---- when there is not enough ----
 def explain_out_of_memory(error: Exception, args, name: str) -> None:
     """UserError in one line if an allocator raised the error: the flag to lower, and the plan of the phases it governs."""
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    text = str(error).lower()
+    if not (known or any(words in text for words in ("can't allocate memory", "out of memory", "alloc_failed"))):
         return
     found = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     phases = {}
     if hasattr(args, "batch_size"):  # evaluate.py has no plan
-        train = name == "per_device_train_batch_size"
-        phases = Plan(args).training(args.gradient_checkpointing) if train else Plan(args).answering()
+        with contextlib.suppress(Exception):  # which may want memory too, and must not hide what happened
+            train = name == "per_device_train_batch_size"
+            phases = Plan(args).training(args.gradient_checkpointing) if train else Plan(args).answering()
     estimates = ", ".join(f"{phase} {sum(parts.values()) / 2**30:.2f} GiB" for phase, parts in phases.items())
     estimates = f"; --dry-run estimates per device: {estimates}" if estimates else ""
     wanted = f"less than {flag(name)} {getattr(args, name)}, or than --max-length {args.max_length}"

@@ -19,7 +19,7 @@ import torch
 
 from common import UserError, engines
 from common.data import cache_folder, encode, load_rows, pydoc_key
-from common.run import data_order, fingerprint, learning_rate_at, native_bf16, progress
+from common.run import data_order, fingerprint, learning_rate_at, progress, uses_bf16
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
     "zephyr-7b-sft-full": "alignment-handbook/zephyr-7b-sft-full",
@@ -84,16 +84,18 @@ def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
 
 
-def attention(args) -> str:
-    """--attn-implementation; auto: flash attention 3 or 2 where it is installed beside CUDA and bf16, else sdpa."""
+def attention(args, config) -> str:
+    """--attn-implementation; auto: flash attention 3 (on Hopper) or 2 where the model has it, it is installed, and CUDA computes
+    in bf16; else sdpa."""
+    from transformers import AutoModelForCausalLM
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-    bf16 = (
-        args.dtype == "bfloat16" or args.mixed_precision == "bf16" or (args.mixed_precision == "auto" and native_bf16())
-    )
-    if args.attn_implementation != "auto" or not (torch.cuda.is_available() and bf16):
-        return args.attn_implementation.replace("auto", "sdpa")
-    if is_flash_attn_3_available():
+    if args.attn_implementation != "auto":
+        return args.attn_implementation
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if not (torch.cuda.is_available() and uses_bf16(args) and getattr(known, "_supports_flash_attn", False)):
+        return "sdpa"
+    if is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == 9:
         return "flash_attention_3"
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
@@ -103,13 +105,14 @@ def load_model(args, name: str = "", flag: str = "--model"):
     from transformers import AutoModelForCausalLM
 
     name = name or args.model
+    implementation = attention(args, load_config(name, args.trust_remote_code, flag))
     with one_line_error(name, flag):
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, args.dtype),
-            attn_implementation=attention(args),
+            attn_implementation=implementation,
             trust_remote_code=args.trust_remote_code,
-            **four_bits(args),
+            **(four_bits(args) if name == args.model else {}),
         )
     model.config.use_cache = False
     return without_dropout(model)
@@ -221,12 +224,13 @@ def add_lora(model, args, task_type: str = "CAUSAL_LM"):
 
 
 def merged(args, model):
-    """A copy of a model with its LoRA adapters merged into the base.
+    """A copy of a model, in main memory, with its LoRA adapters merged into the base.
 
     A 4-bit base is loaded again in --dtype: rounded to 4 bits, the sum would lose most of the adapter.
     """
     if not args.load_in_4bit:
-        return copy.deepcopy(model).merge_and_unload()
+        held = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad) for p in model.parameters()}
+        return copy.deepcopy(model, held).to("cpu").merge_and_unload()
     whole = add_lora(load_model(dataclasses.replace(args, load_in_4bit=False)), args)
     adapters = {name: p for name, p in model.state_dict().items() if "lora_" in name}
     whole.load_state_dict(adapters, strict=False)

@@ -94,7 +94,8 @@ def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) 
     """
     from transformers import AutoModelForSequenceClassification
 
-    kind = {} if head_seed is None else {"attn_implementation": models.attention(args)}
+    config = models.load_config(name, args.trust_remote_code, flag)
+    kind = {} if head_seed is None else {"attn_implementation": models.attention(args, config)}
     try:
         with models.one_line_error(name, flag), quiet_load():
             model, info = AutoModelForSequenceClassification.from_pretrained(

@@ -233,6 +233,8 @@ def parse_args(cls, description: str, settings: dict[str, dict]):
         args = cls(**{**saved, "resume": args.resume, "output_dir": args.resume, "dry_run": args.dry_run})
     resolve_auto(args, settings)
     args.check()
+    if getattr(args, "dry_run", False) and os.environ.get("RANK", "0") != "0":
+        sys.exit(0)  # rank 0 prints the plan
     return args
 
 
@@ -268,6 +270,16 @@ def native_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def mixes_bf16(args) -> bool:
+    """Whether --mixed-precision means bf16 here."""
+    return args.mixed_precision == "bf16" or (args.mixed_precision == "auto" and native_bf16())
+
+
+def uses_bf16(args) -> bool:
+    """Whether models compute in bf16, stored so or under mixed precision."""
+    return args.dtype == "bfloat16" or mixes_bf16(args)
 
 
 @contextlib.contextmanager
@@ -359,7 +371,7 @@ class Run:
         self.args, self.script, self.metrics = args, script, metrics
         self.can_resume = any(field.name == "resume" for field in dataclasses.fields(args))
         expected = expected_processes()
-        precision = ("bf16" if native_bf16() else "no") if args.mixed_precision == "auto" else args.mixed_precision
+        precision = "bf16" if mixes_bf16(args) else "no"
         log_with = None if args.report_to == "none" else args.report_to
         self.dir = Path(args.resume or args.output_dir)
         project = ProjectConfiguration(logging_dir=str(self.dir))  # the directory is settled below, by rank 0
@@ -390,7 +402,7 @@ class Run:
             project.logging_dir = str(self.dir)
             self.accelerator.init_trackers("cleanirl", config=flat_config(args))
         self.stop_requested, self.in_updates = 0.0, False  # when a stop was asked for; whether weights change
-        self.saved = ""
+        self.saved, self.last_step = "", 0  # position of the last checkpoint; step of the last row of metrics
         self.seconds: dict[str, float] = {}
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -456,6 +468,7 @@ class Run:
         """Append one row to metrics.jsonl. KeyError on a name that METRICS does not describe."""
         if unknown := row.keys() - self.metrics.keys():
             raise KeyError(f"describe {sorted(unknown)} in METRICS")
+        self.last_step = max(self.last_step, axis.get("step", 0))
         if self.is_main:
             with open(self.dir / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({**axis, **row}) + "\n")
@@ -697,7 +710,7 @@ class Run:
                 with contextlib.suppress(FileNotFoundError), open(self.dir / "metrics.jsonl", "r+b") as f:
                     f.truncate(size)
             self.say(f"resumed from {path}")
-            self.saved = str(position)
+            self.saved, self.last_step = str(position), position["step"]
             return position
         if found:
             raise UserError(f"--resume: none of the {len(found)} checkpoints in {self.dir / 'checkpoint'} is whole")
@@ -739,11 +752,11 @@ class Run:
         model = self.unwrap(model)  # with its mixed precision: training may go on
         model = model.get_submodule(part) if part else model
         with engines.whole(model, cast=False):
-            if self.args.lora_r:
-                from common.models import merged  # it imports this file
-
-                model = merged(self.args, model)
             if self.is_main:
+                if self.args.lora_r:
+                    from common.models import merged  # it imports this file
+
+                    model = merged(self.args, model)
                 shutil.rmtree(partial, ignore_errors=True)
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)

@@ -6,10 +6,15 @@ Written for vLLM 0.32. What holds where, and why: docs/generation.md.
 import contextlib
 import json
 import os
+import shutil
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,7 +23,7 @@ from common.data import collate
 from common.evals import evaluating
 from common.generation import Rollout, stop_tokens
 from common.logprobs import language_model, response_logprobs
-from common.run import require
+from common.run import fingerprint, require, uses_bf16
 
 VLLM_METRICS = {  # name -> meaning, unit, range; of every phase of generation
     "sampling/vllm_logp_difference": "mean |log pi (trainer) - log pi (vLLM)| per token of answers just sampled; rounding",
@@ -90,9 +95,7 @@ class VllmGenerator:
             return
         found = total / count
         limit = LIMITS[dtype] / temperature  # by which the rounding of the logits is divided too
-        if self.run.is_main:
-            step = max((row.get("step", 0) for row in self.run.logged()), default=0)
-            self.run.log({"sampling/vllm_logp_difference": found}, step=step)
+        self.run.log({"sampling/vllm_logp_difference": found}, step=self.run.last_step)
         if not found <= limit:
             raise UserError(
                 f"--generation vllm: found log-probs {found:.4f} nats per token from the trainer's on the answers just sampled,"
@@ -116,7 +119,9 @@ def current_engine(run, model) -> "Engine":
             return engine
     if len(ENGINES) > 1:
         ENGINES.pop().close()
-    ENGINES.append(Engine(run, config, inside=not ENGINES and native(config["architectures"][0])))
+    ENGINES.append(
+        Engine(run, language_model(model).config, config, inside=not ENGINES and native(config["architectures"][0]))
+    )
     return ENGINES[-1]
 
 
@@ -140,7 +145,7 @@ def native(architecture: str) -> bool:
 class Engine:
     """A vLLM engine on this process's device, inside the process or in a child of it. It starts without weights."""
 
-    def __init__(self, run, config: dict, inside: bool):
+    def __init__(self, run, model_config, config: dict, inside: bool):
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from vllm import LLM, envs
@@ -148,18 +153,17 @@ class Engine:
 
         args = run.args
         self.run, self.config, self.inside = run, config, inside
-        bf16 = run.accelerator.mixed_precision == "bf16" or args.dtype == "bfloat16"
-        self.dtype = "bfloat16" if bf16 else "float32"
+        self.dtype = "bfloat16" if uses_bf16(args) else "float32"
         self.level = args.vllm_sleep_level if current_platform.is_sleep_mode_available() else 0
         self.asleep, self.holds = False, None
         self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         length = args.max_prompt_length + args.max_new_tokens
-        check_fits(config, length, current_platform.is_cpu())
+        check_fits(model_config, length, current_platform.is_cpu())
         Path(self.folder.name, "config.json").write_text(json.dumps(config))
         run.say(f"vllm: starting an engine ({self.dtype}, {'in the trainer' if inside else 'a process of its own'})")
         envs.disable_envs_cache()
         try:
-            with environment(inside, run.accelerator.local_process_index):
+            with environment(inside, run.accelerator.local_process_index), torch.random.fork_rng():
                 self.llm = LLM(
                     model=self.folder.name,
                     load_format="dummy",  # weights come from the trainer
@@ -167,7 +171,8 @@ class Engine:
                     generation_config="vllm",  # no hidden top-k: the whole distribution
                     dtype=self.dtype,
                     max_model_len=length,
-                    enable_chunked_prefill=False,  # a prompt in two parts draws twice from its stream, which CPUs cannot undo
+                    # a prompt in two parts draws twice from its stream, which vLLM undoes on GPUs alone
+                    enable_chunked_prefill=False if current_platform.is_cpu() else None,
                     logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                     gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                     enable_sleep_mode=self.level > 0,
@@ -178,11 +183,9 @@ class Engine:
                     seed=0,
                 )
         except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-            raise UserError(
-                f"--generation vllm: found no engine started: {reason}. With too little memory change"
-                f" --vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}; what vLLM printed stands above"
-            ) from error
+            raise self.failed("no engine started", error) from error
+        if not inside:
+            self.llm.collective_rpc("end_with", args=(os.getpid(), self.folder.name))
 
     @contextlib.contextmanager
     def awake(self, model) -> Iterator[None]:
@@ -192,7 +195,7 @@ class Engine:
         """
         if self.asleep:
             torch.cuda.empty_cache()
-            self.llm.wake_up(tags=["weights"])
+            self.wake_up("weights")
         with self.run.timed("vllm_sync"):
             source = engines.trained(model)
             found = checksum(source)
@@ -201,12 +204,25 @@ class Engine:
                 self.load(full_weights(source))
                 self.holds = found
         if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
+            self.wake_up("kv_cache")
         yield
         if self.level:
             self.llm.sleep(level=self.level)
             self.asleep = True
             self.holds = None if self.level == 2 else self.holds
+
+    def wake_up(self, part: str) -> None:
+        try:
+            self.llm.wake_up(tags=[part])
+        except Exception as error:  # what it had is taken
+            raise self.failed("no memory to wake up in", error) from error
+
+    def failed(self, found: str, error: Exception) -> UserError:
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        return UserError(
+            f"--generation vllm: found {found}: {reason}. With too little memory change --vllm-gpu-memory-utilization"
+            f" {self.run.args.vllm_gpu_memory_utilization}; what vLLM printed stands above"
+        )
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights by (name as in a checkpoint of transformers, full tensor) pairs, and forget what was cached."""
@@ -243,7 +259,11 @@ class Engine:
         self.llm.enqueue([{"prompt_token_ids": prompts[i]} for i, _ in requests], asked, use_tqdm=False)
         done = []
         while self.llm.llm_engine.has_unfinished_requests():
-            for output in self.llm.llm_engine.step():
+            try:
+                outputs = self.llm.llm_engine.step()
+            except Exception as error:
+                raise self.failed("no answers", error) from error
+            for output in outputs:
                 if output.finished:
                     done.append(output)
                     advance(len(output.outputs))
@@ -259,9 +279,9 @@ class Engine:
         self.folder.cleanup()
 
 
-def check_fits(config: dict, length: int, on_cpu: bool) -> None:
+def check_fits(config, length: int, on_cpu: bool) -> None:
     """UserError for a model that vLLM would refuse, or fail on, less clearly."""
-    window = config.get("max_position_embeddings") or length
+    window = getattr(config, "max_position_embeddings", None) or length
     expected = (
         f"--max-prompt-length plus --max-new-tokens of at most {window}, the model's window, with --generation vllm"
     )
@@ -270,7 +290,7 @@ def check_fits(config: dict, length: int, on_cpu: bool) -> None:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         size, known = (
-            config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             CPUAttentionBackend.get_supported_head_sizes(),
         )
         expected = f"one of {', '.join(map(str, known))}, which vLLM has on CPU, or --generation hf"
@@ -280,20 +300,27 @@ def check_fits(config: dict, length: int, on_cpu: bool) -> None:
 @contextlib.contextmanager
 def environment(inside: bool, device: int) -> Iterator[None]:
     """What vLLM reads while it starts: in this process, or in one that knows nothing of our launcher and sees one device."""
-    before = dict(os.environ)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if inside else "1"
+    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inside else "1"}
     if not inside:
-        for name in [n for n in os.environ if n.startswith(LAUNCHER)]:
-            del os.environ[name]
-        os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork would inherit the trainer's threads and GPU
+        wanted |= dict.fromkeys(n for n in os.environ if n.startswith(LAUNCHER))
+        wanted["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork would inherit the trainer's threads and GPU
         if torch.cuda.is_available():
-            visible = before.get("CUDA_VISIBLE_DEVICES", "")
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            wanted["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+    before = {name: os.environ.get(name) for name in wanted}
+    set_environment(wanted)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        set_environment(before)
+
+
+def set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def group(prompts: list[list[int]], rows: list[int]) -> list[tuple[int, int]]:
@@ -334,26 +361,22 @@ def merged_weight(layer) -> Tensor:
 
     with torch.no_grad():
         weight = engines.full(dequantize_module_weight(layer.base_layer))
-        for adapter in layer.active_adapters:
+        for adapter in () if layer.disable_adapters else layer.active_adapters:
             weight = weight + engines.full(layer.get_delta_weight(adapter)).to(weight.dtype)
     return weight
 
 
 def checksum(model) -> int:
-    """Sum of the bits of this rank's part of all parameters: whoever changed them, optimizer or loader, it differs.
+    """Sum of the bits of this rank's part of all parameters: whoever trained or loaded them, optimizer or script, it differs.
 
     Tensors keep count of writes, but not of those through `.data`, by which DeepSpeed updates.
     """
     total = 0
     for i, parameter in enumerate(model.parameters()):
-        part = getattr(parameter, "ds_tensor", parameter).detach()
+        part = getattr(parameter, "ds_tensor", parameter)
         part = part.to_local() if hasattr(part, "to_local") else part
-        bits = part.contiguous().view(torch.uint8 if part.element_size() == 1 else BITS[part.element_size()])
-        total = (total + (2 * i + 1) * int(bits.sum(dtype=torch.int64))) % 2**63
+        total = (total + (2 * i + 1) * fingerprint(part)) % 2**63
     return total
-
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of a float's width
 
 
 def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
@@ -373,6 +396,21 @@ def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: tor
 
 class WeightFiles:
     """What vLLM's worker learns to do in a process of its own."""
+
+    def end_with(self, trainer: int, folder: str) -> None:
+        """Kill engine and worker, and remove the folder, once the trainer is gone, killed say: vLLM's own do not notice."""
+        parent = os.getppid()  # the engine, or the trainer where the engine is its own worker
+
+        def watch() -> None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                while psutil.Process(trainer).status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(1)
+            shutil.rmtree(folder, ignore_errors=True)
+            for process in {parent, os.getpid()} - {trainer}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def load_shards(self, folder: str) -> None:
         from safetensors.torch import load_file

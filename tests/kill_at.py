@@ -80,6 +80,8 @@ def child(scenario: dict) -> int:
     rank = int(os.environ.get("RANK", 0))
     if scenario.get("report_writes") and rank:
         report_writes(scenario["report_writes"])
+    for name, value in scenario.get("set", {}).items():
+        setattr(*resolve(name), value)
     if limit := scenario.get("file_limit"):  # bytes past which the kernel refuses to write, as a full disk would
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if scenario.get("at") and rank == scenario.get("rank", rank):

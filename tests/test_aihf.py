@@ -603,7 +603,7 @@ def collect(run, n: int = 7, reward=None, reference=None, seed: int = 5, policy=
     generator = Generator(policy, SimpleNamespace(eos_token_id=EOS), 1024, exact.LENGTH)
     rows, here = [{"prompt_ids": exact.PROMPTS[i % 3]} for i in range(n)], contextlib.nullcontext(reference)
     reward = reward or scalar_model("mistral")
-    return policy, (function or aihf.collect)(run, policy, reward, generator, lambda: here, rows, seed)
+    return policy, (function or aihf.collect)(run, reward, generator, lambda: here, rows, seed)
 
 
 PAIR = {"prompt_ids", "chosen_ids", "rejected_ids", "sampled_chosen", "sampled_rejected", "ref_chosen", "ref_rejected"}

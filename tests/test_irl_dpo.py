@@ -158,7 +158,7 @@ def generator_of(policy) -> Generator:
 
 def candidates_of(run, n: int = 7, reward=None, policy=None, first: int = 4, seed: int = 5, function=None):
     policy, reward = policy or exact.make_model(), reward or Table(noise(3, 121, seed=3))
-    return (function or irl.score_candidates)(run, policy, reward, generator_of(policy), prompts(n), first, seed)
+    return (function or irl.score_candidates)(run, reward, generator_of(policy), prompts(n), first, seed)
 
 
 def check_candidates(function, run) -> bool:
@@ -645,10 +645,10 @@ def count_scored(monkeypatch) -> list[tuple]:
     """(stream of the first candidate, rows) of every call that samples and scores candidates, and forward passes in it."""
     calls, real = [], irl.score_candidates
 
-    def counted(run, policy, reward_model, generator, rows, first, seed):
+    def counted(run, reward_model, generator, rows, first, seed):
         seen = []
         hook = reward_model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0].input_ids)))
-        found = real(run, policy, reward_model, generator, rows, first, seed)
+        found = real(run, reward_model, generator, rows, first, seed)
         hook.remove()
         calls.append((seed, first, len(rows), sum(seen)))
         return found

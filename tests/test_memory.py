@@ -70,28 +70,64 @@ def test_deep_models_are_reckoned_from_two_and_three_layers(place):
         plans.per_layer = whole
 
 
-def test_what_is_sharded_is_divided(place, monkeypatch):
-    args = benchmark.phase_args("irft", place / "tiny")
+ENGINES = {  # engine -> what the launcher sets
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true"},
+}
+
+
+def launched_as(monkeypatch, engine: str, processes: int = 4) -> None:
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for name, value in ENGINES.get(engine, {}).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("engine", ["plain", *ENGINES])
+def test_what_an_engine_shares_out_is_divided(place, monkeypatch, engine, bf16):
+    """Bytes per weight by hand: N weights on four processes; RMSprop keeps one number for each."""
+    args = benchmark.phase_args("rft", place / "tiny", mixed_precision="bf16" if bf16 else "no")
     monkeypatch.setattr(plans, "device", lambda: "cpu")  # a CUDA update takes more
-    alone = plans.Plan(args)
-    held, optimizer, update = alone.held(), alone.optimizer(8), alone.step(80, 8, 24, 4)
-    assert update == {"gradients": 80, "logits": 4, "activations": 20}
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert plans.Plan(args).step(80, 8, 24, 4) == {
-        "gradients": 80,
-        "update": 8,
-        "ddp_buckets": 80,
-    }  # one pass over 8 rows
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    for stage, parts in ((1, (1, 4, 1)), (2, (1, 4, 4)), (3, (4, 4, 4))):
-        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
-        plan = plans.Plan(args)
-        assert plan.held()["weights"] == held["weights"] / parts[0]
-        assert plan.optimizer(8)["optimizer"] == optimizer["optimizer"] / parts[1]
-        assert plan.step(80, 8, 24, 4)["gradients"] == 80 / parts[2]
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert plans.sharding() == (4, 3)
+    N = sum(p.numel() for p in models.load_model(args).parameters())
+    launched_as(monkeypatch, engine)
+    plan = plans.Plan(args)
+    masters = bf16 and engine.startswith("zero")  # weights in bf16, and in float32 beside the optimizer's state
+    weight, state = (2, 4 + 4) if masters else (4, 4)
+    parts = {"plain": (1, 1, 1), "zero2": (1, 4, 4), "zero3": (4, 4, 4), "fsdp2": (4, 4, 4)}[engine]
+    assert plan.held()["policy"] == weight * N / parts[0]
+    assert plan.optimizer(plan.policy["trained"])["optimizer"] == state * N / parts[1]
+    step = plan.step(4 * 4 + 1, plan.policy["trained"], 8, 24, 4)
+    assert step["gradients"] == weight * N / parts[2] and ("ddp_buckets" in step) == (engine == "plain")
+    assert "update" in plan.step(4 * 4, plan.policy["trained"], 8, 24, 4)  # one pass: no gradient before it
+    answers = plan.answering()["answers"]
+    assert ("gathered" in answers) == (engine in ("zero3", "fsdp2"))
+    if "gathered" in answers:
+        assert answers["gathered"] == (2 if bf16 else 4) * N
+    autocast = (args.dtype, "bf16" if bf16 else "no")
+    found = (plan.computed.dtype, plan.computed.mixed_precision)
+    assert found == (("bfloat16", "no") if bf16 and engine != "plain" else autocast)
+
+
+def test_gradients_add_up_where_an_update_takes_several_passes(place):
+    """Of PPO's minibatch, not of --batch-size."""
+    given = dict(rollout_batch_size=8, num_mini_batches=2, gradient_checkpointing=True)
+    one, two = (
+        plans.Plan(benchmark.phase_args("rft", place / "tiny", per_device_train_batch_size=n, **given)) for n in (4, 2)
+    )
+    parts = [plan.step(8 // 2, 8, 1, 24, 4) for plan in (one, two)]
+    assert [p.get("gradients") for p in parts] == [0, 8]
+    assert two.training(True)["policy update"]["gradients"] > 0
+
+
+def test_vllm_takes_a_share_and_none_of_our_batches(place, capsys):
+    args = benchmark.phase_args("irft", place / "tiny", generation="vllm")
+    phases = plans.Plan(args).answering()
+    assert "kv_cache" not in phases["generate"] and "activations" in phases["score"]
+    plans.print_memory_plan(args)
+    assert "vLLM: 30% of each GPU besides, while it answers" in capsys.readouterr().out
 
 
 def test_dry_run_prints_every_phase_with_and_without_checkpointing(place, capsys):
@@ -272,23 +308,28 @@ def test_four_bits_are_refused_without_a_gpu(place, monkeypatch):
 
 # ---- attention ----
 @pytest.mark.parametrize(
-    ("asked", "cuda", "precision", "installed", "expected"),
+    ("asked", "card", "precision", "installed", "expected"),
     [
-        ("auto", False, "bf16", (True, True), "sdpa"),
-        ("auto", True, "bf16", (False, False), "sdpa"),
-        ("auto", True, "no", (True, True), "sdpa"),
-        ("auto", True, "bf16", (True, False), "flash_attention_2"),
-        ("auto", True, "bf16", (True, True), "flash_attention_3"),
-        ("eager", True, "bf16", (True, True), "eager"),
+        ("auto", 0, "bf16", (True, True), "sdpa"),
+        ("auto", 9, "bf16", (False, False), "sdpa"),
+        ("auto", 9, "no", (True, True), "sdpa"),
+        ("auto", 9, "bf16", (True, False), "flash_attention_2"),
+        ("auto", 9, "bf16", (True, True), "flash_attention_3"),
+        ("auto", 8, "bf16", (True, True), "flash_attention_2"),
+        ("eager", 9, "bf16", (True, True), "eager"),
     ],
 )
-def test_attention_is_chosen_by_device_and_precision(monkeypatch, asked, cuda, precision, installed, expected):
+def test_attention_is_chosen_by_device_model_and_precision(monkeypatch, asked, card, precision, installed, expected):
     import transformers.utils
+    from transformers import BloomConfig, GPTNeoXConfig
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card > 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (card, 0))
     for version, there in zip((2, 3), installed, strict=True):
         monkeypatch.setattr(transformers.utils, f"is_flash_attn_{version}_available", lambda there=there: there)
-    assert models.attention(irft.Args(attn_implementation=asked, mixed_precision=precision)) == expected
+    args = irft.Args(attn_implementation=asked, mixed_precision=precision)
+    assert models.attention(args, GPTNeoXConfig()) == expected
+    assert models.attention(args, BloomConfig()) == ("sdpa" if asked == "auto" else asked)  # has no flash attention
 
 
 # ---- benchmark/gpu.sh ----
@@ -309,7 +350,9 @@ def test_the_gpu_benchmark_prints_a_row_for_every_step():
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "tiny" in line
     ]
-    assert [row[1] for row in rows] == ["SFT", "IRFT training", "generation"], done.stdout
+    models = ["tiny"] + ["tiny, ZeRO-3"] * (importlib.util.find_spec("deepspeed") is not None)
+    steps = ["SFT", "IRFT training", "generation"]
+    assert [row[:2] for row in rows] == [[model, step] for model in models for step in steps], done.stdout
     for row in rows:
         assert float(row[3].replace(",", "")) > 0 and float(row[4]) > 0, done.stdout
         assert re.fullmatch(r"\d+% of [\d.]+ T/s", row[5])

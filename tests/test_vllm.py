@@ -243,7 +243,7 @@ def test_a_model_that_vllm_cannot_run_here_is_refused_in_one_line(tmp_path, pair
 
 
 def test_prompt_and_answer_beyond_the_window_are_refused(place):
-    config = vllm_engine.engine_config(load(place / "gpt_neox")[0])
+    config = load(place / "gpt_neox")[0].config
     vllm_engine.check_fits(config, 256, on_cpu=True)
     with pytest.raises(UserError, match="--max-new-tokens: found 257 tokens in all, expected .* at most 256"):
         vllm_engine.check_fits(config, 257, on_cpu=True)
