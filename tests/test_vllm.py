@@ -1,12 +1,19 @@
 """The vLLM backend on real engines (`make test-vllm`): the tokens, log-probs and distribution of the model that is trained."""
 
+import contextlib
 import importlib.util
+import json
 import math
 import signal
+import subprocess
+import sys
+import time
 
+import helpers
+import psutil
 import pytest
 import torch
-from helpers import command, launcher, make_classifier, make_data, make_model, metrics, run
+from helpers import command, make_classifier, make_data, make_model, metrics, run
 
 import irft
 from common import UserError, vllm_engine
@@ -250,26 +257,31 @@ def test_prompt_and_answer_beyond_the_window_are_refused(place):
 
 
 # ---- runs ----
-def launch(place, script, out, *flags, processes=1, architecture="mistral"):
-    words = command(script, place / architecture, place / "data.jsonl", out, "--generation", "vllm", *flags)
-    if processes > 1:
-        words = [launcher("torchrun"), "--standalone", "--nproc_per_node", str(processes), *words[1:]]
-    run(words, timeout=1800, ACCELERATE_USE_CPU="true")
+def words_of(place, script, out, *flags, architecture="mistral") -> list[str]:
+    return command(script, place / architecture, place / "data.jsonl", out, "--generation", "vllm", *flags)[1:]
+
+
+def launch(place, script, out, *flags, config="", **kind):
+    start = helpers.launch(config) if config else [sys.executable]
+    run([*start, *words_of(place, script, out, *flags, **kind)], timeout=1800, ACCELERATE_USE_CPU="true")
     rows = metrics(out)
     assert all(math.isfinite(v) for r in rows for v in r.values())
     return rows, [r["sampling/vllm_logp_difference"] for r in rows if "sampling/vllm_logp_difference" in r]
 
 
+CONFIGS = ("", "cpu.yaml", "fsdp2.yaml")  # one process, and two, that have all weights or parts of them
+
+
 @pytest.fixture(scope="module")
 def runs(place):
-    """{processes: (rows of metrics.jsonl, gaps to vLLM, run directory)} of the same run of irft.py."""
+    """{config: (rows of metrics.jsonl, gaps to vLLM, run directory)} of the same run of irft.py."""
     flags = ["--T", "2", "--mixed-precision", "no"]
-    return {n: (*launch(place, "irft.py", place / f"run{n}", *flags, processes=n), place / f"run{n}") for n in (1, 2)}
+    return {c: (*launch(place, "irft.py", place / f"run{c}", *flags, config=c), place / f"run{c}") for c in CONFIGS}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_of_irft(runs, processes):
-    rows, gaps, out = runs[processes]
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_run_of_irft(runs, config):
+    rows, gaps, out = runs[config]
     assert len(gaps) == 6 and max(gaps) < TOLERANCE  # held-out samples of the reference, 3 evaluations, 2 x answers
     steps = [r["step"] for r in rows if "sampling/vllm_logp_difference" in r]
     assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == max(r["step"] for r in rows)
@@ -277,14 +289,44 @@ def test_a_run_of_irft(runs, processes):
     assert margins[-1] > margins[0] and (out / "final" / "model.safetensors").exists()
 
 
-def test_answers_do_not_depend_on_the_number_of_processes(runs):
-    one, two = ([p["rejected_ids"] for p in read_pairs(runs[n][2] / "generations" / "iter_0.parquet")] for n in (1, 2))
+@pytest.mark.parametrize("config", CONFIGS[1:])
+def test_answers_do_not_depend_on_the_number_of_processes(runs, config):
+    def answers(name):
+        return [p["rejected_ids"] for p in read_pairs(runs[name][2] / "generations" / "iter_0.parquet")]
+
+    one, two = answers(""), answers(config)
     assert len(one) == 8 and one == two and len({tuple(y) for y in one}) > 4
+
+
+def engines_running() -> set[int]:
+    """Process ids of vLLM's processes on this machine."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any("VLLM::" in word for word in process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+def test_an_engine_ends_with_its_trainer(place, tmp_path):
+    """A killed trainer can end nothing itself; its engine would keep its memory."""
+    words = words_of(place, "sft.py", tmp_path / "run", architecture="gpt_neox")
+    strike = {"argv": words, "at": "common.vllm_engine.VllmGenerator.check", "n": 1}
+    before, seen = engines_running(), set()
+    trainer = subprocess.Popen([sys.executable, "tests/kill_at.py", json.dumps(strike)], cwd=helpers.ROOT)
+    while trainer.poll() is None:
+        seen |= engines_running() - before
+        time.sleep(0.2)
+    assert trainer.returncode == -signal.SIGKILL and seen
+    deadline = time.time() + 60
+    while seen & engines_running() and time.time() < deadline:
+        time.sleep(0.2)
+    assert not seen & engines_running()
 
 
 def test_two_processes_with_engines_of_their_own(place, tmp_path):
     rows, gaps = launch(
-        place, "sft.py", tmp_path / "run", "--mixed-precision", "no", processes=2, architecture="gpt_neox"
+        place, "sft.py", tmp_path / "run", "--mixed-precision", "no", config="cpu.yaml", architecture="gpt_neox"
     )
     assert len(gaps) == len([r for r in rows if "eval/nll" in r]) + 1 and max(gaps) < TOLERANCE
 
