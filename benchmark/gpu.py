@@ -183,7 +183,8 @@ def measure(device: str, case: Case) -> dict[str, float]:
         if case.step == "generate":
             generator.sample([prompt] * shape.prompts, list(range(shape.prompts)), 0)
         else:
-            run.step(policy.train(), optimizer, [row] * per_device * run.world, loss, lambda _: 0, 1e-6)
+            policy.train()
+            run.step(policy, optimizer, [row] * per_device * run.world, loss, lambda _: 0, 1e-6)
 
     once()  # optimizer state, kernels, vLLM's start
     synchronise(device)
