@@ -35,10 +35,8 @@ class ScalarModel(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        if hasattr(model, "score"):
-            model.score.__class__ = (
-                ExactLinear  # of an nn.Linear: a reward of 5.02 and one of 5.03 are the same in bf16
-            )
+        if hasattr(model, "score"):  # an nn.Linear
+            model.score.__class__ = ExactLinear
         self.register_buffer("center", torch.tensor(float(getattr(model.config, "reward_center", 0.0))))
 
     def forward(self, batch: Batch, every: bool = False) -> Tensor:
@@ -78,7 +76,10 @@ class ScalarModel(torch.nn.Module):
 
 
 class ExactLinear(torch.nn.Linear):
-    """Computed in float32 (float64 stays) whatever the mixed precision, and whatever type an engine gave the weights."""
+    """Computed in float32 (float64 stays) whatever the mixed precision, and whatever type an engine gave the weights.
+
+    In bf16 rewards of 5.02 and 5.03 are the same.
+    """
 
     def forward(self, hidden: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
