@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import tyro
@@ -91,7 +92,7 @@ def measure_phase(phase: str, args) -> int:
     import rft
     from common import models, rewards
     from common.data import collate
-    from common.generation import Generator
+    from common.generation import make_generator
     from common.logprobs import response_logprobs
     from common.run import make_optimizer
 
@@ -120,7 +121,7 @@ def measure_phase(phase: str, args) -> int:
         return rft.ppo_batch_loss(model, rows, args, device, 1.0)
 
     def answer(policy) -> None:
-        generator = Generator(policy, models.load_tokenizer(args), args.per_device_eval_batch_size, args.max_new_tokens)
+        generator = make_generator(SimpleNamespace(args=args), policy, models.load_tokenizer(args))
         generator.eos_ids = set()  # all of them of full length
         prompts = [x for x, _ in sequences(args.per_device_eval_batch_size, args)]
         generator.sample(prompts, list(range(len(prompts))), 0)

@@ -1038,7 +1038,7 @@ def test_two_outer_iterations_fit_both_sources(make_run, language, monkeypatch, 
         return found.gather(1, shown).mean().item(), (found.exp() * truth).sum(1).mean().item()
 
     path, policy_step, answered, real = [measure()], aligner.policy_step, [], script.collect
-    monkeypatch.setattr(script, "collect", lambda *a: (answered.append([id(r) for r in a[5]]), real(*a))[1])
+    monkeypatch.setattr(script, "collect", lambda *a: (answered.append([id(r) for r in a[-2]]), real(*a))[1])
     monkeypatch.setattr(aligner, "policy_step", lambda t: (policy_step(t), path.append(measure())))
     aligner.learn()
     (likelihood, reward), prompts = zip(*path, strict=True), {id(p) for p in preferences}

@@ -90,11 +90,11 @@ def test_one_process_with_8_is_two_with_4_or_with_twice_2(place, script, micro):
 
 
 def test_rank_0_alone_writes(place):
-    """Of the other one Python sees no write, but that of its random numbers' state into a checkpoint being made."""
+    """Of the other one Python sees no write, but into the folder of a checkpoint being made."""
     printed = (place / "printed").read_text()
-    wrote = {line for line in printed.splitlines() if line.startswith("WROTE") and "/checkpoint/.partial_" not in line}
-    assert not wrote and printed.count("2 process(es)") == len(SHAPES)
-    assert any(line.startswith("WROTE") and "random_states_1" in line for line in printed.splitlines())
+    wrote = [line for line in printed.splitlines() if line.startswith("WROTE")]
+    assert wrote and all("/checkpoint/.partial_" in line for line in wrote)
+    assert printed.count("2 process(es)") == len(SHAPES)
     assert (place / "2x2_sft.py" / "checkpoint").exists()
 
 
