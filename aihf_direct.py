@@ -321,6 +321,7 @@ def score_reference(run, t: int, pairs: list[dict], policy, path) -> list[dict]:
     with (
         run.phase(f"iteration {t}: reference, {path.stem}", 2 * len(pairs), outer_iteration=t) as advance,
         models.reference_policy(run, policy, is_reference) as ref_policy,
+        evals.evaluating(ref_policy),
     ):
         for kind in ("chosen", "rejected"):
             sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]

@@ -220,6 +220,7 @@ def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, genera
     with (
         run.phase(f"iteration {t}: reference", 2 * len(pairs), outer_iteration=t) as advance,
         models.reference_policy(run, policy, is_reference) as ref_policy,
+        evals.evaluating(ref_policy),
     ):
         for kind in ("chosen", "rejected"):
             sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]

@@ -159,7 +159,7 @@ def measure(device: str, case: Case) -> dict[str, float]:
     run = Run(settings, "gpu", {**irft.METRICS, **sft.METRICS})
     config = AutoConfig.for_model(shape.architecture, **shape.size, max_position_embeddings=2048)
     torch.manual_seed(0)
-    with run.accelerator.device:
+    with torch.device("cpu") if case.config else run.accelerator.device:  # engines cut up what is in main memory
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, settings.dtype), attn_implementation=models.attention(settings, config)
         )
@@ -188,6 +188,8 @@ def measure(device: str, case: Case) -> dict[str, float]:
 
     once()  # optimizer state, kernels, vLLM's start
     synchronise(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     for _ in range(shape.steps):
         once()
@@ -251,7 +253,8 @@ def table(args: Args) -> None:
             print(f"| {label} | {error} | | |", flush=True)
             continue
         share = f"{found['fraction']:.0%} of {found['rate'] / 1e12:.1f} T/s"
-        print(f"| {label} | {found['tokens']:,.0f} | {found['bytes'] / 2**30:.1f} | {share} |", flush=True)
+        size = f"{found['bytes'] / 2**30:.1f}{' without vLLM' * (case.generation == 'vllm')}"
+        print(f"| {label} | {found['tokens']:,.0f} | {size} | {share} |", flush=True)
 
 
 def run(args: Args) -> None:

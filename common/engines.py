@@ -126,7 +126,7 @@ def whole(module: nn.Module, cast: bool = True) -> Iterator[nn.Module]:
     if "shards" not in module.__dict__ or not any(p.is_meta for p in module.parameters()):
         yield module
         return
-    empty, gathered = [], {}
+    empty, made = [], {}
     for part in module.modules():
         source, dtype = part.__dict__["shards"]
         shards = source()
@@ -134,11 +134,11 @@ def whole(module: nn.Module, cast: bool = True) -> Iterator[nn.Module]:
         for name, meta in part._parameters.items():
             if meta is not None and meta.is_meta:
                 shard = shards._parameters[name]
-                if shard not in gathered:  # tied weights once
-                    full = gather(shard)
-                    full = full.to(dtype) if cast and dtype and full.is_floating_point() else full
-                    gathered[shard] = nn.Parameter(full, requires_grad=False)
-                part._parameters[name] = gathered[shard]
+                if shard not in made:  # tied weights once
+                    value = gather(shard)
+                    value = value.to(dtype) if cast and dtype and value.is_floating_point() else value
+                    made[shard] = nn.Parameter(value, requires_grad=False)
+                part._parameters[name] = made[shard]
                 empty.append((part, name, meta))
     try:
         yield module
@@ -239,9 +239,8 @@ def clip(accelerator, model: nn.Module, max_norm: float) -> float:
     if engine_name(accelerator).startswith("zero"):
         model.step()
         return float(model.get_global_grad_norm())
-    for (
-        p
-    ) in model.parameters():  # of a part that the loss leaves out: 0, as under DDP; checkpoints hold the state of all
+    # of a part that the loss leaves out: 0, as under DDP; checkpoints hold the state of all
+    for p in model.parameters():
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

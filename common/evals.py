@@ -477,7 +477,8 @@ def evaluate_reward(
         sequences["samples"] = [(r["prompt_ids"], y) for r, y in zip(held.rows, samples, strict=True)]
     total = sum(map(len, sequences.values()))
     with run.phase(f"reward {iteration} on held-out rows", total, outer_iteration=iteration) as advance:
-        scores = {kind: np.array(sequence_scores(run, reward_model, s, advance)) for kind, s in sequences.items()}
+        with evaluating(reward_model):
+            scores = {kind: np.array(sequence_scores(run, reward_model, s, advance)) for kind, s in sequences.items()}
     if samples is not None:
         scores.setdefault("samples", scores["rejected"])
     if run.is_main:

@@ -108,16 +108,25 @@ def per_layer(measure: Callable[[int], dict[str, int]], layers: int) -> dict[str
 
 
 def weights(args, config, scalar: bool = False, frozen: bool = False) -> dict[str, int]:
-    """Bytes of a model: weights, those that are trained, and the largest of these."""
+    """Of a model as it is loaded: bytes of `all` weights, of those that are `trained`, of the `largest` of these; and how many
+    `numbers` and `trained_numbers` they are.
+    """
 
     def measure(layers: int) -> dict[str, int]:
         model = without_data(args, config, layers, scalar, frozen=frozen)
-        sizes = [
-            (round(p.numel() * NF4) if args.load_in_4bit and "base_layer.weight" in name else p.nbytes, p.requires_grad)
-            for name, p in model.named_parameters()
-        ]
-        trained = [n for n, grad in sizes if grad and not frozen]
-        return {"all": sum(n for n, _ in sizes), "trained": sum(trained), "largest": max(trained, default=0)}
+        parameters = [p for _, p in model.named_parameters()]
+        trained = [] if frozen else [p for p in parameters if p.requires_grad]
+        size = sum(p.nbytes for p in parameters)
+        if args.load_in_4bit:
+            base = [p for name, p in model.named_parameters() if "base_layer.weight" in name]
+            size += sum(round(p.numel() * NF4) - p.nbytes for p in base)
+        return {
+            "all": size,
+            "trained": sum(p.nbytes for p in trained),
+            "largest": max((p.nbytes for p in trained), default=0),
+            "numbers": sum(p.numel() for p in parameters),
+            "trained_numbers": sum(p.numel() for p in trained),
+        }
 
     return per_layer(measure, config.num_hidden_layers)
 
@@ -218,11 +227,8 @@ def launched() -> tuple[int, str]:
     return int(env.get("WORLD_SIZE", 1)), engine
 
 
-SHARDED = {
-    "zero2": 2,
-    "zero3": 3,
-    "fsdp2": 3,
-}  # what an engine shares out: 1 optimizer state, 2 gradients too, 3 weights too
+# what an engine shares out: 1 optimizer state, 2 gradients too, 3 weights too
+LEVELS = {"zero2": 2, "zero3": 3, "fsdp2": 3}
 
 
 class Plan:
@@ -236,21 +242,31 @@ class Plan:
     def __init__(self, args):
         self.args = args
         self.world, self.engine = launched()
-        self.level = SHARDED.get(self.engine, 0)
-        # engines compute in bf16 weights, with no autocast; ZeRO stores these, with float32 ones beside the optimizer's state
-        engine_bf16 = self.level > 0 and mixes_bf16(args)
-        self.computed = dataclasses.replace(args, dtype="bfloat16", mixed_precision="no") if engine_bf16 else args
-        self.masters = engine_bf16 and self.engine != "fsdp2" and args.dtype == "float32"
+        self.level = LEVELS.get(self.engine, 0)
+        self.bf16 = self.level > 0 and mixes_bf16(args)
+        # engines compute in bf16 weights, with no autocast
+        self.computed = dataclasses.replace(args, dtype="bfloat16", mixed_precision="no") if self.bf16 else args
         self.config = models.load_config(args.model, args.trust_remote_code)
-        self.policy = weights(self.computed if self.masters else args, self.config)
+        self.policy = self.stored(weights(args, self.config))
         self.frozen = weights(args, self.config, frozen=True)["all"]
         self.whole = weights(self.computed, self.config)["all"]
         self.scalars = args.scalar_models
         if self.scalars:
             name = getattr(args, "reward_model", "") or args.model
             self.scalar_config = models.load_config(name, args.trust_remote_code, "--reward-model")
-            self.scalar = weights(self.computed if self.masters else args, self.scalar_config, scalar=True)
+            self.scalar = self.stored(weights(args, self.scalar_config, scalar=True))
             self.whole = max(self.whole, weights(self.computed, self.scalar_config, scalar=True)["all"])
+
+    def stored(self, found: dict[str, int]) -> dict[str, int]:
+        """weights() as the engine keeps them under bf16: ZeRO all of them in bf16, FSDP2 what is trained in float32."""
+        if not self.bf16:
+            return found
+        if self.engine == "fsdp2":
+            trained, rest = 4 * found["trained_numbers"], found["all"] - found["trained"]
+        else:
+            trained, rest = 2 * found["trained_numbers"], 2 * (found["numbers"] - found["trained_numbers"])
+        largest = found["largest"] * trained // max(found["trained"], 1)
+        return {**found, "all": trained + rest, "trained": trained, "largest": largest}
 
     def shard(self, size: float, level: int) -> float:
         """A device's part: level 1 is optimizer state, 2 gradients, 3 weights."""
@@ -263,11 +279,14 @@ class Plan:
         one = self.shard(self.scalar["all"], 3)
         return {"policy": self.shard(self.policy["all"], 3), "value": (self.scalars - 1) * one, "reward": one}
 
-    def optimizer(self, *trained: int) -> dict[str, float]:
-        values = STATES[self.args.optimizer] + self.masters
-        return {
-            "optimizer": self.shard(values * (1 + self.masters) * sum(trained), 1)
-        }  # of masters, twice a bf16 weight's
+    def optimizer(self, *trained: dict[str, int]) -> dict[str, float]:
+        """State for each trained weight of these models; under ZeRO with a float32 copy of it."""
+        values = STATES[self.args.optimizer]
+        if self.engine.startswith("zero"):
+            size = 4 * (values + 1) * sum(model["trained_numbers"] for model in trained)
+        else:
+            size = values * sum(model["trained"] for model in trained)
+        return {"optimizer": self.shard(size, 1)}
 
     def reference(self, copies: int = 1) -> dict[str, float]:
         args = self.args
@@ -290,31 +309,32 @@ class Plan:
         args, computed = self.args, self.computed
         rows, update = args.per_device_train_batch_size, args.batch_size
         own = forward_costs(computed, self.config, rows * args.sequences_per_row, checkpointing=checkpointing)
-        trained, largest = self.policy["trained"], self.policy["largest"]
-        peak, logits, both = own["peak"], own["logits"], trained
+        peak, logits, policy = own["peak"], own["logits"], self.policy
+        trained, largest, together = policy["trained"], policy["largest"], [policy]
         if not self.scalars:
-            return {"train": self.held() | self.optimizer(trained) | self.step(update, trained, largest, peak, logits)}
+            return {"train": self.held() | self.optimizer(policy) | self.step(update, trained, largest, peak, logits)}
         scalar = self.scalar
         reward = forward_costs(computed, self.scalar_config, 2 * rows, "last", checkpointing)["peak"]
         if self.scalars == 2:
             update = args.rollout_batch_size // args.num_mini_batches
             value = forward_costs(computed, self.scalar_config, rows * args.sequences_per_row, "every", checkpointing)
-            both, largest = trained + scalar["trained"], max(largest, scalar["largest"])
+            together = [policy, scalar]
+            trained, largest = trained + scalar["trained"], max(largest, scalar["largest"])
             if own["saved"] + value["peak"] > peak:  # the value's backward pass comes first
                 peak, logits = own["saved"] + value["peak"], 0
         return {
             "reward step": self.held()
-            | self.optimizer(scalar["trained"])
+            | self.optimizer(scalar)
             | self.step(args.batch_size, scalar["trained"], scalar["largest"], reward, 0),
             "policy update": self.held()
             | self.reference()
-            | self.optimizer(both, scalar["trained"])
-            | self.step(update, both, largest, peak, logits),
+            | self.optimizer(*together, scalar)
+            | self.step(update, trained, largest, peak, logits),
         }
 
     def answering(self) -> dict[str, dict[str, float]]:
         """The phases without one."""
-        args, trained = self.args, self.policy["trained"]
+        args = self.args
         made, scored = (
             {k: v for k, v in costs.items() if k != "peak"} | {"activations": 2 * costs["peak"] - sum(costs.values())}
             for costs in (
@@ -322,19 +342,21 @@ class Plan:
                 forward_costs(args, self.config, args.per_device_eval_batch_size, train=False),
             )
         )
-        gathered = {"gathered": self.whole} if self.level == 3 else {}  # engines.whole, a model at a time
-        scored |= gathered
-        made = (
-            {} if args.generation == "vllm" else made | gathered
-        )  # vLLM takes no batches of ours, and weights one by one
-        if not self.scalars:
-            held = self.held() | self.optimizer(trained)
-            return {"generate": held | made, "score": held | self.reference() | scored}
-        both = [trained, *[self.scalar["trained"]] * self.scalars]
-        moves = getattr(args, "ref", "initial") == "previous" and args.T > 1
-        copies = 2 if moves else 1  # an evaluation has the initial one too
-        larger = max(made, scored, key=lambda parts: sum(parts.values()))
-        return {"answers": self.held() | self.reference(copies) | self.optimizer(*both) | larger}
+        if args.generation == "vllm":  # it takes no batches of ours, and then the trainer scores some of its answers
+            made = scored
+        if self.level == 3:  # engines.whole, a model at a time
+            made, scored = (parts | {"gathered": self.whole} for parts in (made, scored))
+        held = self.held() | self.optimizer(self.policy, *[self.scalar for _ in range(self.scalars)])
+        if self.scalars:
+            moves = getattr(args, "ref", "initial") == "previous" and args.T > 1
+            copies = 2 if moves else 1  # an evaluation has the initial one too
+            larger = max(made, scored, key=lambda parts: sum(parts.values()))
+            phases = {"answers": held | self.reference(copies) | larger}
+        else:
+            phases = {"generate": held | made, "score": held | self.reference() | scored}
+        if self.level == 3:  # in the type that is stored
+            phases["save"] = held | {"gathered": self.policy["all"]}
+        return phases
 
 
 def print_memory_plan(args) -> None:

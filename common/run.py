@@ -388,6 +388,13 @@ class Run:
         self.engine = engines.engine_name(self.accelerator)
         one = "one process, or DDP (configs/ddp.yaml): 4-bit weights are not cut up"
         require(not args.load_in_4bit or self.engine == "plain", "load_in_4bit", self.engine, one)
+        known = args.dtype == "float32" or precision == "bf16" or not self.engine.startswith("zero")
+        require(
+            known,
+            "dtype",
+            f"{args.dtype} without mixed precision, under {self.engine}",
+            "--mixed-precision bf16 beside it",
+        )
         self.views = {}
         self.rank, self.world, self.is_main = (
             self.accelerator.process_index,

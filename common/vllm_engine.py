@@ -162,8 +162,9 @@ class Engine:
         Path(self.folder.name, "config.json").write_text(json.dumps(config))
         run.say(f"vllm: starting an engine ({self.dtype}, {'in the trainer' if inside else 'a process of its own'})")
         envs.disable_envs_cache()
+        own = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []  # vLLM seeds its random numbers
         try:
-            with environment(inside, run.accelerator.local_process_index), torch.random.fork_rng():
+            with environment(inside, run.accelerator.local_process_index), torch.random.fork_rng(own):
                 self.llm = LLM(
                     model=self.folder.name,
                     load_format="dummy",  # weights come from the trainer

@@ -91,6 +91,9 @@ def engine(request, place):
     scenarios.append({"argv": resume, "file_limit": 20_000})
     scenarios.append({"argv": [*argv("sft.py", place, f"{name}_4bit"), "--lora-r", "4", "--load-in-4bit"]})
     expected += [-signal.SIGKILL, 2, 2]
+    if name != "fsdp2":
+        scenarios.append({"argv": [*argv("sft.py", place, f"{name}_dtype"), "--dtype", "bfloat16"]})
+        expected.append(2)
     statuses, printed = drive(scenarios, config=f"{name}.yaml")
     assert statuses == expected, printed[-4000:]
     (place / f"{name}_printed").write_text(printed)
@@ -171,9 +174,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(engine, place):
     assert [p.name for p in (place / f"{engine}_moved_sft.py" / "checkpoint").glob("0*")] == ["0000_00000002"]
 
 
-def test_four_bits_are_refused(engine, place):
+def test_types_of_weights_that_an_engine_cannot_hold_are_refused(engine, place):
     expected = f"error: --load-in-4bit: found {engine}, expected one process, or DDP (configs/ddp.yaml)"
     assert expected in (place / f"{engine}_printed").read_text()
+    refused = f"error: --dtype: found bfloat16 without mixed precision, under {engine}, expected --mixed-precision bf16"
+    assert (refused in (place / f"{engine}_printed").read_text()) == engine.startswith("zero")
 
 
 def test_a_checkpoint_of_another_engine_or_number_of_processes(engine, place):

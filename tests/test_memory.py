@@ -85,30 +85,41 @@ def launched_as(monkeypatch, engine: str, processes: int = 4) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("bf16", "given"),
+    [(False, {}), (False, {"lora_r": 4}), (True, {}), (True, {"lora_r": 4}), (True, {"dtype": "bfloat16"})],
+)
 @pytest.mark.parametrize("engine", ["plain", *ENGINES])
-def test_what_an_engine_shares_out_is_divided(place, monkeypatch, engine, bf16):
-    """Bytes per weight by hand: N weights on four processes; RMSprop keeps one number for each."""
-    args = benchmark.phase_args("rft", place / "tiny", mixed_precision="bf16" if bf16 else "no")
+def test_what_an_engine_shares_out_is_divided(place, monkeypatch, engine, bf16, given):
+    """Bytes per weight by hand, on four processes; RMSprop keeps one number for each that is trained."""
+    args = benchmark.phase_args("rft", place / "tiny", mixed_precision="bf16" if bf16 else "no", **given)
     monkeypatch.setattr(plans, "device", lambda: "cpu")  # a CUDA update takes more
-    N = sum(p.numel() for p in models.load_model(args).parameters())
+    policy = models.prepare_policy(args)
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in policy.parameters()) - trained
     launched_as(monkeypatch, engine)
     plan = plans.Plan(args)
-    masters = bf16 and engine.startswith("zero")  # weights in bf16, and in float32 beside the optimizer's state
-    weight, state = (2, 4 + 4) if masters else (4, 4)
+    loaded = 2 if "dtype" in given else 4
+    weight, rest, state = {  # bytes of a weight that is trained, of a frozen one, of the optimizer's state
+        "plain": (loaded, loaded, loaded),
+        "zero": (2, 2, 4 + 4) if bf16 else (4, 4, 4 + 4),  # float32 weights beside the state
+        "fsdp2": (4, loaded, 4),
+    }["zero" if engine.startswith("zero") else engine]
     parts = {"plain": (1, 1, 1), "zero2": (1, 4, 4), "zero3": (4, 4, 4), "fsdp2": (4, 4, 4)}[engine]
-    assert plan.held()["policy"] == weight * N / parts[0]
-    assert plan.optimizer(plan.policy["trained"])["optimizer"] == state * N / parts[1]
+    assert plan.held()["policy"] == (weight * trained + rest * frozen) / parts[0]
+    assert plan.optimizer(plan.policy)["optimizer"] == state * trained / parts[1]
     step = plan.step(4 * 4 + 1, plan.policy["trained"], 8, 24, 4)
-    assert step["gradients"] == weight * N / parts[2] and ("ddp_buckets" in step) == (engine == "plain")
+    assert step["gradients"] == weight * trained / parts[2] and ("ddp_buckets" in step) == (engine == "plain")
     assert "update" in plan.step(4 * 4, plan.policy["trained"], 8, 24, 4)  # one pass: no gradient before it
-    answers = plan.answering()["answers"]
-    assert ("gathered" in answers) == (engine in ("zero3", "fsdp2"))
-    if "gathered" in answers:
-        assert answers["gathered"] == (2 if bf16 else 4) * N
-    autocast = (args.dtype, "bf16" if bf16 else "no")
+    phases = plan.answering()
+    assert ("gathered" in phases["answers"]) == ("save" in phases) == (engine in ("zero3", "fsdp2"))
+    if "save" in phases:
+        assert phases["save"]["gathered"] == weight * trained + rest * frozen
+        if not given:
+            assert phases["answers"]["gathered"] == pytest.approx((2 if bf16 else 4) * trained, rel=0.01)
     found = (plan.computed.dtype, plan.computed.mixed_precision)
-    assert found == (("bfloat16", "no") if bf16 and engine != "plain" else autocast)
+    asked = (args.dtype, "bf16" if bf16 else "no")
+    assert found == (("bfloat16", "no") if bf16 and engine != "plain" else asked)
 
 
 def test_gradients_add_up_where_an_update_takes_several_passes(place, monkeypatch):
@@ -126,7 +137,7 @@ def test_gradients_add_up_where_an_update_takes_several_passes(place, monkeypatc
 def test_vllm_takes_a_share_and_none_of_our_batches(place, capsys):
     args = benchmark.phase_args("irft", place / "tiny", generation="vllm")
     phases = plans.Plan(args).answering()
-    assert "kv_cache" not in phases["generate"] and "activations" in phases["score"]
+    assert "kv_cache" not in phases["generate"] and "activations" in phases["generate"]
     plans.print_memory_plan(args)
     assert "vLLM: 30% of each GPU besides, while it answers" in capsys.readouterr().out
 
