@@ -6,6 +6,7 @@
 import importlib.util
 import json
 import math
+import os
 import signal
 
 import pytest
@@ -33,6 +34,7 @@ FLAGS = {  # batches that two processes share unevenly, in micro-batches that th
     "irl_ppo_tldr.py": f"{RFT} {RATES} --prompts demonstrations --max-length 72 --reward-normalisation mean_std".split(),
     "irl_dpo_ultrachat.py": f"--T 2 --sft-epochs 1 --total-prompts 6 --rollout-batch-size 3 --num-generations 2 --eval-updates 1 {RATES}".split(),
 }
+SCRIPTS = os.environ.get("ENGINE_SCRIPTS", " ".join(FLAGS)).split()  # fewer of them where time is short
 LORA = ("irft.py", "rft.py")  # once more with adapters: on the policy, and on models with a scalar head
 TOLERANCE = 1e-5  # float32, on weights that moved by 3e-4 and more: sums in another order
 KILLED = (("irft.py", 4), ("rft.py", 4), ("rft.py", 10))  # (script, step): in iteration 1; after SFT; in PPO
@@ -46,9 +48,9 @@ def place(tmp_path_factory):
     make_data(folder / "data.jsonl", 11)
     make_data(folder / "prefs.jsonl", 11, preference=True)
     jsonl(folder / "posts.jsonl", tldr_rows(11))
-    scenarios = [{"argv": argv(script, folder, "plain")} for script in FLAGS]
+    scenarios = [{"argv": argv(script, folder, "plain")} for script in SCRIPTS]
     statuses, printed = drive([*scenarios, *with_lora(folder, "plain")])
-    assert statuses == [0] * (len(FLAGS) + len(LORA)), printed
+    assert statuses == [0] * (len(SCRIPTS) + len(LORA)), printed
     return folder
 
 
@@ -72,8 +74,8 @@ def engine(request, place):
     # of the reference on held-out rows and of two evaluations, answers and scores each; saving
     phases = 2 + 2 * 2 + 1
     chunks = {"set": {"common.logprobs.CHUNK": 2000}}  # logits of 6 tokens, made again in the backward pass
-    scenarios = [{"argv": argv(script, place, name), **chunks} for script in FLAGS] + with_lora(place, name)
-    expected = [0] * (len(FLAGS) + len(LORA))
+    scenarios = [{"argv": argv(script, place, name), **chunks} for script in SCRIPTS] + with_lora(place, name)
+    expected = [0] * (len(SCRIPTS) + len(LORA))
     for script, n in KILLED:
         killed = {"argv": argv(script, place, f"{name}_killed{n}"), "at": "common.run.Run.step", "n": n}
         resumed = {"argv": [script, "--resume", str(place / f"{name}_killed{n}_{script}")]}
@@ -100,7 +102,7 @@ def engine(request, place):
     return name
 
 
-@pytest.mark.parametrize("script", FLAGS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_give_the_weights_of_one(engine, place, script):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
