@@ -147,6 +147,18 @@ def whole(module: nn.Module, cast: bool = True) -> Iterator[nn.Module]:
             part._parameters[name] = meta
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with all weights, and back to what it was. All processes enter it together."""
+    was_training = model.training
+    model.eval()
+    try:
+        with whole(model):
+            yield
+    finally:
+        model.train(was_training)
+
+
 def trained(view: nn.Module) -> nn.Module:
     """The module that trains, of which a twin is the view, with each process's part of the weights; any other module itself."""
     return view.__dict__["shards"][0]() if "shards" in view.__dict__ else view

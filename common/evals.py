@@ -3,7 +3,6 @@
 Every measure is kept per row (evals/<iteration>.parquet), so that intervals and paired comparisons can be made later.
 """
 
-import contextlib
 import functools
 import hashlib
 import warnings
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, engines, judge, models, rewards
+from common import UserError, judge, models, rewards
 from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
+from common.engines import evaluating
 from common.generation import Generator, Rollout, make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import data_order, require
@@ -223,18 +223,6 @@ def batch_logprobs(model, batch, temperature: float = 1.0) -> list[tuple[float, 
     scores = response_logprobs(model, batch, temperature)
     sums, lengths = masked_sum(scores.logprobs, batch.response_mask).tolist(), batch.response_mask.sum(-1).tolist()
     return [(s, t[:n]) for s, t, n in zip(sums, scores.logprobs.tolist(), lengths, strict=True)]
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Evaluation mode, with all weights, and back to what it was. All processes enter it together."""
-    was_training = model.training
-    model.eval()
-    try:
-        with engines.whole(model):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, advance=lambda n: None) -> Rollout:

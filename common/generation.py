@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import engines
+from common.engines import evaluating
 from common.logprobs import temper
 
 
@@ -60,18 +60,13 @@ class Generator:
         """One response per prompt. temperature 0 is greedy; `rows` name the random streams; `advance(n)` reports progress."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         done: dict[int, tuple[list[int], bool, list[float]]] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with engines.whole(self.model):
-                for start in range(0, len(order), self.batch_size):
-                    part = order[start : start + self.batch_size]
-                    uniforms = torch.stack([self._stream(seed, rows[i]) for i in part])
-                    responses = self._batch([prompts[i] for i in part], uniforms, temperature)
-                    done |= dict(zip(part, responses, strict=True))
-                    advance(len(part))
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model):
+            for start in range(0, len(order), self.batch_size):
+                part = order[start : start + self.batch_size]
+                uniforms = torch.stack([self._stream(seed, rows[i]) for i in part])
+                responses = self._batch([prompts[i] for i in part], uniforms, temperature)
+                done |= dict(zip(part, responses, strict=True))
+                advance(len(part))
         ids, finished, logprobs = zip(*(done[i] for i in range(len(prompts))), strict=True) if prompts else ((), (), ())
         return Rollout(prompts, list(ids), list(finished), list(logprobs))
 

@@ -249,13 +249,11 @@ class Plan:
         self.config = models.load_config(args.model, args.trust_remote_code)
         self.policy = self.stored(weights(args, self.config))
         self.frozen = weights(args, self.config, frozen=True)["all"]
-        self.whole = weights(self.computed, self.config)["all"]
         self.scalars = args.scalar_models
         if self.scalars:
             name = getattr(args, "reward_model", "") or args.model
             self.scalar_config = models.load_config(name, args.trust_remote_code, "--reward-model")
             self.scalar = self.stored(weights(args, self.scalar_config, scalar=True))
-            self.whole = max(self.whole, weights(self.computed, self.scalar_config, scalar=True)["all"])
 
     def stored(self, found: dict[str, int]) -> dict[str, int]:
         """weights() as the engine keeps them under bf16: ZeRO all of them in bf16, FSDP2 what is trained in float32."""
@@ -345,7 +343,9 @@ class Plan:
         if args.generation == "vllm":  # it takes no batches of ours, and then the trainer scores some of its answers
             made = scored
         if self.level == 3:  # engines.whole, a model at a time
-            made, scored = (parts | {"gathered": self.whole} for parts in (made, scored))
+            sizes = [weights(self.computed, self.config)["all"]]
+            sizes += [weights(self.computed, self.scalar_config, scalar=True)["all"]] if self.scalars else []
+            made, scored = (parts | {"gathered": max(sizes)} for parts in (made, scored))
         held = self.held() | self.optimizer(self.policy, *[self.scalar for _ in range(self.scalars)])
         if self.scalars:
             moves = getattr(args, "ref", "initial") == "previous" and args.T > 1

@@ -95,8 +95,10 @@ def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) 
     """
     from transformers import AutoModelForSequenceClassification
 
-    config = models.load_config(name, args.trust_remote_code, flag)
-    kind = {} if head_seed is None else {"attn_implementation": models.attention(args, config)}
+    kind = {}
+    if head_seed is not None:
+        config = models.load_config(name, args.trust_remote_code, flag)
+        kind = {"attn_implementation": models.attention(args, config)}
     try:
         with models.one_line_error(name, flag), quiet_load():
             model, info = AutoModelForSequenceClassification.from_pretrained(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common import UserError, engines
 from common.data import collate
-from common.evals import evaluating
+from common.engines import evaluating
 from common.generation import Rollout, stop_tokens
 from common.logprobs import language_model, response_logprobs
 from common.run import fingerprint, require, uses_bf16
