@@ -1,0 +1,32 @@
+"""Gives common.run.native_bf16 the answer of the variable NATIVE_BF16, 1 or 0, in a process that the tests start.
+
+Python imports a module of this name at its start, before any other code, if its folder is on PYTHONPATH. common.run imports
+torch, so it is changed when the script itself imports it.
+"""
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds common.run as Python would without it, and changes the function once the module is there."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "common.run":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_change(module):
+            load(module)
+            module.native_bf16 = lambda: os.environ["NATIVE_BF16"] == "1"
+
+        spec.loader.exec_module = load_and_change
+        return spec
+
+
+if "NATIVE_BF16" in os.environ:
+    sys.meta_path.insert(0, Finder())
