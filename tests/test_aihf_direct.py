@@ -13,7 +13,19 @@ import exact
 import numpy as np
 import pytest
 import torch
-from helpers import LookUp, assert_same_metrics, command, drive, launcher, make_classifier, make_data, make_model, metrics, run, weights
+from helpers import (
+    LookUp,
+    assert_same_metrics,
+    command,
+    drive,
+    launcher,
+    make_classifier,
+    make_data,
+    make_model,
+    metrics,
+    run,
+    weights,
+)
 from test_logprobs import widen
 
 import aihf_direct
