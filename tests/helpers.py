@@ -132,13 +132,11 @@ def command(script: str, model: Path, data: Path, out: Path, *flags: str) -> lis
 
 
 def child_environment(**env: str) -> dict[str, str]:
-    """Variables of a process that a test starts: offline, one thread, NATIVE_BF16 as here (tests/native_bf16)."""
+    """Variables of a process that a test starts: offline, one thread; NATIVE_BF16 is heard (tests/native_bf16)."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.update({"PYTHONPATH": str(ROOT), **env})
-    if "NATIVE_BF16" in environment:
-        folders = [environment["PYTHONPATH"], str(ROOT / "tests" / "native_bf16")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-    return environment
+    folders = [environment["PYTHONPATH"], str(ROOT / "tests" / "native_bf16")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float = 240, **env: str):
