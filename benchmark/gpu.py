@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -206,6 +207,30 @@ def measure(device: str, case: Case) -> dict[str, float]:
 
 
 # ---- the table ----
+def cause(stderr: str) -> str:
+    """The line of a failed process that says why; "" if it printed nothing.
+
+    It is a script's own `error: ...`; or the signal that torchrun reports as the first failure; or the end of the last
+    traceback of the rank whose traceback came first, since the other ranks fail because that one is gone. The traceback and
+    the report between lines of ===== with which torchrun ends say none of this.
+    """
+    ends, open_in = [], set()  # (rank, "" before torch knows it; last line of a traceback); ranks amid a traceback
+    for line in stderr.splitlines():
+        rank, text = re.match(r"(?:\[rank(\d+)\]: ?)?(.*)", line).groups("")
+        if text.startswith("error: "):
+            return text
+        if text.startswith("Traceback (most recent call last)"):
+            open_in.add(rank)
+        elif rank in open_in and text and not text[0].isspace():
+            open_in.remove(rank)
+            ends.append((rank, text))
+    if killed := re.search(r"^Root Cause.*?^  traceback : (Signal [^\n]*)", stderr, re.DOTALL | re.MULTILINE):
+        return killed[1]
+    ends = [(rank, text) for rank, text in ends if "ChildFailedError" not in text]
+    said = [line.strip() for line in stderr.splitlines() if line.strip(" =-*")]
+    return ([""] + said + [text for rank, text in ends if rank == ends[0][0]])[-1]
+
+
 def child(args: Args, case: Case) -> dict[str, float]:
     """measure() in processes of its own, under accelerate's launcher with the case's config. UserError if it failed."""
     words = [sys.executable]
@@ -219,8 +244,8 @@ def child(args: Args, case: Case) -> dict[str, float]:
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"{case.step}: found exit status {done.returncode}: {last[:200]}, expected a measurement")
+        found = f"exit status {done.returncode}: {cause(done.stderr)[:200] or 'no output'}"
+        raise UserError(f"{case.step}: found {found}, expected a measurement")
     return json.loads(found[-1])
 
 

@@ -1,4 +1,5 @@
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -8,3 +9,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "tests")]
+
+# NATIVE_BF16=1 or 0: all tests as on a CPU that multiplies bf16 natively, or as on one that does not; children do the same
+runpy.run_path(str(ROOT / "tests" / "native_bf16" / "sitecustomize.py"))

@@ -116,9 +116,10 @@ def make_data(path: Path, n: int = 24, preference: bool = False) -> Path:
 
 
 def command(script: str, model: Path, data: Path, out: Path, *flags: str) -> list[str]:
-    """A run of a script small enough for a test."""
+    """A run of a script small enough for a test, in float32 on any CPU unless the flags say --mixed-precision bf16."""
     small = "--max-length 96 --max-new-tokens 8 --max-prompt-length 64 --batch-size 4 --per-device-train-batch-size 2"
     small += " --per-device-eval-batch-size 8 --learning-rate 1e-3 --eval-samples 4 --save-steps 2 --max-samples 0"
+    small += " --mixed-precision no"
     words = [sys.executable, script, "--model", str(model), "--dataset", str(data), "--eval-dataset", str(data)]
     words += ["--output-dir", str(out), *small.split()]
     names = {f for f in flags if f.startswith("--")}
@@ -180,10 +181,17 @@ class ForkServer:
 SERVER = ForkServer()
 
 
-def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float = 240, **env: str):
-    """Run a command offline with one thread; returns the finished process. Python scripts are forked from SERVER."""
+def child_environment(**env: str) -> dict[str, str]:
+    """Variables of a process that a test starts: offline, one thread; NATIVE_BF16 is heard (tests/native_bf16)."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.update({"PYTHONPATH": str(ROOT), **env})
+    folders = [environment["PYTHONPATH"], str(ROOT / "tests" / "native_bf16")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float = 240, **env: str):
+    """Run a command offline with one thread; returns the finished process. Python scripts are forked from SERVER."""
+    environment = child_environment(**env)
     if SERVER.can_run(words, environment):
         done = SERVER.run(words, cwd, timeout, environment)
     else:
@@ -204,14 +212,15 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_metrics(one: Path, other: Path) -> None:
+def assert_same_metrics(one: Path, other: Path, rel: float = 5e-3, abs_: float = 5e-4) -> None:
     """Of two runs, but for rounding, which alone decides who wins as long as policy and reference coincide."""
     from pytest import approx
 
     for x, y in zip(metrics(one), metrics(other), strict=True):
-        if abs(x.get("rewards/margins", 1.0)) < 1e-6:
-            del x["rewards/accuracies"], y["rewards/accuracies"]
-        assert x == approx(y, rel=5e-3, abs=5e-4)
+        for kind in ("rewards", "demonstrations"):
+            if abs(x.get(f"{kind}/margins", 1.0)) < 1e-6:
+                del x[f"{kind}/accuracies"], y[f"{kind}/accuracies"]
+        assert x == approx(y, rel=rel, abs=abs_)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

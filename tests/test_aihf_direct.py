@@ -13,7 +13,19 @@ import exact
 import numpy as np
 import pytest
 import torch
-from helpers import LookUp, command, drive, launcher, make_classifier, make_data, make_model, metrics, run, weights
+from helpers import (
+    LookUp,
+    assert_same_metrics,
+    command,
+    drive,
+    launcher,
+    make_classifier,
+    make_data,
+    make_model,
+    metrics,
+    run,
+    weights,
+)
 from test_logprobs import widen
 
 import aihf_direct
@@ -874,12 +886,11 @@ def test_two_processes_give_the_weights_of_one(done, place):
     """Uneven shares of batches in which the two sets are uneven too."""
     assert done["one"][0] == 0 and moved(place / "one") > 1e-3
     flags = ["--batch-size", "5", "--learning-rate", "1e-4", "--lr-scheduler-type", "linear"]
-    words = [launcher("torchrun"), "--nproc_per_node", "2", "--master_port", "29651", *argv(place, "two", *flags)]
+    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, "two", *flags)]
     run(words, ACCELERATE_USE_CPU="true")
     a, b = weights(place / "one"), weights(place / "two")
     assert max((a[k] - b[k]).abs().max() for k in a) < 2e-6
-    for x, y in zip(metrics(place / "one"), metrics(place / "two"), strict=True):
-        assert x == pytest.approx(y, rel=2e-3, abs=2e-4)
+    assert_same_metrics(place / "one", place / "two", rel=2e-3, abs_=2e-4)
     for name in ("iter_0", "iter_1"):
         ids = [
             [p["rejected_ids"] for p in read_pairs(place / out / "generations" / f"{name}.parquet")]

@@ -451,10 +451,9 @@ def test_two_processes_give_the_weights_of_one(place):
     assert drive([{"argv": argv("aihf.py", place, one, *flags)}])[0] == [0]
     words = [
         launcher("torchrun"),
+        "--standalone",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "29641",
         *argv("aihf.py", place, two, *flags),
     ]
     run(words, ACCELERATE_USE_CPU="true")

@@ -18,7 +18,7 @@ import aihf_table
 import gold
 import irl_table
 
-SMALL = "--max-length 96 --max-new-tokens 8 --per-device-eval-batch-size 16".split()
+SMALL = "--max-length 96 --max-new-tokens 8 --per-device-eval-batch-size 16 --mixed-precision no".split()
 
 
 def lines(path) -> list[dict]:

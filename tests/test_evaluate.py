@@ -52,7 +52,7 @@ def place(tmp_path_factory):
 
 
 def words(place: Path, out: str, *flags: str, data: str = "data.jsonl") -> list[str]:
-    small = "--max-length 96 --max-new-tokens 8 --max-prompt-length 64 --eval-samples 99"
+    small = "--max-length 96 --max-new-tokens 8 --max-prompt-length 64 --eval-samples 99 --mixed-precision no"
     small += "" if "--per-device-eval-batch-size" in flags else " --per-device-eval-batch-size 5"
     files = ["--dataset", str(place / data), "--eval-dataset", str(place / data), "--output-dir", str(place / out)]
     model = [] if "--model" in flags else ["--model", str(place / "model")]
@@ -333,7 +333,7 @@ def test_two_processes_measure_what_one_does(full, place):
     result, tables = full
     launcher = Path(sys.executable).parent / "torchrun"
     argv = words(place, "two", *everything(place))
-    run([str(launcher), "--nproc_per_node", "2", "--master_port", "29617", *argv], ACCELERATE_USE_CPU="true")
+    run([str(launcher), "--standalone", "--nproc_per_node", "2", *argv], ACCELERATE_USE_CPU="true")
     found = json.loads((place / "two" / "evaluation.json").read_text())["measures"]
     for name, m in result["measures"].items():
         assert found[name] == pytest.approx(m, abs=1e-4), name
@@ -456,7 +456,7 @@ def selecting(place, tmp_path, monkeypatch):
     def open_run(name: str, k: int = 4):
         args = RunArgs(
             select_top_k=k, gold_reward_model=str(tmp_path / "gold"), per_device_eval_batch_size=5,
-            output_dir=str(tmp_path / name),
+            output_dir=str(tmp_path / name), mixed_precision="no",
         )  # fmt: skip
         return Run(args, "test", {})
 

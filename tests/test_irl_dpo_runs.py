@@ -304,7 +304,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags = "--T 2 --learning-rate 1e-4 --reward-learning-rate 1e-4 --batch-size 5 --rollout-batch-size 5 --total-prompts 11".split()
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv(place, one, *flags)}])[0] == [0]
-    words = [launcher("torchrun"), "--nproc_per_node", "2", "--master_port", "29643", *argv(place, two, *flags)]
+    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, two, *flags)]
     run(words, ACCELERATE_USE_CPU="true")
     start = load_file(place / "model" / "model.safetensors")
     for name in ("final", "reward"):
@@ -318,7 +318,7 @@ def test_two_processes_give_the_weights_of_one(place):
         found.append([c["response_ids"] for f in files for c in read_pairs(f)])
     assert found[0] == found[1] and len(found[0]) == 22
     again = place / "again"  # two processes agree on what is there, and read it
-    words = [launcher("torchrun"), "--nproc_per_node", "2", "--master_port", "29644", *argv(place, again, *flags)]
+    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, again, *flags)]
     run([*words, "--candidates-from", str(two)], ACCELERATE_USE_CPU="true")
     assert not (again / "candidates").exists()
 

@@ -396,6 +396,7 @@ def in_process(module, begin, argv: list) -> None:
 def measure(place: Path, out: Path, url: str) -> None:
     small = "--max-length 96 --max-new-tokens 8 --max-prompt-length 64 --eval-samples 99 --per-device-eval-batch-size 5"
     data = place / "data.jsonl"
+    small += " --mixed-precision no"
     given = ["--model", place / "model", "--dataset", data, "--eval-dataset", data, "--output-dir", out, *small.split()]
     in_process(evaluate, evaluate.evaluate, ["evaluate.py", *given, "--judge-model", "m", "--judge-base-url", url])
 
@@ -477,7 +478,7 @@ from common.run import Run
 from test_judge import pairs
 rows = [dict(prompt=p, response_text=y, x=x) for p, x, y in zip(*pairs({n}))]
 for i, url in enumerate({urls}):
-    args = evaluate.Args(judge_model="m", judge_base_url=url, output_dir={out!r} + str(i))
+    args = evaluate.Args(judge_model="m", judge_base_url=url, output_dir={out!r} + str(i), mixed_precision="no")
     judge.refuse_unusable(args)
     run = Run(args, "evaluate", {{}})
     try:
@@ -493,7 +494,7 @@ def test_rank_0_asks_and_all_ranks_hear_the_votes_or_the_error(serve, tmp_path):
     good, bad = serve(longer), serve(lambda body, count: longer(body) if count <= 35 else (403, b"{}"))
     here, urls = [str(ROOT), str(ROOT / "tests")], [good.url, bad.url]
     (tmp_path / "ranks.py").write_text(RANKS.format(paths=here, n=n, urls=urls, out=str(tmp_path / "out")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29643"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run([*torchrun, str(tmp_path / "ranks.py")], ACCELERATE_USE_CPU="true")
     assert n > judge.BLOCK and len(good.bodies) == 2 * n + 1
     votes = ([[0, 0], [0.5, 0.5], [1, 1]] * n)[:n]

@@ -15,6 +15,7 @@ import yaml
 from helpers import (
     ROOT,
     assert_same_metrics,
+    child_environment,
     command,
     drive,
     jsonl,
@@ -103,9 +104,8 @@ def start(place, name: str, *more: str, script="sft.py", scenario=None, flags: t
     words = [*argv(place, name, script, 4), *flags]
     if scenario is not None:
         words = [str(ROOT / "tests" / "kill_at.py"), json.dumps({"argv": words, **scenario})]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [*launch("cpu.yaml"), *more, *words]
-    pipe = subprocess.PIPE
+    pipe, env = subprocess.PIPE, child_environment()
     return subprocess.Popen(words, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, command, drive, make_data, make_model, metrics, weights
+from helpers import ROOT, child_environment, command, drive, make_data, make_model, metrics, weights
 
 POINTS = [  # (script, function, n-th call): one or more in every phase
     ("irft.py", "common.evals.sequence_logprobs", 2),  # reference on held-out rows
@@ -169,7 +169,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(place):
     limit = os.path.getsize(out / "checkpoint" / "0000_00000002" / "model.safetensors") // 2
     done = subprocess.run(
         [sys.executable, "irft.py", "--resume", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=child_environment(),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert done.returncode == 2
@@ -185,9 +185,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(place):
     out = place / "sigterm"
     words = command("irft.py", place / "model", place / "data.jsonl", out, "--T", "1", "--num-train-epochs", "500")
     words += ["--save-steps", "100000"]
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=child_environment())
     deadline = time.time() + 120
     while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 5):
         time.sleep(0.02)
@@ -201,7 +199,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(place):
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=child_environment(),
     )
     while time.time() < deadline and len(metrics(out)) < steps + 6:
         time.sleep(0.02)

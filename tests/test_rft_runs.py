@@ -278,7 +278,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags += ["--reward-learning-rate", "1e-4", "--optimizer", "adamw"]
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv(place, one, *flags)}])[0] == [0]
-    words = [launcher("torchrun"), "--nproc_per_node", "2", "--master_port", "29631", *argv(place, two, *flags)]
+    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, two, *flags)]
     run(words, ACCELERATE_USE_CPU="true")
     for name in ("final", "reward"):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
