@@ -569,6 +569,16 @@ def end_of_turn(tokenizer) -> int:
     return read_frame(tokenizer).end
 
 
+def stop_at_end_of_turn(model, tokenizer) -> None:
+    """Add the end of a turn to the generation config of a model to be saved: generate() then stops where the run did."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if (end := end_of_turn(tokenizer)) not in known:
+        config.eos_token_id = [end, *(t for t in known if t is not None)]
+
+
 def check_template(tokenizer, where: str) -> None:
     """UserError where the tokenizer has several chat templates and none of them is the default."""
     templates = tokenizer.chat_template

@@ -47,7 +47,7 @@ def stop_tokens(model, tokenizer) -> set[int]:
         found = (
             f"found {words[0]} as the end of a turn in the chat template, but {', '.join(words[1:])} as the model's EOS"
         )
-        warnings.warn(f"--model: {found}: {words[0]} ends demonstrations and answers, EOS an answer too", stacklevel=2)
+        warnings.warn(f"--model: {found}: {words[0]} ends every demonstration, and either ends an answer", stacklevel=2)
     return known | {end}
 
 

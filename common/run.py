@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 
 from common import UserError, engines
-from common.data import collate, read_pairs, write_pairs
+from common.data import collate, read_pairs, stop_at_end_of_turn, write_pairs
 
 Auto = Literal["auto"]
 
@@ -769,6 +769,7 @@ class Run:
 
                     model = merged(self.args, model)
                 shutil.rmtree(partial, ignore_errors=True)
+                stop_at_end_of_turn(model, tokenizer)
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 (partial / "README.md").write_text(card)
