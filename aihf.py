@@ -519,7 +519,8 @@ class AIHF:
                 rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
             pairs = [
                 {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
+                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
+                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
                     "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
                     "chosen_ids": r["response_ids"], "rejected_ids": y,
                 }

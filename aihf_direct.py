@@ -281,7 +281,8 @@ def demonstration_rows(run, t: int, K: int, position, demonstrations, policy, ge
         rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, args.temperature, advance)
     pairs = [
         {
-            "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
+            "row": r["row"], "iteration": t, "prompt": r["prompt"],
+            "prompt_text": r["prompt_text"], "chosen": r["response_text"],
             "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
             "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
         }
@@ -305,7 +306,7 @@ def preference_rows(run, t: int, K: int, position, preferences, policy, tokenize
         raise UserError(f"--resume: found no {path}, expected the preferences the run was already training on")
     pairs = [
         {
-            "row": p["row"], "prompt": p["prompt_text"],
+            "row": p["row"], "prompt": p["prompt"], "prompt_text": p["prompt_text"],
             "chosen": tokenizer.decode(p["chosen_ids"], skip_special_tokens=True),
             "rejected": tokenizer.decode(p["rejected_ids"], skip_special_tokens=True),
             "prompt_ids": p["prompt_ids"], "chosen_ids": p["chosen_ids"], "rejected_ids": p["rejected_ids"],

@@ -207,7 +207,8 @@ def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, genera
         rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, temperature, advance)
     pairs = [
         {
-            "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
+            "row": r["row"], "iteration": t, "prompt": r["prompt"],
+            "prompt_text": r["prompt_text"], "chosen": r["response_text"],
             "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
             "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
         }

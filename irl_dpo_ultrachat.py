@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, evals, memory, models, rewards
-from common.data import collate, read_pairs, tokenise, without_eos, write_pairs
+from common.data import collate, read_pairs, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import (
@@ -562,7 +562,8 @@ class IRL:
                 rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
             pairs = [
                 {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
+                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
+                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
                     "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
                     "chosen_ids": r["response_ids"], "rejected_ids": y,
                 }
@@ -716,14 +717,11 @@ class IRL:
 
 
 def with_expert(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
-    """evals.expert_rows in the form of data.encode: EOS ends what the expert ended, and nothing exceeds --max-length."""
-
-    def encode_response(text: str, finished: bool) -> list[int]:
-        end = [tokenizer.eos_token_id] if finished else []
-        return tokenise(tokenizer, [without_eos(text, tokenizer)])[0] + end
-
-    answered = evals.expert_rows(run, rows, run.args.greedy_temperature, encode_response)
-    return [{**r, "response_ids": r["response_ids"][: run.args.max_length - len(r["prompt_ids"])]} for r in answered]
+    """evals.expert_rows within --max-length."""
+    args = run.args
+    return evals.expert_rows(
+        run, tokenizer, rows, args.greedy_temperature, lambda r: args.max_length - len(r["prompt_ids"])
+    )
 
 
 def train(args: Args) -> None:

@@ -246,25 +246,21 @@ def fit_query(prompt, tokenizer, longest: int, where: str = "dataset") -> str:
 
 
 def encode_tldr(
-    rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset"
+    rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset", **how
 ) -> list[dict]:
     """data.encode in the form of TL;DR: the bare query, and " " + summary + EOS cut to max_length - max_prompt_length (N+ 1).
 
-    The leading space makes text and tokens the same whether query and summary are tokenised together or apart. `prompt` and
-    the texts stay as they came.
+    The leading space makes text and tokens the same whether query and summary are tokenised together or apart. `prompt`
+    stays as it came. how: more of encode's arguments.
     """
-    asked, source = [], {row["row"]: row for row in rows}
-    for row in rows:
-        query = fit_query(row["prompt"], tokenizer, max_prompt_length, flag.removeprefix("--"))
-        texts = {k: f" {v.strip()}" for k, v in row.items() if k not in ("row", "prompt")}
-        asked.append({"row": row["row"], "prompt": query, **texts})
-    encoded = encode(asked, tokenizer, max_length, max_prompt_length, flag, render=lambda _, query: query)
-    for item in encoded:
-        item["prompt"] = source[item["row"]]["prompt"]
-        for name in {"response", "rejected"} & {k.removesuffix("_ids") for k in item}:
-            item[f"{name}_ids"] = item[f"{name}_ids"][: max_length - max_prompt_length]
-            item[f"{name}_text"] = item[f"{name}_text"].strip()
-    return encoded
+
+    def render(_, prompt) -> str:
+        return fit_query(prompt, tokenizer, max_prompt_length, flag.removeprefix("--"))
+
+    longest = max_length - max_prompt_length
+    how["longest_response"] = min(longest, how.get("longest_response") or longest)
+    stripped = [{k: v.strip() if k not in ("row", "prompt") else v for k, v in row.items()} for row in rows]
+    return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, spaced=True, **how)
 
 
 # ---- the maths: reward ----
@@ -640,7 +636,8 @@ class IRL:
                 rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
             pairs = [
                 {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
+                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
+                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
                     "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
                     "chosen_ids": r["response_ids"], "rejected_ids": y,
                 }
@@ -788,12 +785,11 @@ class IRL:
 
 def expert_rows(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
     """evals.expert_rows in the form of TL;DR: the expert reads the same query."""
-
-    def encode_response(text: str, finished: bool) -> list[int]:
-        end = [tokenizer.eos_token_id] if finished else []
-        return (tokenise(tokenizer, [f" {text}"])[0] + end)[: run.args.max_new_tokens]
-
-    return evals.expert_rows(run, rows, run.args.greedy_temperature, encode_response, lambda _, row: row["prompt_text"])
+    args = run.args
+    return evals.expert_rows(
+        run, tokenizer, rows, args.greedy_temperature, lambda _: args.max_new_tokens, lead=" ",
+        render=lambda _, row: row["prompt_text"],
+    )  # fmt: skip
 
 
 def train(args: Args) -> None:

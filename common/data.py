@@ -3,6 +3,8 @@
 A demonstration is a dict with row, prompt, response (and rejected, where the source has one); prompt is a text or a
 list of messages {role, content}; row is its index in the source. A preference has row, prompt, chosen, rejected.
 
+A row that cannot be used is left out and counted, whatever the reason: one bad row never stops a run, unless all are bad.
+
 Dims: B sequences, L prompt + response tokens, T response tokens.
 """
 
@@ -11,9 +13,12 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 import sysconfig
+import unicodedata
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -36,18 +41,33 @@ FORMATS = (
     " real/generated (SPIN), title/post/summary (TL;DR), info/summaries/choice (TL;DR comparisons)"
 )
 PLAIN_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # RFT paper, App. C
+HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: text cut in the middle of an emoji
 
 
 class UnusableRow(UserError):
-    """A row of a known format with nothing to learn from: left out and counted, since real data sets have some."""
+    """A row that cannot be used: it is left out and counted, since real data sets have some."""
+
+
+def warn_left_out(unusable: list[str], total: int, kept: int) -> None:
+    """Say in one line how many of `total` rows were left out, with the first one's reason; UserError if none is `kept`."""
+    if unusable and not kept:
+        rest = f"all {total} rows are like this" if len(unusable) == total else f"none of {total} rows can be used"
+        raise UserError(f"{unusable[0]}; {rest}")
+    if unusable:
+        found = f"{unusable[0]}; {len(unusable)} of {total} rows cannot be used and were left out"
+        warnings.warn(found, stacklevel=3)
 
 
 # ---- sources ----
-def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset") -> list[dict]:
+def load_rows(
+    name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset", turns: str = "auto"
+) -> list[dict]:
     """Rows of a data set. split: train, test, or all (a source named as held-out data: its test split, else every row).
 
     name: pydoc, a .json/.jsonl/.parquet file, a folder, a short name or a hub id; a local path wins. Where the source
     has no held-out split, a tenth of it is held out by a hash of the prompt, so that no prompt is on both sides.
+    turns: which assistant turns of a dialogue (column messages) are learned: first, last, or all, a row each; auto as in
+    default_turns. Turn k (from 0) of row i of n becomes row i + k n, and a dialogue is held out as a whole.
     UserError, in one line with the flag and the row, for anything that cannot be read.
     """
     path = Path(name)
@@ -63,24 +83,29 @@ def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "
         raw, own_split = read_hub(name, split, flag)
     if not raw:
         raise UserError(f"{flag}: found no rows in {name}, expected at least one")
-    rows, unusable = [], []
+    turns = default_turns(name) if turns == "auto" else turns
+    sources, unusable = [], []  # of every row of the source the rows it gives
     for i, r in enumerate(raw):
         try:
-            rows.append({"row": i, **parse_row(r, i, kind, f"{flag} {name}")})
+            sources.append(
+                [{"row": i + k * len(raw), **row} for k, row in parse_row(r, i, kind, f"{flag} {name}", turns).items()]
+            )
         except UnusableRow as error:
             unusable.append(str(error))
+    warn_left_out(unusable, len(raw), len(sources))
+    every = own_split or split == "all"
+    rows = [row for own in sources if every or held_out(own[0]["prompt"]) == (split == "test") for row in own]
     if not rows:
-        raise UserError(f"{unusable[0]}; all {len(raw)} rows are like this")
-    if unusable:
-        warnings.warn(
-            f"{unusable[0]}; {len(unusable)} of {len(raw)} rows are like this and were left out", stacklevel=2
+        raise UserError(
+            f"{flag}: found {len(sources)} rows in {name}, none in its {split} part (a tenth, chosen by prompt, is test);"
+            " expected more rows, or held-out data of its own in --eval-dataset"
         )
-    if own_split or split == "all":
-        return rows
-    kept = [row for row in rows if held_out(row["prompt"]) == (split == "test")]
-    if not kept:
-        raise UserError(f"{flag}: found {len(rows)} rows in {name}, none in its {split} part; expected more rows")
-    return kept
+    return sorted(rows, key=lambda row: row["row"])
+
+
+def default_turns(name: str) -> str:
+    """The assistant turn of a dialogue to learn: UltraChat's first, as the papers take it after SPIN; else the last."""
+    return "first" if Path(name).name == "ultrachat_200k" else "last"
 
 
 def source_id(name: str) -> str:
@@ -107,26 +132,38 @@ def read_file(path: Path, flag: str) -> list:
     except (OSError, ValueError) as error:  # pyarrow's errors are of these types
         kind = "readable Parquet" if path.suffix == ".parquet" else "UTF-8 text"
         raise UserError(f"{flag}: found {path}, expected {kind} ({' '.join(str(error).split())[:160]})") from None
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" or holds_lines(text):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
             if line.strip():
                 try:
                     rows.append(json.loads(line))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(
                         f"{flag}: {path} line {number}: found broken JSON ({error}), expected an object"
                     ) from None
         return rows
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{flag}: {path}: found broken JSON ({error}), expected a list of objects") from None
     if isinstance(value, dict) and len(value) == 1:
         (value,) = value.values()
     if not isinstance(value, list):
         raise UserError(f"{flag}: {path}: found a JSON {type(value).__name__}, expected a list of objects")
     return value
+
+
+def holds_lines(text: str) -> bool:
+    """Whether a .json file holds JSON Lines: its first two lines are objects, each of its own."""
+    lines = text.split("\n", 2)
+    if not lines[0].lstrip().startswith("{") or len(lines) < 2:
+        return False
+    try:
+        first, second = (json.loads(line) for line in lines[:2])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and isinstance(second, dict)
 
 
 def read_folder(path: Path, split: str, flag: str) -> tuple[list, bool]:
@@ -136,6 +173,8 @@ def read_folder(path: Path, split: str, flag: str) -> tuple[list, bool]:
 
         loaded = load_from_disk(str(path))
         return read_splits(loaded, split) if isinstance(loaded, DatasetDict) else (loaded.to_list(), False)
+    if (path / "adapter_config.json").exists() or (path / "config.json").exists():
+        raise UserError(f"{flag}: found a model or an adapter in {path}, expected a data set folder")
     files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl", ".parquet"))
     if not files:
         raise UserError(f"{flag}: found no .json, .jsonl or .parquet file in {path}, expected a data set folder")
@@ -193,58 +232,78 @@ def read_hub(name: str, split: str, flag: str) -> tuple[list, bool]:
 
 
 # ---- formats ----
-def parse_row(raw, index: int, kind: str, where: str) -> dict:
-    """One raw row -> prompt/response (and rejected, if there is one) or prompt/chosen/rejected. Errors name the row."""
-    where = f"{where} row {index}"
+def parse_row(raw, index: int, kind: str, where: str, turns: str = "last") -> dict[int, dict]:
+    """One raw row -> {turn: prompt/response (and rejected, if there is one) or prompt/chosen/rejected}.
+
+    The turn is 0, but for further assistant turns of a dialogue with turns = all. UnusableRow, which names the row, if
+    nothing can be learned from it.
+    """
+    where, rows, problem = f"{where} row {index}", {}, None
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: found a {type(raw).__name__}, expected an object")
-    prompt, response, rejected = split_columns(raw, where)
+        raise UnusableRow(f"{where}: found a {type(raw).__name__}, expected an object")
+    for turn, columns in enumerate(split_columns(raw, where, turns)):
+        try:
+            rows[turn] = check_row(*columns, kind, where)
+        except UnusableRow as error:
+            problem = problem or error
+    if not rows:
+        raise problem
+    if kind == "preferences" and "rejected" not in rows[0]:
+        if "rejected" in raw:
+            check_text(None, "rejected", where)
+        raise UnusableRow(f"{where}: found columns {', '.join(raw)}, expected a preference: prompt/chosen/rejected")
+    return rows
+
+
+def check_row(prompt, response, rejected, kind: str, where: str) -> dict:
+    """Prompt, response and rejected response (or None) -> a row. UnusableRow if one of them is not text."""
     prompt = check_prompt(prompt, where)
     response = check_response(response, "response", where)
-    if rejected is not None:
-        rejected = check_response(rejected, "rejected", where)
-    if kind == "preferences":
-        if rejected is None:
-            raise UserError(f"{where}: found columns {', '.join(raw)}, expected a preference: prompt/chosen/rejected")
-        return {"prompt": prompt, "chosen": response, "rejected": rejected}
-    return {"prompt": prompt, "response": response} | ({} if rejected is None else {"rejected": rejected})
+    if rejected is None:
+        return {"prompt": prompt, "response": response}
+    rejected = check_response(rejected, "rejected", where)
+    return {"prompt": prompt, "chosen" if kind == "preferences" else "response": response, "rejected": rejected}
 
 
-def split_columns(raw: dict, where: str) -> tuple:
-    """(prompt, response, rejected or None) by the columns that are there."""
+def split_columns(raw: dict, where: str, turns: str) -> list[tuple]:
+    """[(prompt, response, rejected or None)] by the columns that are there: one, or one for each assistant turn."""
     columns = raw.keys()
     if {"chosen", "rejected"} <= columns:
         chosen, rejected = raw["chosen"], raw["rejected"]
         if isinstance(chosen, list):  # messages, with the prompt as their common beginning or in a column of its own
-            prompt, chosen = split_messages(chosen, where)
-            other, rejected = split_messages(rejected, where)
+            ((prompt, chosen),) = split_messages(chosen, where)
+            ((other, rejected),) = split_messages(rejected, where)
             check_same(prompt, other, where)
-            return prompt or raw.get("prompt"), chosen, rejected
+            return [(prompt or raw.get("prompt"), chosen, rejected)]
         if "prompt" in columns:
-            return raw["prompt"], chosen, rejected
+            return [(raw["prompt"], chosen, rejected)]
         prompt, response = split_transcript(chosen, where)
         other, worse = split_transcript(rejected, where)
         check_same(prompt, other, where)
-        return prompt, response, worse
+        return [(prompt, response, worse)]
+    label = raw.get("label")  # of an unpaired preference (KTO)
+    if isinstance(label, bool | int) and label == 0 and {"prompt", "messages"} & columns:
+        raise UnusableRow(f"{where}: found label {label}, an answer that people rejected; expected a demonstration")
     if {"real", "generated"} <= columns:
-        prompt, real = split_messages(raw["real"], where)
-        other, generated = split_messages(raw["generated"], where)
+        ((prompt, real),) = split_messages(raw["real"], where)
+        ((other, generated),) = split_messages(raw["generated"], where)
         check_same(prompt, other, where)
-        return prompt, real, generated
+        return [(prompt, real, generated)]
     if "messages" in columns:
-        return *split_messages(raw["messages"], where), None
+        return [(*split, None) for split in split_messages(raw["messages"], where, turns)]
     for answer in ("completion", "response"):
         if {"prompt", answer} <= columns:
-            return raw["prompt"], raw[answer], None
+            return [(raw["prompt"], raw[answer], None)]
     if {"post", "summary"} <= columns:
-        return tldr_query(raw), raw["summary"], None
+        return [(tldr_query(raw, where), raw["summary"], None)]
     if {"info", "summaries", "choice"} <= columns:
-        return split_comparison(raw, where)
-    raise UserError(f"{where}: found columns {', '.join(columns) or 'none'}, expected one of {FORMATS}")
+        return [split_comparison(raw, where)]
+    raise UnusableRow(f"{where}: found columns {', '.join(columns) or 'none'}, expected one of {FORMATS}")
 
 
-def tldr_query(fields: dict) -> str:
+def tldr_query(fields: dict, where: str) -> str:
     """Subreddit, title and post -> the query of TL;DR, as in Stiennon et al., arXiv:2009.01325, App. A."""
+    check_text(fields["post"], "post", where)
     subreddit = fields.get("subreddit") or fields.get("section") or ""
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {fields.get('title') or ''}\n\nPOST: {fields['post']}\n\nTL;DR:"
 
@@ -253,11 +312,11 @@ def split_comparison(raw: dict, where: str) -> tuple[str, str, str]:
     """A row of summarize_from_feedback's comparisons -> (query, the summary people chose, the other one)."""
     info, summaries, choice = raw["info"], raw["summaries"], raw["choice"]
     if not isinstance(info, dict) or not isinstance(info.get("post"), str):
-        raise UserError(f"{where}: found no post in info, expected subreddit, title and post")
+        raise UnusableRow(f"{where}: found no post in info, expected subreddit, title and post")
     if not isinstance(summaries, list) or len(summaries) != 2 or choice not in (0, 1):
-        raise UserError(f"{where}: found choice {choice!r} of {summaries!r:.80}, expected 0 or 1 of two summaries")
+        raise UnusableRow(f"{where}: found choice {choice!r} of {summaries!r:.80}, expected 0 or 1 of two summaries")
     texts = [s.get("text") if isinstance(s, dict) else None for s in summaries]
-    return tldr_query(info), texts[choice], texts[1 - choice]
+    return tldr_query(info, where), texts[choice], texts[1 - choice]
 
 
 def check_same(prompt: list[dict], other: list[dict], where: str) -> None:
@@ -266,21 +325,24 @@ def check_same(prompt: list[dict], other: list[dict], where: str) -> None:
         raise UnusableRow(f"{where}: found two responses to different prompts, expected the same prompt")
 
 
-def split_messages(messages, where: str) -> tuple[list[dict], str]:
-    """Messages -> (those before the last assistant turn, its text)."""
+def split_messages(messages, where: str, turns: str = "last") -> list[tuple[list[dict], str]]:
+    """Messages -> [(those before an assistant turn, its text)] of the first assistant turn, the last one, or all."""
     if not is_messages(messages):
-        raise UserError(f"{where}: found {type(messages).__name__}, expected a list of messages with role and content")
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if last is None:
-        raise UserError(f"{where}: found messages without an assistant turn, expected one to learn from")
-    prompt = [{"role": m["role"], "content": m["content"]} for m in messages[:last]]
-    return prompt, messages[last]["content"]
+        raise UnusableRow(
+            f"{where}: found {type(messages).__name__}, expected a list of messages with role and content"
+        )
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not answers:
+        raise UnusableRow(f"{where}: found messages without an assistant turn, expected one to learn from")
+    answers = {"first": answers[:1], "last": answers[-1:], "all": answers}[turns]
+    bare = [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [(bare[:i], bare[i]["content"]) for i in answers]
 
 
 def split_transcript(text, where: str) -> tuple[list[dict], str]:
     """Anthropic HH transcript, its turns begun by "\\n\\nHuman:" or "\\n\\nAssistant:" -> (messages, last answer)."""
     if not isinstance(text, str) or "\n\nAssistant:" not in text:
-        raise UserError(
+        raise UnusableRow(
             f"{where}: found no prompt column and no transcript with Human: and Assistant: turns, expected one of these"
         )
     head, _, response = text.rpartition("\n\nAssistant:")
@@ -300,23 +362,23 @@ def is_messages(value) -> bool:
 def check_prompt(prompt, where: str):
     if isinstance(prompt, list):
         if not prompt or not is_messages(prompt) or not all(isinstance(m["content"], str) for m in prompt):
-            raise UserError(f"{where}: found an empty or non-text prompt, expected messages with text")
-        return prompt
+            raise UnusableRow(f"{where}: found an empty or non-text prompt, expected messages with text")
+        return [{**m, "content": HALF.sub("\ufffd", m["content"])} for m in prompt]
     return check_text(prompt, "prompt", where)
 
 
 def check_response(response, name: str, where: str) -> str:
     if isinstance(response, list):
-        response = split_messages(response, where)[1]
+        ((_, response),) = split_messages(response, where)
     return check_text(response, name, where)
 
 
 def check_text(value, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: found {type(value).__name__} as {name}, expected text")
+        raise UnusableRow(f"{where}: found {type(value).__name__} as {name}, expected text")
     if not value.strip():
         raise UnusableRow(f"{where}: found an empty {name}, expected text")
-    return value
+    return HALF.sub("\ufffd", value)
 
 
 # ---- the embedded data set ----
@@ -425,16 +487,26 @@ def cut_lines(text: str, limit: int) -> str:
     return text[:limit].rpartition("\n")[0] or text[:limit]
 
 
-# ---- templates and tokens ----
+# ---- templates ----
 def render_prompt(tokenizer, prompt) -> str:
     """The text before the response: the tokenizer's chat template if it has one, else PLAIN_TEMPLATE.
 
-    The same text is used for generation and for training.
+    The same text is used for generation and for training. UnusableRow, without a row number, if the template refuses it.
     """
     if tokenizer.chat_template:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise UnusableRow(
+                f"found a prompt that the chat template refuses ({reason}), expected one it accepts"
+            ) from None
     return PLAIN_TEMPLATE.format(prompt=plain_prompt(prompt))
+
+
+def as_messages(prompt) -> list[dict]:
+    """A prompt as messages: a text is one user turn."""
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
 
 
 def plain_prompt(prompt) -> str:
@@ -446,43 +518,333 @@ def plain_prompt(prompt) -> str:
     return "\n\n".join(turns)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What a template writes around the texts of one exchange."""
+
+    before: str = ""  # the prompt
+    after: str = ""  # the prompt, up to the place where the response begins
+    opening: str = ""  # the end of `after` that is written for the response alone, such as "<|assistant|>\n"
+    lead: str = ""  # white space between `opening` and the response, and between the response and its end
+    trail: str = ""
+    end: int = -1  # id of the token that ends an assistant's turn
+
+
+def read_frame(tokenizer) -> Frame:
+    """The Frame of the tokenizer's template, from what it writes for an exchange of two known texts.
+
+    The turn ends with the token that the template puts after the response. Where it puts none, or refuses such an
+    exchange, the turn ends with the tokenizer's EOS.
+    """
+    eos = tokenizer.eos_token_id
+    prompt, response = "PROMPT", "RESPONSE"
+    if not tokenizer.chat_template:
+        before, _, after = PLAIN_TEMPLATE.partition("{prompt}")
+        return Frame(before, after, after.lstrip(), end=eos)
+    question, answer = as_messages(prompt), [{"role": "assistant", "content": response}]
+    try:
+        asked = render_prompt(tokenizer, prompt)
+        bare = tokenizer.apply_chat_template(question, tokenize=False)
+        whole = tokenizer.apply_chat_template(question + answer, tokenize=False)
+    except Exception:  # what the template refuses is said of the rows
+        return Frame(end=eos)
+    before, _, after = asked.partition(prompt)
+    bare = bare.partition(prompt)[2]
+    head, _, tail = whole.rpartition(response)
+    lead, trail = head.removeprefix(asked), tail[: len(tail) - len(tail.lstrip())]
+    added = {str(t): i for i, t in tokenizer.added_tokens_decoder.items()}
+    ends = [t for t in {*added, tokenizer.eos_token} if head and tail.lstrip().startswith(t)]
+    return Frame(
+        before,
+        after,
+        opening=after.removeprefix(bare) if after.startswith(bare) else "",
+        lead=lead if head.startswith(asked) and not lead.strip() else "",
+        trail=trail if ends else "",
+        end=tokenizer.convert_tokens_to_ids(max(ends, key=len)) if ends else eos,
+    )
+
+
+def end_of_turn(tokenizer) -> int:
+    """Id of the token that ends every response, trained and sampled: that of the template, else the tokenizer's EOS."""
+    return read_frame(tokenizer).end
+
+
+def stop_at_end_of_turn(model, tokenizer) -> None:
+    """Add the end of a turn to the generation config of a model to be saved: generate() then stops where the run did."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if (end := end_of_turn(tokenizer)) not in known:
+        config.eos_token_id = [end, *(t for t in known if t is not None)]
+
+
+def check_template(tokenizer, where: str) -> None:
+    """UserError where the tokenizer has several chat templates and none of them is the default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        names = ", ".join(sorted(templates))
+        raise UserError(
+            f"{where}: found chat templates {names}, none of the name default; expected one: in Python,"
+            f" tokenizer.chat_template = tokenizer.chat_template[{sorted(templates)[0]!r}], then save_pretrained"
+        )
+
+
+# ---- tokens ----
 def encode(
-    rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset", render=render_prompt
+    rows: list[dict],
+    tokenizer,
+    max_length: int,
+    max_prompt_length: int,
+    flag: str = "--dataset",
+    *,
+    limit: int = 0,
+    longest_response: int = 0,
+    distinct: bool = False,
+    render: Callable | None = None,
+    spaced: bool = False,
 ) -> list[dict]:
     """Rows -> dicts with row, prompt, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
-    Prompt and response are tokenised apart, so that a sampled response meets the context it was sampled in. EOS ends
-    every response once; one cut at max_length has none. Rows whose prompt exceeds max_prompt_length are left out with
-    one warning; UserError if none is left.
+    The ids of a prompt are those of its rendered text, which the sampler sees; the ids of a response are those that
+    follow in the text of both (see `follow`). The token that ends a turn ends every response once; one cut at max_length
+    or at longest_response (0: no such limit) has none. response_text is what is learned: without an end written out, and
+    without what the prompt already says.
+
+    Left out, with one warning of each kind: prompts longer than max_prompt_length; rows that the template refuses, whose
+    prompt holds a control token, or whose response has no tokens of its own; with `distinct`, pairs whose responses have the
+    same tokens. limit: stop when so many rows are kept (0: take all); later rows are not looked at. UserError if no row
+    is left. render(tokenizer, prompt) -> text, in place of render_prompt; spaced: begin every response with a space.
     """
     longest = min(max_prompt_length, max_length - 1)  # room for one token of response
-    texts = [render(tokenizer, row["prompt"]) for row in rows]
-    responses = {"response": [row.get("response", row.get("chosen")) for row in rows]}
-    responses["rejected"] = [row.get("rejected") for row in rows]
-    prompts = tokenise_prompts(tokenizer, texts)
-    ids = {k: tokenise(tokenizer, [without_eos(t or "", tokenizer) for t in ts]) for k, ts in responses.items()}
-    encoded, long = [], []
-    for i, (row, prompt_ids) in enumerate(zip(rows, prompts, strict=True)):
-        if len(prompt_ids) > longest:
-            long.append((row["row"], len(prompt_ids)))
-            continue
-        item = {"row": row["row"], "prompt": row["prompt"], "prompt_ids": prompt_ids, "prompt_text": texts[i]}
-        for name in responses:
-            if responses[name][i] is not None:
-                whole = [*ids[name][i], tokenizer.eos_token_id]
-                item |= {f"{name}_ids": whole[: max_length - len(prompt_ids)], f"{name}_text": responses[name][i]}
-        encoded.append(item)
+    coder = Coder(tokenizer, flag, render, spaced)
+    kept, seen = [], 0
+    long, cut, same, count = [], [], [], 0  # (row, tokens) of long prompts and cut responses; rows of equal pairs
+    while seen < len(rows) and (not limit or len(kept) < limit):
+        part = rows[seen : seen + limit - len(kept)] if limit else rows
+        seen += len(part)
+        items = coder.prompts(part)
+        long += [(item["row"], len(item["prompt_ids"])) for item in items if len(item["prompt_ids"]) > longest]
+        items = coder.responses([item for item in items if len(item["prompt_ids"]) <= longest])
+        for item in items:
+            room = max_length - len(item["prompt_ids"])
+            room = min(room, longest_response or room)
+            for name in ("response_ids", "rejected_ids"):
+                if name in item:
+                    count += 1
+                    if len(item[name]) > room:
+                        cut.append((item["row"], len(item[name]), room))
+                        item[name] = item[name][:room]
+            if distinct and item["response_ids"] == item["rejected_ids"]:
+                same.append(item["row"])
+            else:
+                kept.append(item)
+    coder.say_rendered(seen)
     if long:
-        found = f"{flag}: found {len(long)} of {len(rows)} prompts longer than --max-prompt-length {longest}"
+        found = f"{flag}: found {len(long)} of {seen} prompts longer than --max-prompt-length {longest}"
         detail = f"(row {long[0][0]} has {long[0][1]} tokens)"
-        if not encoded:
+        if not kept and not coder.unusable and not same:
             raise UserError(f"{found} {detail}: no row is left; expected shorter prompts or a larger window")
         warnings.warn(f"{found} {detail}: left out", stacklevel=2)
-    return encoded
+    warn_left_out(coder.unusable, seen, len(kept) or len(same))
+    if same:
+        found = (
+            f"{flag}: found {len(same)} of {len(same) + len(kept)} pairs with chosen equal to rejected (row {same[0]})"
+        )
+        if not kept:
+            raise UserError(f"{found}, expected responses that differ")
+        warnings.warn(f"{found}: left out", stacklevel=2)
+    if cut:
+        row, length, room = cut[0]
+        found = f"{flag}: found {len(cut)} of {count} responses longer than their room"
+        warnings.warn(f"{found} (row {row} has {length} tokens for {room}): cut there, without EOS", stacklevel=2)
+    if len(kept) < limit and seen > len(kept):
+        warnings.warn(
+            f"{flag}: found {len(kept)} rows that can be used, fewer than the {limit} asked for", stacklevel=2
+        )
+    return kept
 
 
-def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+class Coder:
+    """Rows -> tokens, for `encode`. Keeps the reasons for which rows were left out."""
+
+    def __init__(self, tokenizer, flag: str, render: Callable | None, spaced: bool):
+        end = end_of_turn(tokenizer)
+        self.tokenizer, self.flag, self.spaced = tokenizer, flag, spaced
+        self.render = render or render_prompt
+        self.frame = Frame(end=end) if render else read_frame(tokenizer)
+        self.ends = end_texts(tokenizer)
+        self.controls = control_tokens(tokenizer)
+        self.unusable: list[str] = []
+        self.rendered: list[int] = []
+
+    def leave_out(self, row: dict, reason: str) -> None:
+        self.unusable.append(f"{self.flag} row {row['row']}: {reason}")
+
+    def prompts(self, rows: list[dict]) -> list[dict]:
+        """The rows that can be asked, with prompt_text and prompt_ids."""
+        kept = []
+        for row in rows:
+            try:
+                kept.append({**row, **self.render_row(row["prompt"], row["row"])})
+            except UserError as error:
+                self.leave_out(row, str(error))
+        ids = tokenise_prompts(self.tokenizer, [row["prompt_text"] for row in kept])
+        return [{**row, "prompt_ids": own} for row, own in zip(kept, ids, strict=True)]
+
+    def render_row(self, prompt, number: int) -> dict:
+        """{prompt, prompt_text} of a prompt; one that is rendered already stays as it is."""
+        if isinstance(prompt, str) and self.is_rendered(prompt):
+            self.rendered.append(number)
+            inner = prompt.removeprefix(self.frame.before).removesuffix(self.frame.after)
+            if not self.controls.search(inner) and self.render(self.tokenizer, inner) == prompt:
+                return {"prompt": inner, "prompt_text": prompt}
+            return {"prompt": prompt, "prompt_text": prompt}
+        if isinstance(prompt, list):  # earlier answers may have their end written out too
+            prompt = [
+                {**m, "content": without_end(m["content"], self.ends)} if m["role"] == "assistant" else m
+                for m in prompt
+            ]
+        written = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+        if found := self.controls.search(written):
+            raise UnusableRow(f"found the control token {found[0]} in the prompt's text, expected text alone")
+        return {"prompt": prompt, "prompt_text": self.render(self.tokenizer, prompt)}
+
+    def is_rendered(self, prompt: str) -> bool:
+        """Whether the template's own words end the prompt, and begin it too unless those at the end are its control tokens."""
+        before, after = self.frame.before, self.frame.after
+        if not after.strip() or not prompt.endswith(after):
+            return False
+        return bool(self.controls.search(after)) or prompt.startswith(before)
+
+    def say_rendered(self, seen: int) -> None:
+        if n := len(self.rendered):
+            found = (
+                f"{self.flag}: found {n} of {seen} prompts in the form of the template already (row {self.rendered[0]})"
+            )
+            warnings.warn(f"{found}: they are not rendered again", stacklevel=3)
+
+    def responses(self, rows: list[dict]) -> list[dict]:
+        """Rows of `prompts` -> items of `encode`, not yet cut; the rows without a usable response are left out."""
+        items = [{k: row[k] for k in ("row", "prompt", "prompt_ids", "prompt_text")} for row in rows]
+        for name, columns in (("response", ("response", "chosen")), ("rejected", ("rejected",))):
+            texts = [next((row[c] for c in columns if row.get(c) is not None), None) for row in rows]
+            chosen = [i for i, text in enumerate(texts) if text is not None]
+            clean = [self.own_words(texts[i], rows[i]["prompt_text"]) for i in chosen]
+            ids = self.follow([rows[i]["prompt_text"] for i in chosen], clean)
+            for i, text, own in zip(chosen, clean, ids, strict=True):
+                items[i] |= {f"{name}_text": text, f"{name}_ids": own}
+        kept = []
+        for item in items:
+            if all(item.get(f"{name}_text", "x").strip() for name in ("response", "rejected")):
+                if all(item.get(f"{name}_ids", ()) is not None for name in ("response", "rejected")):
+                    kept.append(item)
+                else:
+                    self.leave_out(item, "found a response without tokens of its own after the prompt, expected some")
+            else:
+                self.leave_out(item, "found a response that holds nothing but the template's words, expected text")
+        return kept
+
+    def own_words(self, text: str, prompt: str) -> str:
+        """A response without an end that is written out, and without the part of the template's opening that it repeats.
+
+        DeepSeek-R1's prompt ends in "<think>\n", with which its published answers begin: it is there once.
+        """
+        text = without_end(text, self.ends)
+        opening = self.frame.opening
+        if not opening.strip() or not prompt.endswith(opening):
+            return text
+        starts = [i for i, c in enumerate(opening) if i == 0 or opening[i - 1] == "\n" or c in "<["]
+        for i in starts:
+            tag = opening[i:].strip()
+            if tag and text.lstrip().startswith(tag):
+                space = opening[len(opening.rstrip()) :]
+                return text.lstrip().removeprefix(tag).removeprefix(space)
+        return text
+
+    def follow(self, prompts: list[str], texts: list[str]) -> list[list[int] | None]:
+        """`follow` of responses with the template's white space around them, and the token that ends the turn."""
+        lead, trail = " " if self.spaced else self.frame.lead, self.frame.trail
+        written = [(t if t.startswith(lead) else lead + t) + trail if t else t for t in texts]
+        ids = follow(self.tokenizer, prompts, written)
+        return [None if own is None else [*own, self.frame.end] for own in ids]
+
+
+def follow(tokenizer, prompts: list[str], texts: list[str]) -> list[list[int] | None]:
+    """Token ids of each text as it follows its prompt: those in tokenise(prompt + text) from the text on.
+
+    A tokenizer may write the beginning of a text in another way than its middle: SentencePiece puts a space before it.
+    Where the whole does not begin with the prompt's own ids, since a token crosses the border, the sampler still sees the
+    prompt's. The ids then are the text's own, or those it has after a short other text: the first that read the same as
+    the whole. Control tokens written in a text are text. None where no ids read so.
+    """
+    bare = tokenise(tokenizer, prompts)
+    whole = tokenise(tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
+    controls = control_tokens(tokenizer)
+    out: list[list[int] | None] = [None] * len(texts)
+    left, written = [], []
+    for i, (mine, both) in enumerate(zip(bare, whole, strict=True)):
+        if controls.search(texts[i]):
+            written.append(i)
+        elif both[: len(mine)] == mine and len(both) > len(mine):
+            out[i] = both[len(mine) :]
+        else:
+            left.append(i)
+
+    def common(i: int) -> int:
+        """Where to begin to read, so that what comes before is the same: one token before the first that differs."""
+        same = next((k for k, (a, b) in enumerate(zip(bare[i], whole[i], strict=False)) if a != b), len(bare[i]))
+        return max(same - 1, 0)
+
+    def reads_as_whole(parts: dict[int, list[int]]) -> list[bool]:
+        start = {i: common(i) for i in parts}
+        mine = read(tokenizer, [(bare[i] + own)[start[i] :] for i, own in parts.items()])
+        return [a == b for a, b in zip(mine, read(tokenizer, [whole[i][start[i] :] for i in parts]), strict=True)]
+
+    def reads_as_text(parts: dict[int, list[int]]) -> list[bool]:
+        heads = read(tokenizer, [bare[i] for i in parts])
+        mine = read(tokenizer, [bare[i] + own for i, own in parts.items()])
+        special = {tokenizer.convert_tokens_to_ids(t) for t in control_texts(tokenizer)}
+        forms = [{texts[i], *(unicodedata.normalize(form, texts[i]) for form in ("NFC", "NFKC"))} for i in parts]
+        return [
+            special.isdisjoint(own) and m.removeprefix(h) in allowed
+            for h, m, own, allowed in zip(heads, mine, parts.values(), forms, strict=True)
+        ]
+
+    for waiting, reads, split in ((left, reads_as_whole, False), (written, reads_as_text, True)):
+        for context in ("", "\n", ".", "a", "("):
+            if not waiting:
+                break
+            head = tokenise(tokenizer, [context], split)[0]
+            found = zip(waiting, tokenise(tokenizer, [context + texts[i] for i in waiting], split), strict=True)
+            parts = {i: ids[len(head) :] for i, ids in found if ids[: len(head)] == head and len(ids) > len(head)}
+            for (i, own), right in zip(parts.items(), reads(parts), strict=True):
+                if right:
+                    out[i] = own
+            waiting = [i for i in waiting if out[i] is None]
+    return out
+
+
+def read(tokenizer, ids: list[list[int]]) -> list[str]:
+    """Texts of token ids, to the letter."""
+    return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else []
+
+
+def control_texts(tokenizer) -> list[str]:
+    """The tokens that stand for no text: what begins and ends turns, padding, and the like; the unknown token is none."""
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    special -= {tokenizer.unk_token}
+    return sorted(special | set(end_texts(tokenizer)), key=lambda t: (-len(t), t))
+
+
+def control_tokens(tokenizer) -> re.Pattern:
+    """Finds a control token that is written out in a text."""
+    return re.compile("|".join(map(re.escape, control_texts(tokenizer))) or r"(?!)")
+
+
+def tokenise(tokenizer, texts: list[str], split_special: bool = False) -> list[list[int]]:
+    """Token ids of texts, nothing added; split_special: a control token that is written out is taken as text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special)["input_ids"] if texts else []
 
 
 def tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -493,9 +855,17 @@ def tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
     return [p if t.startswith(tokenizer.bos_token) else [bos, *p] for p, t in zip(ids, texts, strict=True)]
 
 
-def without_eos(text: str, tokenizer) -> str:
-    """The text without EOS written out, as some data sets have it: EOS is added once, as a token, at the end."""
-    return text.replace(tokenizer.eos_token, "").rstrip() if tokenizer.eos_token in text else text
+def end_texts(tokenizer) -> list[str]:
+    """How the end of a response is written out in some data sets: the template's token and the tokenizer's EOS."""
+    return [tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)), tokenizer.eos_token]
+
+
+def without_end(text: str, ends: list[str]) -> str:
+    """The text without an end written out after it: the end is added once, as a token. Within the text it is text."""
+    bare = text.rstrip()
+    while any(bare.endswith(end) for end in ends):
+        text = bare = next(bare.removesuffix(end) for end in ends if bare.endswith(end)).rstrip()
+    return text
 
 
 # ---- batches ----
@@ -533,10 +903,12 @@ def pad_right(rows: list[list], value: float, dtype: torch.dtype = torch.long) -
 
 # ---- stored rows ----
 def write_pairs(path: Path, rows: list[dict]) -> None:
-    """Parquet, atomically: temporary name, fsync, rename."""
+    """Parquet, atomically: temporary name, fsync, rename. Where some prompts are messages, all are: a column has one type."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if any(isinstance(row.get("prompt"), list) for row in rows):
+        rows = [{**row, "prompt": as_messages(row["prompt"])} for row in rows]
     partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
     with open(partial, "wb") as f:
         pq.write_table(pa.Table.from_pylist(rows), f)

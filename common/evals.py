@@ -6,13 +6,24 @@ Every measure is kept per row (evals/<iteration>.parquet), so that intervals and
 import functools
 import hashlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common import UserError, judge, models, rewards
-from common.data import encode, load_rows, read_pairs, render_prompt, source_id, tokenise_prompts, write_pairs
+from common.data import (
+    encode,
+    end_of_turn,
+    follow,
+    load_rows,
+    read_pairs,
+    render_prompt,
+    source_id,
+    tokenise_prompts,
+    write_pairs,
+)
 from common.engines import evaluating
 from common.generation import Generator, Rollout, make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -83,9 +94,19 @@ class HeldOut:
         return [(r["prompt_ids"], y) for r, y in zip(self.rows, self.responses(kind), strict=True)]
 
 
-def draw(rows: list, n: int, *key: int) -> list:
-    """n of the rows, all if n is 0, in their old order; which ones is a function of the key."""
-    return [rows[i] for i in sorted(data_order(len(rows), *key)[: n or len(rows)])]
+def draw(args, tokenizer, rows: list[dict], n: int, *key: int, encode=encode, **how) -> list[dict]:
+    """n of the rows that can be used, all if n is 0, encoded, in their old order; which ones is a function of the key.
+
+    Rows are drawn until n are kept: what the window leaves out does not make them fewer. how: more of encode's arguments.
+    """
+    drawn = [rows[i] for i in data_order(len(rows), *key)] if n else rows
+    encoded = encode(drawn, tokenizer, args.max_length, args.max_prompt_length, limit=n, **how)
+    return sorted(encoded, key=lambda row: row["row"])
+
+
+def longest_response(args) -> int:
+    """Where demonstrations are cut: at --max-new-tokens with --cut-demonstrations, else (0) only at the window."""
+    return args.max_new_tokens if args.cut_demonstrations else 0
 
 
 def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
@@ -93,8 +114,14 @@ def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
 
     encode: what turns rows into tokens, data.encode or a script's own of the same arguments.
     """
-    rows = draw(load_rows(args.dataset, "train"), args.max_samples, args.seed)
-    encoded = encode(rows, tokenizer, args.max_length, args.max_prompt_length)
+    rows = load_rows(args.dataset, "train", turns=args.turns)
+    longest = longest_response(args)
+    encoded = draw(args, tokenizer, rows, args.max_samples, args.seed, encode=encode, longest_response=longest)
+    long = [d for d in encoded if len(d["response_ids"]) > args.max_new_tokens]
+    if long:
+        found = f"found {len(long)} of {len(encoded)} demonstrations longer than --max-new-tokens {args.max_new_tokens}"
+        detail = f"(row {long[0]['row']} has {len(long[0]['response_ids'])} tokens), where sampled answers are cut"
+        warnings.warn(f"--dataset: {found} {detail}; --cut-demonstrations cuts both", stacklevel=2)
     expected = f"at most {len(encoded)}, the demonstrations"
     require(args.select_top_k <= len(encoded), "select_top_k", args.select_top_k, expected)
     return encoded
@@ -126,20 +153,10 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
         rows = [r for r in rows if r["row"] not in taken]
         expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"
         require(bool(rows), "preference_dataset", f"none of {name}", expected)
-    rows = draw(rows, args.max_preferences, args.seed, 1)
-    pairs = [
+    kept = [
         {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
-        for r in encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag=flag)
+        for r in draw(args, tokenizer, rows, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
     ]
-    kept = [p for p in pairs if p["chosen_ids"] != p["rejected_ids"]]
-    if len(kept) < len(pairs):
-        same = next(p["row"] for p in pairs if p["chosen_ids"] == p["rejected_ids"])
-        found = (
-            f"{flag}: found {len(pairs) - len(kept)} of {len(pairs)} pairs with chosen equal to rejected (row {same})"
-        )
-        if not kept:
-            raise UserError(f"{found}, expected responses that differ")
-        warnings.warn(f"{found}: left out", stacklevel=2)
     prompts = {d["prompt_text"] for d in demonstrations}
     if shared := sum(p["prompt_text"] in prompts for p in kept):
         warnings.warn(f"{flag}: found {shared} of {len(kept)} prompts among the demonstrations' too", stacklevel=2)
@@ -159,13 +176,13 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
         models.load_tokenizer(args, args.baseline, "--baseline")
     judge.refuse_unusable(args)
     if args.eval_dataset != "auto":
-        rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset")
+        rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns)
     elif preferences:
         rows = load_rows(preferences, "test", "preferences", "--preference-dataset")
     else:
-        rows = load_rows(args.dataset, "test")
-    rows = draw(rows, args.eval_samples, EVAL_SEED)
-    rows = encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag="--eval-dataset")
+        rows = load_rows(args.dataset, "test", turns=args.turns)
+    how = dict(flag="--eval-dataset", encode=encode, longest_response=longest_response(args))
+    rows = draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, **how)
     prompts = {r["prompt_text"] for r in training}
     if known := sum(r["prompt_text"] in prompts for r in rows):
         found = f"found {known} of {len(rows)} held-out prompts among those trained on"
@@ -178,8 +195,8 @@ def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
     flag, name = "--eval-preference-dataset", args.eval_preference_dataset
     if name == "none":
         return []
-    rows = draw(load_rows(name, "all", "preferences", flag), args.eval_samples, EVAL_SEED)
-    return encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag=flag)
+    rows = load_rows(name, "all", "preferences", flag)
+    return draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
 
 
 def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
@@ -313,7 +330,13 @@ def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: fl
 
     def work(indices, advance) -> list[tuple[str, bool]]:
         tokenizer, generator = load()
-        prompts = tokenise_prompts(tokenizer, [render(tokenizer, rows[i]) for i in indices])
+        texts = []
+        for i in indices:
+            try:
+                texts.append(render(tokenizer, rows[i]))
+            except UserError as error:
+                raise UserError(f"{flag} {name}: row {rows[i]['row']}: {error}") from None
+        prompts = tokenise_prompts(tokenizer, texts)
         asked = [
             {"row": rows[i]["row"], "prompt_ids": p[-args.max_prompt_length :]}
             for i, p in zip(indices, prompts, strict=True)
@@ -325,10 +348,13 @@ def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: fl
     return work
 
 
-def expert_rows(run, rows: list[dict], temperature: float, encode_response, render=None) -> list[dict]:
+def expert_rows(
+    run, tokenizer, rows: list[dict], temperature: float, longest: Callable[[dict], int], lead: str = "", render=None
+) -> list[dict]:
     """The rows with the answers of --expert-model as demonstrations, kept in the user's cache folder; without it the rows.
 
-    encode_response(text, ended in EOS) -> token ids. render: as in foreign_sampler. Rows with an empty answer are left out.
+    The answers' tokens are those of data.follow after `lead`, with the end of a turn where the expert ended, cut at
+    longest(row) tokens. render: as in foreign_sampler. Rows with an empty answer are left out.
     """
     args = run.args
     if not args.expert_model:
@@ -342,10 +368,13 @@ def expert_rows(run, rows: list[dict], temperature: float, encode_response, rend
         return [{"text": text, "finished": finished} for text, finished in sampler(part, advance)]
 
     answers = run.cached(path, keys, work, "expert's answers", 1024)
+    texts = [r["prompt_text"] for r in rows]
+    ids = follow(tokenizer, texts, [lead + a["text"] for a in answers])
+    end = end_of_turn(tokenizer)
     kept = [
-        {**r, "response_text": a["text"], "response_ids": encode_response(a["text"], a["finished"])}
-        for r, a in zip(rows, answers, strict=True)
-        if a["text"]
+        {**r, "response_text": a["text"], "response_ids": (own + [end] * a["finished"])[: longest(r)]}
+        for r, a, own in zip(rows, answers, ids, strict=True)
+        if a["text"] and own
     ]
     found = f"--expert-model {args.expert_model}: found {len(rows) - len(kept)} of {len(rows)} answers empty"
     if not kept:

@@ -4,11 +4,13 @@ Every response has a random stream of its own, keyed by (seed, row): what is sam
 the batch it travels in, nor on how many processes share the work.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from common.data import end_of_turn
 from common.engines import evaluating
 from common.logprobs import temper
 
@@ -33,9 +35,20 @@ def make_generator(run, model, tokenizer):
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
-    """Token ids that end a response: the tokenizer's EOS and those of the model's generation config."""
+    """Token ids that end a response: the end of a turn, the tokenizer's EOS and those of the model's generation config.
+
+    Says so in one line where the template ends a turn with a token that neither of the others names, as for a base model.
+    """
     eos = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    known = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    end = end_of_turn(tokenizer)
+    if end not in known:
+        words = [tokenizer.convert_ids_to_tokens(i) for i in (end, *sorted(known))]
+        found = (
+            f"found {words[0]} as the end of a turn in the chat template, but {', '.join(words[1:])} as the model's EOS"
+        )
+        warnings.warn(f"--model: {found}: {words[0]} ends every demonstration, and either ends an answer", stacklevel=2)
+    return known | {end}
 
 
 class Generator:

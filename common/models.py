@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common import UserError, engines
-from common.data import cache_folder, encode, load_rows, pydoc_key
+from common.data import cache_folder, check_template, encode, load_rows, pydoc_key
 from common.run import data_order, fingerprint, learning_rate_at, progress, uses_bf16
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
@@ -63,6 +63,7 @@ def load_tokenizer(args, name: str = "", flag: str = "--model"):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=args.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {name}: found a tokenizer without an EOS token, expected one: responses could not end")
+    check_template(tokenizer, f"{flag} {name}")
     config = load_config(name, args.trust_remote_code, flag)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
@@ -149,6 +150,12 @@ def without_dropout(model):
 @contextlib.contextmanager
 def one_line_error(name: str, flag: str = "--model") -> Iterator[None]:
     """Turn what transformers raises for a model that is not there into one line."""
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"{flag} {name}: found a LoRA adapter, expected a whole model; merge it first, in Python:"
+            f" peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(folder),"
+            " and save the base model's tokenizer there"
+        )
     try:
         yield
     except (OSError, ValueError) as error:

@@ -18,10 +18,14 @@ from common import UserError, logprobs, models
 from common.data import (
     Batch,
     cache_folder,
+    check_template,
+    end_of_turn,
+    end_texts,
+    follow,
     render_prompt,
     tokenise,
     tokenise_prompts,
-    without_eos,
+    without_end,
 )
 
 
@@ -168,7 +172,7 @@ def pad_for_readers(config, tokenizer) -> str:
     Returns a sentence for the model card, empty if all is well.
     """
     vocabulary = tokenizer.get_vocab()
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, end_of_turn(tokenizer)):
         free = next((t for t in ("<|padding|>", "<pad>", "[PAD]", "<unk>") if t in vocabulary), None)
         if free is None and len(tokenizer) < config.vocab_size:
             free = "<|padding|>"
@@ -238,12 +242,20 @@ def gold_sequences(args, rows: list[dict], responses: list[str], config) -> list
     name = args.gold_reward_model
     with models.one_line_error(name, FLAG):
         tokenizer = AutoTokenizer.from_pretrained(models.resolve_model(name), trust_remote_code=args.trust_remote_code)
-    prompts = tokenise_prompts(tokenizer, [render_gold(name, tokenizer, r["prompt"]) for r in rows])
-    answers = tokenise(tokenizer, [without_eos(t, tokenizer) for t in responses])
+    check_template(tokenizer, f"{FLAG} {name}")
+    texts = []
+    for row in rows:
+        try:
+            texts.append(render_gold(name, tokenizer, row["prompt"]))
+        except UserError as error:
+            raise UserError(f"{FLAG} {name}: row {row['row']}: {error}") from None
+    prompts, ends = tokenise_prompts(tokenizer, texts), end_texts(tokenizer)
+    bare = [without_end(t, ends) for t in responses]
+    alone = tokenise(tokenizer, bare, split_special=True)  # of an answer that no ids continue the prompt with
     window = getattr(config, "max_position_embeddings", None) or 4096
-    out = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        answer = [*answer, tokenizer.eos_token_id][: window - 1]
+    end, out = end_of_turn(tokenizer), []
+    for prompt, answer, own in zip(prompts, follow(tokenizer, texts, bare), alone, strict=True):
+        answer = [*(own if answer is None else answer), end][: window - 1]
         out.append((prompt[-(window - len(answer)) :], answer))
     return out
 

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 
 from common import UserError, engines
-from common.data import collate, read_pairs, write_pairs
+from common.data import collate, read_pairs, stop_at_end_of_turn, write_pairs
 
 Auto = Literal["auto"]
 
@@ -40,6 +40,8 @@ class BaseArgs:
     """demonstrations: pydoc (embedded), a .json/.jsonl/.parquet file, a folder, a short name or a hub id."""
     eval_dataset: str = "auto"
     """held-out data; auto: the test split of --dataset (of --preference-dataset where there is one), or a tenth, by prompt."""
+    turns: Literal["auto", "first", "last", "all"] = "auto"
+    """assistant turns of a dialogue to learn: first, last, or all, a row each; auto: UltraChat first (as SPIN), else last."""
     eval_samples: int | Auto = "auto"
     """held-out rows to measure on, > 0."""
     max_length: int | Auto = "auto"
@@ -48,6 +50,8 @@ class BaseArgs:
     """longest prompt, tokens; rows above it are left out and counted. auto: --max-length minus --max-new-tokens."""
     max_new_tokens: int | Auto = "auto"
     """longest sampled response, tokens; one cut here has no EOS. Released code: 256."""
+    cut_demonstrations: bool = False
+    """cut demonstrations at --max-new-tokens too, without EOS, so that length and end do not tell them from answers."""
     gold_reward_model: str = ""
     """reward model taken as the truth: a folder, short name or hub id; empty: none. RFT paper: beaver-7b-v3.0-reward."""
     baseline: str = ""
@@ -765,6 +769,7 @@ class Run:
 
                     model = merged(self.args, model)
                 shutil.rmtree(partial, ignore_errors=True)
+                stop_at_end_of_turn(model, tokenizer)
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 (partial / "README.md").write_text(card)

@@ -76,7 +76,7 @@ def test_held_out_tenth_never_shares_a_prompt(tmp_path):
 BAD = {
     "no_file": (None, "--dataset: found no file {path}, expected"),
     "broken": ('{"prompt": "a", "completion": "b"}\n{oops\n', "{path} line 2: found broken JSON"),
-    "not_object": ('{"prompt": "a", "completion": "b"}\n[1]\n', "row 1: found a list, expected an object"),
+    "not_object": ('[1]\n[2]\n', "row 0: found a list, expected an object; all 2 rows"),
     "columns": ('{"question": "a", "answer": "b"}\n', "row 0: found columns question, answer, expected one of prompt/completion"),
     "empty_set": ("\n", "found no rows in {path}, expected at least one"),
     "all_empty": ('{"prompt": "a", "completion": " "}\n', "row 0: found an empty response, expected text; all 1 rows"),
@@ -430,12 +430,29 @@ def test_other_files(tmp_path):
         ({"messages": turns("p")}, "without an assistant turn"),
         ({"messages": turns("", "c")[1:]}, "empty or non-text prompt"),
         ({"chosen": "c", "rejected": "r"}, "no prompt column and no transcript"),
+        ({"messages": []}, "without an assistant turn"),
+        ({"messages": None}, "found NoneType, expected a list of messages"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "found NoneType as response, expected text"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None}, USER, ASSISTANT]},
+            "non-text prompt, expected messages with text",
+        ),
+        ({"prompt": None, "chosen": "c", "rejected": "r"}, "found NoneType as prompt, expected text"),
+        ({"subreddit": "x", "title": "t", "post": None, "summary": "s"}, "found NoneType as post, expected text"),
+        ({"prompt": "p", "completion": "c", "label": False}, "found label False, an answer that people rejected"),
+        ({"messages": [USER, ASSISTANT], "label": 0}, "found label 0, an answer that people rejected"),
     ],
 )
-def test_bad_rows_name_flag_file_and_row(tmp_path, row, words):
-    name = write(tmp_path / "bad.json", [*pairs(2), row])
-    message = error_of(name, flag="--eval-dataset")
-    assert f"--eval-dataset {name} row 2: " in message and words in message
+def test_one_bad_row_is_left_out_and_counted_and_all_bad_are_an_error(tmp_path, row, words):
+    name = write(tmp_path / "bad.json", [*pairs(2), row, *pairs(1, "more"), row])
+    with pytest.warns(UserWarning) as caught:
+        assert [r["row"] for r in load_rows(name, "all", flag="--eval-dataset")] == [0, 1, 3]
+    (message,) = [str(w.message) for w in caught]
+    assert message.startswith(f"--eval-dataset {name} row 2: ") and words in message
+    assert message.endswith("2 of 5 rows cannot be used and were left out") and "\n" not in message
+    message = error_of(write(tmp_path / "all.json", [row, row]), flag="--eval-dataset")
+    assert message.startswith(f"--eval-dataset {tmp_path / 'all.json'} row 0: ") and words in message
+    assert message.endswith("all 2 rows are like this")
 
 
 def test_empty_sets_and_splits(tmp_path):
@@ -453,13 +470,13 @@ def test_eos_written_in_the_text_counts_once(template, text):
     row = encode_one({"prompt": "p", "response": text, "rejected": text}, tokenizer)
     plain = tokenizer("open it", add_special_tokens=False)["input_ids"]
     assert row["response_ids"] == row["rejected_ids"] == [*plain, tokenizer.eos_token_id]
-    assert row["response_text"] == text
+    assert row["response_text"] == row["rejected_text"] == "open it"  # what is learned
 
 
 def test_eos_inside_a_response_is_no_end():
     tokenizer = make_tokenizer()
     ids = encode_one({"prompt": "p", "response": "a</s>b"}, tokenizer)["response_ids"]
-    assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(ids) == "ab</s>"
+    assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(ids) == "a</s>b</s>"
 
 
 def test_response_is_cut_at_max_length_exactly():
@@ -476,14 +493,6 @@ def test_response_is_cut_at_max_length_exactly():
         assert len(cut["prompt_ids"] + cut["rejected_ids"]) == max_length
         assert tokenizer.eos_token_id not in cut["rejected_ids"]
     assert cut["prompt_ids"] == whole["prompt_ids"]
-
-
-def test_prompt_and_response_are_tokenised_apart():
-    tokenizer = make_tokenizer()
-    row = encode_one({"prompt": "read the", "chosen": " list", "rejected": " items"}, tokenizer)
-    for name, text in [("prompt", render_prompt(tokenizer, "read the")), ("response", " list</s>")]:
-        assert row[f"{name}_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert row["rejected_text"] == " items"
 
 
 def test_rows_with_and_without_rejected():
@@ -524,7 +533,7 @@ def test_bos_is_there_once(tokenizer, count):
 
 def test_bos_does_not_depend_on_another_row():
     tokenizer = tokenizer_with_bos()
-    rows = [{"row": i, "prompt": p, "response": "r"} for i, p in enumerate(["strike <s>", "q"])]
+    rows = [{"row": i, "prompt": p, "response": "r"} for i, p in enumerate(["strike", "q"])]
     assert [r["prompt_ids"][0] for r in encode(rows, tokenizer, 100, 90)] == [tokenizer.bos_token_id] * 2
 
 
