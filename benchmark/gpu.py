@@ -164,8 +164,7 @@ def measure(device: str, case: Case) -> dict[str, float]:
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, settings.dtype), attn_implementation=models.attention(settings, config)
         )
-    model.config.use_cache = False
-    model = models.make_trainable(models.without_dropout(model), settings)
+    model = models.make_trainable(models.without_noise(model), settings)
     work = operations(model.get_base_model() if case.lora_r else model, shape, case.step != "generate")
     rate = product_rate(device)
     policy, optimizer = run.prepare(model, make_optimizer("rmsprop", model.parameters()))

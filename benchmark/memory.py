@@ -123,6 +123,7 @@ def measure_phase(phase: str, args) -> int:
     def answer(policy) -> None:
         generator = make_generator(SimpleNamespace(args=args), policy, models.load_tokenizer(args))
         generator.eos_ids = set()  # all of them of full length
+        generator.check = None  # scoring is a phase of its own
         prompts = [x for x, _ in sequences(args.per_device_eval_batch_size, args)]
         generator.sample(prompts, list(range(len(prompts))), 0)
 

@@ -580,7 +580,10 @@ def stop_at_end_of_turn(model, tokenizer) -> None:
 
 
 def check_template(tokenizer, where: str) -> None:
-    """UserError where the tokenizer has several chat templates and none of them is the default."""
+    """UserError for chat templates that cannot be used: several without a default one, or one that is no valid Jinja."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
         names = ", ".join(sorted(templates))
@@ -588,6 +591,14 @@ def check_template(tokenizer, where: str) -> None:
             f"{where}: found chat templates {names}, none of the name default; expected one: in Python,"
             f" tokenizer.chat_template = tokenizer.chat_template[{sorted(templates)[0]!r}], then save_pretrained"
         )
+    for template in templates.values() if isinstance(templates, dict) else [templates] if templates else []:
+        try:
+            _compile_jinja_template(template)
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"{where}: found a chat template with an error in line {error.lineno} ({error.message}), expected a valid"
+                " Jinja template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+            ) from error
 
 
 # ---- tokens ----

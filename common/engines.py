@@ -259,6 +259,12 @@ def clip(accelerator, model: nn.Module, max_norm: float) -> float:
     return float(norm.full_tensor() if is_dtensor(norm) else norm)
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator raised the error, on any device."""
+    words = ("can't allocate memory", "out of memory", "alloc_failed")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
+
+
 # ---- checkpoints ----
 def save_state(accelerator, folder: str) -> list[int]:
     """accelerate's save_state. Returns which optimizers had no state yet: saving FSDP2's would give them one, AdamW's a step."""

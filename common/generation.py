@@ -4,15 +4,18 @@ Every response has a random stream of its own, keyed by (seed, row): what is sam
 the batch it travels in, nor on how many processes share the work.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from common.data import end_of_turn
-from common.engines import evaluating
-from common.logprobs import temper
+from common import UserError
+from common.data import collate, end_of_turn
+from common.engines import evaluating, ran_out_of_memory
+from common.logprobs import CHECKED, LIMITS, language_model, response_logprobs, temper
+from common.run import uses_bf16
 
 
 @dataclass
@@ -31,7 +34,47 @@ def make_generator(run, model, tokenizer):
         from common.vllm_engine import VllmGenerator
 
         return VllmGenerator(run, model, tokenizer)
-    return Generator(model, tokenizer, run.args.per_device_eval_batch_size, run.args.max_new_tokens)
+    generator = Generator(model, tokenizer, run.args.per_device_eval_batch_size, run.args.max_new_tokens)
+    generator.check = lambda rollout, temperature: check_agreement(run, model, rollout, temperature)
+    return generator
+
+
+def check_agreement(run, model, rollout: Rollout, temperature: float) -> None:
+    """UserError unless the scorer sees in answers just sampled what the sampler saw, to rounding; all weights are there.
+
+    The scorer reads them in training mode, as a loss does. A difference means that one of the two is wrong for this
+    architecture: it sees later tokens or padding, counts positions otherwise, loses its cache, or has noise when it trains.
+    Answers to the longest and to the shortest prompts are compared, since padding differs most there.
+    """
+    order = sorted(range(len(rollout.prompt_ids)), key=lambda i: len(rollout.prompt_ids[i]))
+    half = CHECKED[0] // 2
+    picked = sorted({*order[:half], *order[-half:]})
+    sequences = [(rollout.prompt_ids[i], rollout.response_ids[i][: CHECKED[1]]) for i in picked]
+    if not sequences:
+        return
+    batch = collate(sequences, pad_token_id=0).to(model.device)
+    with torch.no_grad():
+        scored = response_logprobs(model.train(), batch, temperature or 1.0).logprobs
+        again = response_logprobs(model.eval(), batch, temperature or 1.0).logprobs
+    sampled = torch.zeros_like(scored)
+    for row, i in zip(sampled, picked, strict=True):
+        row[: len(rollout.logprobs[i][: CHECKED[1]])] = row.new_tensor(rollout.logprobs[i][: CHECKED[1]])
+    gaps = (scored - sampled).abs()[batch.response_mask]
+    found, noise = gaps.mean().item(), (scored - again).abs()[batch.response_mask].mean().item()
+    kind = "bfloat16" if uses_bf16(run.args) else "float32"
+    limit = LIMITS[kind] / (temperature or 1.0)  # by which the rounding of the logits is divided too
+    if not (found <= limit and noise <= limit):
+        name, architecture = language_model(model).name_or_path, type(language_model(model)).__name__
+        cause = f"its log-probs in training mode differ from those in evaluation mode by {noise:.2g}"
+        raise UserError(
+            f"--model: found sampled and scored log-probs of {architecture} ({name}) {found:.2g} nats per token apart on the"
+            f" first answers (largest difference {gaps.max().item():.2g}), expected at most {limit:g} ({kind}):"
+            f" {cause if not noise <= limit else 'what would be trained is not the policy that answers'}; see docs/models.md"
+        )
+    run.say(
+        f"sampled and scored log-probs agree on the first answers: largest difference {gaps.max().item():.1e} nats per token,"
+        f" mean {found:.1e}"
+    )
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
@@ -60,6 +103,7 @@ class Generator:
 
     def __init__(self, model, tokenizer, batch_size: int, max_new_tokens: int):
         self.model, self.batch_size, self.max_new_tokens = model, batch_size, max_new_tokens
+        self.check: Callable[[Rollout, float], None] | None = None  # of the first answers
         self.eos_ids = stop_tokens(model, tokenizer)
 
     def sample(
@@ -77,11 +121,29 @@ class Generator:
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
                 uniforms = torch.stack([self._stream(seed, rows[i]) for i in part])
-                responses = self._batch([prompts[i] for i in part], uniforms, temperature)
+                responses = self._first_or_next_batch([prompts[i] for i in part], uniforms, temperature)
                 done |= dict(zip(part, responses, strict=True))
                 advance(len(part))
-        ids, finished, logprobs = zip(*(done[i] for i in range(len(prompts))), strict=True) if prompts else ((), (), ())
-        return Rollout(prompts, list(ids), list(finished), list(logprobs))
+            columns = zip(*(done[i] for i in range(len(prompts))), strict=True) if prompts else ((), (), ())
+            rollout = Rollout(prompts, *map(list, columns))
+            if self.check and prompts:
+                check, self.check = self.check, None
+                check(rollout, temperature)
+        return rollout
+
+    def _first_or_next_batch(self, prompts, uniforms, temperature):
+        """_batch; in the first one that a run asks for, an error of the model's own code becomes one line."""
+        try:
+            return self._batch(prompts, uniforms, temperature)
+        except Exception as error:
+            if self.check is None or isinstance(error, UserError) or ran_out_of_memory(error):
+                raise
+            inner = language_model(self.model)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(
+                f"--model: found {type(inner).__name__} ({inner.name_or_path}), which the sampler cannot run"
+                f" ({type(error).__name__}: {reason}), expected an architecture that passes in docs/models.md"
+            ) from error
 
     def _stream(self, seed: int, row: int) -> torch.Tensor:
         """(max_new_tokens,) uniforms in [0, 1), a function of (seed, row) alone."""
@@ -90,8 +152,6 @@ class Generator:
 
     @torch.no_grad()
     def _batch(self, prompts, uniforms, temperature):
-        from transformers import DynamicCache
-
         device = self.model.device
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, P) left-padded
@@ -99,36 +159,81 @@ class Generator:
         responses = [[] for _ in prompts]
         logprobs = [[] for _ in prompts]
         finished = [False] * len(prompts)
-        alive = list(range(len(prompts)))
-        cache = DynamicCache(config=self.model.config)
+        rows = list(range(len(prompts)))  # of the batch, in the order of its cache
+        cache = {}
+        extra = accepted(self.model, "position_ids", "logits_to_keep")
         for step in range(self.max_new_tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            ).logits[:, -1]  # (alive, V)
+            options = {"position_ids": positions, "logits_to_keep": 1}
+            out = self.model(
+                input_ids=ids, attention_mask=mask, use_cache=True, **cache, **{name: options[name] for name in extra}
+            )
+            logits = out.logits[:, -1]  # (rows, V)
             if temperature == 0:
                 token = logits.argmax(-1)
                 scored = temper(logits, 1.0)
             else:
                 scored = temper(logits, temperature)
-                token = inverse_cdf(scored, uniforms[alive, step].to(device))
+                token = inverse_cdf(scored, uniforms[rows, step].to(device))
             chosen = scored.log_softmax(-1).gather(-1, token[:, None])[:, 0].tolist()
-            keep = []
-            for j, (i, t) in enumerate(zip(alive, token.tolist(), strict=True)):
-                responses[i].append(t)
-                logprobs[i].append(chosen[j])
-                finished[i] = t in self.eos_ids
+            for j, (i, t) in enumerate(zip(rows, token.tolist(), strict=True)):
                 if not finished[i]:
-                    keep.append(j)
-            if not keep:
+                    responses[i].append(t)
+                    logprobs[i].append(chosen[j])
+                    finished[i] = t in self.eos_ids
+            keep = [j for j, i in enumerate(rows) if not finished[i]]
+            if not keep or step + 1 == self.max_new_tokens:
                 break
+            cache = self._cache(out)
             ids = token[:, None]
-            if len(keep) < len(alive):
+            if len(keep) < len(rows) and all(drops_rows(c) for c in cache.values()):
                 index = torch.tensor(keep, device=device)
-                cache.batch_select_indices(index)
-                ids, mask, alive = ids[index], mask[index], [alive[j] for j in keep]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], -1)
+                for c in cache.values():
+                    keep_rows(c, index)
+                ids, mask, rows = ids[index], mask[index], [rows[j] for j in keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
         return list(zip(responses, finished, logprobs, strict=True))
+
+    def _cache(self, out) -> dict:
+        """What the model keeps of the tokens so far, under the name by which its forward takes it."""
+        for name in ("past_key_values", "cache_params"):
+            if getattr(out, name, None) is not None:
+                return {name: getattr(out, name)}
+        raise UserError(
+            f"--model: found {type(language_model(self.model)).__name__}, which keeps no KV cache, expected a model with one"
+        )
+
+
+def accepted(model, *names: str) -> list[str]:
+    """Those of the names that the forward pass of the model inside its wrappers takes."""
+    parameters = inspect.signature(type(language_model(model)).forward).parameters
+    other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return [name for name in names if name in parameters or other]
+
+
+def drops_rows(cache) -> bool:
+    """Whether rows can be dropped from a cache: transformers' own kinds of layers, or a cache that says how."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import Cache
+
+    if type(cache) is DynamicCache:
+        return all(type(layer).__module__ == "transformers.cache_utils" for layer in cache.layers)
+    return isinstance(cache, Cache) and type(cache).batch_select_indices is not Cache.batch_select_indices
+
+
+def keep_rows(cache, index: torch.Tensor) -> None:
+    """Drop all but these rows of a cache that drops rows."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    if type(cache) is not DynamicCache:
+        cache.batch_select_indices(index)
+        return
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):  # convolution and linear attention, alone or beside attention
+            layer.reorder_cache(index)
+        else:
+            layer.batch_select_indices(index)
 
 
 def inverse_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,11 @@ from common import UserError
 from common.data import Batch
 
 CHUNK = 2**26  # logits made at a time; 256 MiB in float32
-KNOWN_HEADS = weakref.WeakSet()  # output embeddings after which their models were seen to change nothing
+PROBED = 8  # positions on which a model is seen to change its head's logits
+
+
+LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # mean |difference| per token, nats at temperature 1, that rounding can explain
+CHECKED = (8, 64)  # answers, and tokens of each, of which the sampler's log-probs are compared with the scorer's
 
 
 class ResponseScores(NamedTuple):
@@ -26,6 +30,16 @@ class ResponseScores(NamedTuple):
     logprobs: Tensor  # (B, T) log pi(y_t | x, y_<t), nats, carries gradient
     entropy: Tensor  # (B, T) of the next-token distribution, nats, no gradient
     correct: Tensor  # (B, T) 1.0 where y_t was the most likely token, no gradient
+
+
+class Head(NamedTuple):
+    """What was seen of a language-model head: how many logits it makes, and what its model makes of them afterwards."""
+
+    vocabulary: int
+    change: Callable[[Tensor], Tensor] | None  # (..., V) -> (..., V); None where it is no known function
+
+
+HEADS: weakref.WeakKeyDictionary[torch.nn.Module, Head] = weakref.WeakKeyDictionary()
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
@@ -100,8 +114,15 @@ def replaced_forward(module: torch.nn.Module, forward: Callable) -> Iterator[Non
 
 
 def padding_free(config) -> bool:
-    """True where attention keeps sequences of one row apart by their positions, without a mask of L x L."""
-    return (getattr(config, "_attn_implementation", None) or "").startswith("flash_attention")
+    """True where attention keeps sequences of one row apart by their positions, without a mask of L x L.
+
+    A layer of another kind (convolution, linear attention) would carry the state of one sequence into the next.
+    """
+    if not (getattr(config, "_attn_implementation", None) or "").startswith("flash_attention"):
+        return False
+    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+
+    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
 def model_inputs(config, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -123,35 +144,82 @@ def model_inputs(config, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     return {"input_ids": ids[kept][None], "position_ids": positions[kept][None], **limits}, begin
 
 
+def unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
+def known_changes(config) -> list[Callable[[Tensor], Tensor]]:
+    """What models may make of their head's logits by a number in their configuration: nothing, soft-capping, or scaling."""
+
+    def number(name: str) -> float | None:
+        return getattr(config, name, None) or getattr(getattr(config, "text_config", None), name, None)
+
+    found: list[Callable[[Tensor], Tensor]] = [unchanged]
+    for name in ("final_logit_softcapping", "logits_soft_cap"):
+        if cap := number(name):
+            found.append(lambda logits, cap=cap: torch.tanh(logits / cap) * cap)
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if scale := number(name):
+            found += [lambda logits, scale=scale: logits * scale, lambda logits, scale=scale: logits / scale]
+    return found
+
+
+@torch.no_grad()
+def see_head(inner, head, inputs: dict, where: Tensor) -> Head:
+    """What a model makes of its head's logits, from a forward pass that keeps those of a few positions.
+
+    UserError on a model whose logits are not made from its head's, position by position.
+    """
+    make_logits, made, few = head.forward, [], where[:PROBED]
+
+    def record(hidden: Tensor) -> Tensor:
+        made.append(make_logits(hidden.flatten(0, 1).index_select(0, few))[None])
+        return made[-1].clone()
+
+    with replaced_forward(head, record):
+        found = inner(**inputs, use_cache=False).logits
+    if len(made) != 1 or found.shape[:-1] != made[0].shape[:-1]:
+        raise UserError(
+            f"--model: found {type(inner).__name__}, whose logits are not made by its language-model head position by position;"
+            " expected a causal model that makes them so"
+        )
+    vocabulary = made[0].shape[-1]
+    for change in known_changes(inner.config) if found.shape == made[0].shape else ():
+        if torch.equal(change(made[0]).to(found.dtype).nan_to_num(), found.nan_to_num()):
+            return Head(vocabulary, change)
+    return Head(vocabulary, None)
+
+
 def score_positions(model, inputs: dict, where: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """score_tokens of one forward pass -> (3, N), for the tokens that follow the positions `where` of its flattened output.
 
     The model is called, wrapped as it is, with a language-model head that scores these hidden states where it stands, so that
-    logits of other tokens, or of the whole batch, are never made. UserError on a model without such a head, or with one
-    whose logits it changes afterwards (soft-capping, scaling).
+    logits of other tokens, or of the whole batch, are never made. Soft-capped and scaled logits are scored as the model
+    returns them. Where a model changes its head's logits in a way that is not known, the head returns the logits of these
+    positions and what the model makes of them is scored: the same numbers, all N at once. UserError on a model without a head.
     """
     inner = language_model(model)
     head = inner.get_output_embeddings()
     if head is None:
         raise UserError(f"--model: found {type(inner).__name__} without a language-model head, expected a causal model")
-    make_logits, made = head.forward, []
+    if head not in HEADS:
+        HEADS[head] = see_head(inner, head, inputs, where)
+    make_logits, (vocabulary, change), made = head.forward, HEADS[head], []
 
     def score(hidden: Tensor) -> Tensor:  # (B, L, H), or (1, sum of lengths, H)
         kept = hidden.flatten(0, 1).index_select(0, where)
-        made.append(score_hidden(make_logits, kept, targets, inner.config.vocab_size, temperature))
+        if change is None:
+            return make_logits(kept)[None]
+        made.append(score_hidden(lambda part: change(make_logits(part)), kept, targets, vocabulary, temperature))
         return made[0]
 
     with replaced_forward(head, score):
-        scores = model(**inputs, use_cache=False).logits
-    if head not in KNOWN_HEADS:
-        same = len(made) == 1 and scores.shape == made[0].shape and scores.dtype == made[0].dtype
-        if not (same and torch.equal(scores.nan_to_num(), made[0].nan_to_num())):
-            raise UserError(
-                f"--model: found {type(inner).__name__}, which does not return the logits of its head as they are (soft-capped,"
-                f" scaled, or cast to {scores.dtype}), expected plain ones"
-            )
-        KNOWN_HEADS.add(head)
-    return scores
+        out = model(**inputs, use_cache=False).logits
+    if change is None:
+        return score_tokens(out[0], targets, temperature)
+    # a model that caps or scales did so to the scores: they are taken before it, and tied to its output, where engines
+    # wait for the backward pass
+    return out if change is unchanged else made[0] + 0.0 * out.sum()
 
 
 def response_logprobs(model, batch: Batch, temperature: float = 1.0) -> ResponseScores:

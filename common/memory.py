@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from common import UserError, models
 from common.data import Batch
+from common.engines import ran_out_of_memory
 from common.generation import inverse_cdf
-from common.logprobs import KNOWN_HEADS, language_model, score_positions, temper
+from common.logprobs import HEADS, Head, known_changes, language_model, score_positions, temper
 from common.rewards import ScalarModel
 from common.run import flag, mixes_bf16
 
@@ -70,11 +71,12 @@ def without_data(args, config, layers: int, scalar: bool = False, checkpointing:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = copy.deepcopy(config)
-    config.num_hidden_layers, config.num_labels, config.use_cache = layers, 1, False
+    models.text_config(config).num_hidden_layers, config.num_labels = layers, 1
+    attention = "eager" if models.attention(args, config) == "eager" else "sdpa"
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
-        model = models.without_dropout(model)
+        model = kind.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation=attention)
+        model = models.without_noise(model)
         if scalar:
             model = ScalarModel(model)
         if frozen:
@@ -128,7 +130,7 @@ def weights(args, config, scalar: bool = False, frozen: bool = False) -> dict[st
             "trained_numbers": sum(p.numel() for p in trained),
         }
 
-    return per_layer(measure, config.num_hidden_layers)
+    return per_layer(measure, models.text_config(config).num_hidden_layers)
 
 
 def empty_batch(rows: int, length: int, response: int) -> Batch:
@@ -155,15 +157,17 @@ def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False
     finished gradients. logits: part of the peak. saved, if it is to train: what the forward pass leaves.
     """
     length, response = args.max_length, args.max_length - args.max_prompt_length
+    text = models.text_config(config)
 
     def measure(layers: int) -> dict[str, int]:
         model = without_data(args, config, layers, bool(scalar), checkpointing, not train).train(train)
-        with counted(args, model, config.vocab_size) as memory, torch.set_grad_enabled(train):
+        with counted(args, model, text.vocab_size) as memory, torch.set_grad_enabled(train):
             batch = empty_batch(rows, length, response)
             if scalar:
                 out = model(batch, every=scalar == "every")
             else:
-                KNOWN_HEADS.add(language_model(model).get_output_embeddings())  # no values to compare
+                head = language_model(model).get_output_embeddings()  # no values to see its changes by
+                HEADS[head] = Head(text.vocab_size, known_changes(config)[-1])
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
                 positions = torch.zeros(rows * response, dtype=torch.long, device=device())
                 out = score_positions(model, inputs, positions, positions)[0]
@@ -173,7 +177,7 @@ def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False
                     out.sum().backward()
         return {"peak": memory.peak, "logits": memory.peak_logits} | ({"saved": saved} if train else {})
 
-    return per_layer(measure, config.num_hidden_layers)
+    return per_layer(measure, models.text_config(config).num_hidden_layers)
 
 
 def generation_costs(args, config) -> dict[str, int]:
@@ -186,7 +190,7 @@ def generation_costs(args, config) -> dict[str, int]:
 
     def measure(layers: int) -> dict[str, int]:
         model, out = without_data(args, config, layers).eval(), {}
-        with counted(args, model, config.vocab_size) as memory, torch.no_grad():
+        with counted(args, model, models.text_config(config).vocab_size) as memory, torch.no_grad():
             cache = DynamicCache(config=model.config)
             for moment, (length, new) in moments.items():
                 if length > prompt + 1:  # what the steps between leave in the cache
@@ -207,7 +211,7 @@ def generation_costs(args, config) -> dict[str, int]:
                 out |= {f"{moment} {name}": size for name, size in found.items()}
         return out
 
-    found = per_layer(measure, config.num_hidden_layers)
+    found = per_layer(measure, models.text_config(config).num_hidden_layers)
     moment = max(moments, key=lambda m: found[f"{m} peak"])
     return {name: found[f"{moment} {name}"] for name in ("peak", "logits", "kv_cache")}
 
@@ -379,9 +383,7 @@ def print_memory_plan(args) -> None:
 # ---- when there is not enough ----
 def explain_out_of_memory(error: Exception, args, name: str) -> None:
     """UserError in one line if an allocator raised the error: the flag to lower, and the plan of the phases it governs."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    text = str(error).lower()
-    if not (known or any(words in text for words in ("can't allocate memory", "out of memory", "alloc_failed"))):
+    if not ran_out_of_memory(error):
         return
     found = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     phases = {}

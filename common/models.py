@@ -56,26 +56,37 @@ def resolve_model(name: str) -> str:
 def load_tokenizer(args, name: str = "", flag: str = "--model"):
     """Tokenizer of that name, --model unless given. UserError in one line if it cannot be had, has no EOS token, or does
     not fit model and window."""
-    from transformers import AutoTokenizer
-
     name = name or args.model
-    with one_line_error(name, flag):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=args.trust_remote_code)
+    config = text_config(load_config(name, args.trust_remote_code, flag))
+    tokenizer = read_tokenizer(name, args.trust_remote_code, flag)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {name}: found a tokenizer without an EOS token, expected one: responses could not end")
-    check_template(tokenizer, f"{flag} {name}")
-    config = load_config(name, args.trust_remote_code, flag)
-    if len(tokenizer) > config.vocab_size:
+    vocabulary = getattr(config, "vocab_size", None) or len(tokenizer)
+    if len(tokenizer) > vocabulary:
         raise UserError(
-            f"{flag} {name}: found a tokenizer of {len(tokenizer)} tokens but {config.vocab_size} embeddings in the model;"
+            f"{flag} {name}: found a tokenizer of {len(tokenizer)} tokens but {vocabulary} embeddings in the model;"
             " expected a tokenizer made for this model"
         )
-    window = getattr(config, "max_position_embeddings", None)
-    if window and args.max_length > window:
-        raise UserError(
-            f"--max-length: found {args.max_length}, expected at most {window}, the window of {flag} {name}"
-        )
+    check_window(args, config, f"{flag} {name}")
     return tokenizer
+
+
+def check_window(args, config, owner: str) -> None:
+    """UserError where a row, or a prompt with its answer, would be longer than the model's window.
+
+    Absolute positions do not exist beyond it. Rotary ones do, but the model was never trained on them.
+    """
+    window = getattr(config, "max_position_embeddings", None)
+    if not isinstance(window, int) or window <= 0:
+        return
+    if args.max_length > window:
+        raise UserError(f"--max-length: found {args.max_length}, expected at most {window}, the window of {owner}")
+    prompt, answer = getattr(args, "max_prompt_length", 0), getattr(args, "max_new_tokens", 0)  # of what samples
+    if prompt + answer > window:
+        raise UserError(
+            f"--max-new-tokens: found {answer}, {prompt + answer} tokens with --max-prompt-length {prompt}; expected at most"
+            f" {window} in all, the window of {owner}"
+        )
 
 
 def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model"):
@@ -85,38 +96,141 @@ def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
 
 
+def text_config(config):
+    """The part of a configuration that describes the language model; of most models the configuration itself."""
+    return config.get_text_config(decoder=True)
+
+
+def read_tokenizer(name: str, trust_remote_code: bool, flag: str):
+    """The tokenizer of that name as it is. UserError if it, or its chat template, cannot be read."""
+    from transformers import AutoTokenizer
+
+    with one_line_error(name, flag, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+    check_template(tokenizer, f"{flag} {name}")
+    return tokenizer
+
+
 def attention(args, config) -> str:
-    """--attn-implementation; auto: flash attention 3 (on Hopper) or 2 where the model has it, it is installed, and CUDA computes
-    in bf16; else sdpa."""
+    """--attn-implementation. auto: flash attention 3 (on Hopper) or 2 where the model has it, it is installed, and CUDA
+    computes in bf16; else sdpa where the model has it; else eager."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if args.attn_implementation != "auto":
         return args.attn_implementation
     known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    plain = "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"
     if not (torch.cuda.is_available() and uses_bf16(args) and getattr(known, "_supports_flash_attn", False)):
-        return "sdpa"
+        return plain
     if is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == 9:
         return "flash_attention_3"
-    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if is_flash_attn_2_available() else plain
 
 
 def load_model(args, name: str = "", flag: str = "--model"):
-    """Causal language model of that name, --model unless given, with dropout off."""
+    """Causal language model of that name, --model unless given, without noise.
+
+    UserError if it cannot be read, if a weight is missing, or if it is not a causal model.
+    """
     from transformers import AutoModelForCausalLM
 
     name = name or args.model
-    implementation = attention(args, load_config(name, args.trust_remote_code, flag))
-    with one_line_error(name, flag):
-        model = AutoModelForCausalLM.from_pretrained(
+    config = load_config(name, args.trust_remote_code, flag)
+    refuse_other_kinds(config, f"{flag} {name}")
+    implementation = attention(args, config)
+    with one_line_error(name, flag), quiet_load():
+        model, info = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, args.dtype),
             attn_implementation=implementation,
             trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
             **(four_bits(args) if name == args.model else {}),
         )
-    model.config.use_cache = False
-    return without_dropout(model)
+    refuse_missing(info, f"{flag} {name}", "a causal language model, with as many layers as its config.json says")
+    if getattr(model.config, "is_decoder", True) is False:
+        raise UserError(
+            f"{flag} {name}: found {type(model).__name__} with is_decoder false in its config.json, which sees the tokens"
+            " after the one it predicts; expected a causal model"
+        )
+    make_generation_config_valid(model, f"{flag} {name}")
+    freeze_other_modalities(model)
+    return without_noise(model)
+
+
+def refuse_other_kinds(config, owner: str) -> None:
+    """UserError where config.json says that the model was made for another task: its language-model head would be random."""
+    for name in config.architectures or ():
+        if name.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")):
+            raise UserError(f"{owner}: found {name}, expected a causal language model")
+
+
+def refuse_missing(info: dict, owner: str, expected: str, may_miss: frozenset[str] = frozenset()) -> None:
+    """UserError if a checkpoint lacks weights, which transformers would fill with random numbers."""
+    missing = sorted(k for k in info["missing_keys"] if not k.endswith(".rotary_emb.inv_freq") and k not in may_miss)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{owner}: found no weights for {', '.join(missing[:3])}{more}, expected {expected}")
+
+
+def make_generation_config_valid(model, owner: str) -> None:
+    """Drop from the model's generation config what transformers refuses to save, such as a temperature beside greedy search.
+
+    What generate() does stays the same: fields that contradict each other are fields that it does not use.
+    """
+    given = model.generation_config
+    try:
+        given.validate(strict=True)
+        return
+    except (TypeError, ValueError):
+        kept, dropped = type(given)(), []
+    names = [n for n in given.to_diff_dict() if n != "transformers_version"]
+    for name in sorted(names, key=lambda n: n not in ("do_sample", "num_beams")):  # the two that others depend on
+        before = getattr(kept, name, None)
+        setattr(kept, name, getattr(given, name))
+        try:
+            kept.validate(strict=True)
+        except (TypeError, ValueError):
+            setattr(kept, name, before)
+            dropped.append(f"{name} {getattr(given, name)}")
+    model.generation_config = kept
+    warnings.warn(
+        f"{owner}: found a generation_config.json that contradicts itself, left out {', '.join(dropped)}", stacklevel=2
+    )
+
+
+def other_modalities(model) -> dict[str, torch.nn.Module]:
+    """{name: module} of the outermost parts of a model that text never passes through, such as a vision tower."""
+    if text_config(model.config) is model.config:
+        return {}
+    text = {id(m) for part in (model.get_decoder(), model.get_output_embeddings()) for m in part.modules()}
+    found = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not inside and not any(id(m) in text for m in module.modules()):
+            found[name] = module
+    return found
+
+
+def freeze_other_modalities(model) -> None:
+    """Parts that no text passes through have no gradient, and stay as they are."""
+    for module in other_modalities(model).values():
+        module.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def quiet_load():
+    """Without transformers' report of weights that are missing, which are made or refused here, and without its bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def four_bits(args) -> dict:
@@ -138,38 +252,128 @@ def four_bits(args) -> dict:
     return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
-def without_dropout(model):
-    """The same model with every rate of dropout 0: nn.Dropout's, and those that a module keeps for its own use."""
+def without_noise(model):
+    """The same model, and in training mode the same function as in evaluation mode, for as long as it lives.
+
+    Every rate of dropout is 0: nn.Dropout's, and those that a module keeps for its own use. Other noise (a router's jitter or
+    sampled experts) has no common name, so no module of the model enters training mode, except those that recompute
+    activations: they ask for it.
+    """
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
+    kind = type(model)
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    model.__class__ = type(kind.__name__, (kind,), {**names, "train": train_quietly})
     return model
 
 
+def train_quietly(model, mode: bool = True):
+    """Module.train of a model without noise: only modules that recompute activations enter training mode."""
+    torch.nn.Module.train(model, mode)
+    for module in model.modules():
+        if module is not model and not getattr(module, "gradient_checkpointing", False):
+            module.training = False
+    return model
+
+
+# ---- what cannot be loaded, in one line ----
 @contextlib.contextmanager
-def one_line_error(name: str, flag: str = "--model") -> Iterator[None]:
-    """Turn what transformers raises for a model that is not there into one line."""
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
-        raise UserError(
-            f"{flag} {name}: found a LoRA adapter, expected a whole model; merge it first, in Python:"
-            f" peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(folder),"
-            " and save the base model's tokenizer there"
-        )
+def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator[None]:
+    """Turn whatever transformers raises for a model that it cannot load into one line: the flag, what was found, the cause.
+
+    part: what is being read, where it is not the whole model.
+    """
+    offline_if_unreachable(name)
+    if Path(name).is_dir() and (problem := wrong_folder(Path(name))):
+        raise UserError(f"{flag} {name}: {problem}")
     try:
         yield
-    except (OSError, ValueError) as error:
-        target = resolve_model(name) if name != "tiny" else name
-        where = (
-            f"the hub ({target}) could not provide it" if not Path(name).is_dir() else "the folder could not be read"
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(explain_load(name, flag, part, error)) from error
+
+
+def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
+    """One line for an error of loading the model, or the part of it, that `flag` names."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason, text = lines[0][:200], str(error).lower()
+    if "flash_attn" in text or "flash attention" in text or "flash_attention" in text:
+        return (
+            f"--attn-implementation: found flash attention, which cannot be used for {flag} {name}: {reason};"
+            " expected sdpa or eager"
         )
-        reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(
-            f"{flag} {name}: found no local folder ./{name} and {where}; expected a folder made by save_pretrained, or a"
-            f" reachable hub. {reason}"
-            if not Path(name).is_dir()
-            else f"{flag} {name}: {where}: {reason}"
-        ) from error
+    if "attention implementation" in text or "attn_implementation" in text or "scaled_dot_product_attention" in text:
+        return (
+            f"--attn-implementation: found one that {flag} {name} does not support: {reason}; expected auto, which takes"
+            " what it supports, or eager"
+        )
+    if name == "tiny" or Path(name).is_dir():
+        where = "the embedded model" if name == "tiny" else "the folder"
+        if "mismatch" in text:
+            reason = next((line for line in lines if "checkpoint" in line and "model" in line), reason)[:200]
+            return f"{flag} {name}: found weights of other sizes than its config.json says: {reason}"
+        if part:
+            return f"{flag} {name}: found no {part} that can be read in {where}: {reason}; expected what save_pretrained writes"
+        return f"{flag} {name}: {where} could not be read ({type(error).__name__}): {reason}"
+    if is_path(name):
+        return f"{flag} {name}: found no such folder, expected a folder made by save_pretrained, a short name or a hub id"
+    target = resolve_model(name)
+    return (
+        f"{flag} {name}: found no local folder ./{name} and the hub ({target}) could not provide it; expected a folder made by"
+        f" save_pretrained, or a reachable hub. {reason}"
+    )
+
+
+def is_path(name: str) -> bool:
+    """True for a name that can only be a local path: a hub id is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
+
+
+def wrong_folder(folder: Path) -> str:
+    """Why a folder cannot be a model, with what was probably meant; empty if it looks like one."""
+    if (folder / "config.json").is_file():
+        return ""
+    expected = "expected a folder made by save_pretrained, with a config.json"
+    if (folder / "adapter_config.json").is_file():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+            expected = f"expected the whole model: merge the adapter into its base ({base}) with peft's merge_and_unload first"
+        return f"found a LoRA adapter without its base model, {expected}"
+    inside = [name for name in ("final", "sft", "reward") if (folder / name / "config.json").is_file()]
+    if inside:
+        return f"found a run directory, expected a model: did you mean {' or '.join(str(folder / n) for n in inside)}?"
+    if (folder / "args.json").is_file():
+        return f"found a run directory without a final model, {expected}"
+    if not any(folder.iterdir()):
+        return f"found an empty folder, {expected}"
+    return f"found no config.json in the folder, {expected}"
+
+
+HUB_SECONDS = 10  # to get any answer from the hub; its client would try again and again, for every file
+
+
+def offline_if_unreachable(name: str) -> None:
+    """Before a model is asked of the hub: if the hub does not answer, use what is in its cache, without trying every file."""
+    if name != "tiny" and not Path(name).exists() and not is_path(name):
+        probe_hub()
+
+
+@functools.cache
+def probe_hub() -> None:
+    """Ask the hub for any answer once per process; without one, turn its client's offline mode on."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # no name, no route, no answer, no certificate: all the same to who wants a model
+        print(f"{constants.ENDPOINT} does not answer: only what is in its cache can be used", file=sys.stderr)
+        constants.HF_HUB_OFFLINE = True
 
 
 def autocast_forward(run, model):
@@ -222,7 +426,10 @@ def add_lora(model, args, task_type: str = "CAUSAL_LM"):
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type=task_type)
+    config = LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type=task_type,
+        exclude_modules=[f"{outer}.{n}" for outer, m in other_modalities(model).items() for n, _ in m.named_modules() if n],
+    )  # fmt: skip
     model = get_peft_model(model, config)
     for p in model.parameters():
         if not p.requires_grad and not p.is_meta:
@@ -285,8 +492,15 @@ def tiny_path() -> Path:
         return path
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f".{path.name}.lock", "w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.parent / f".{path.name}.lock", "w")
+    except OSError as error:
+        raise UserError(
+            f"--model tiny: found no cache folder {path.parent} that can be written ({error.strerror}), expected one: set"
+            " CLEANIRL_CACHE"
+        ) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_dir():
             partial = path.with_name(f".partial_{path.name}")

@@ -3,11 +3,11 @@
 Dims: B sequences, L prompt + response tokens, T response tokens, H hidden size.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from common import UserError, logprobs, models
 from common.data import (
     Batch,
     cache_folder,
-    check_template,
     end_of_turn,
     end_texts,
     follow,
@@ -91,20 +90,22 @@ class ExactLinear(torch.nn.Linear):
             return F.linear(hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
-def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) -> ScalarModel:
-    """The model of that name with a scalar head, dropout off.
+def load_scalar_model(
+    args, name: str, flag: str, head_seed: int | None = None, only_check: bool = False
+) -> ScalarModel:
+    """The model of that name with a scalar head, without noise.
 
     head_seed: make a head N(0, 1/(H+1)) from this seed where the model has none, as N+ and Stiennon et al. do; without
-    it a model without a head is a UserError.
+    it a model without a head is a UserError. only_check: read what its files hold, but not the weights.
     """
     from transformers import AutoModelForSequenceClassification
 
-    kind = {}
+    kind = {"device_map": "meta"} if only_check else {}
     if head_seed is not None:
         config = models.load_config(name, args.trust_remote_code, flag)
         kind = {"attn_implementation": models.attention(args, config)}
-    try:
-        with models.one_line_error(name, flag), quiet_load():
+    with models.one_line_error(name, flag), models.quiet_load():
+        try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 models.resolve_model(name),
                 num_labels=1,
@@ -114,36 +115,21 @@ def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) 
                 key_mapping={"^score_head": "score"},  # safe-rlhf's name of the head (beaver)
                 **kind,
             )
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise UserError(f"{flag} {name}: found a classifier of several labels, expected one label") from error
-    missing = sorted(k for k in info["missing_keys"] if not k.endswith(".rotary_emb.inv_freq"))
-    may_miss = set() if head_seed is None else {"score.weight"}
-    if set(missing) - may_miss:
-        expected = "a model with a scalar head" if head_seed is None else "a causal model, or a classifier on one"
-        raise UserError(f"{flag} {name}: found no weights for {', '.join(missing[:3])}, expected {expected}")
+        except RuntimeError as error:
+            if "mismatch" not in str(error) or not re.search(r"\b(score|score_head|classifier)\.", str(error)):
+                raise
+            raise UserError(f"{flag} {name}: found a classifier of several labels, expected one label") from error
+    expected = "a model with a scalar head" if head_seed is None else "a causal model, or a classifier on one"
+    missing = info["missing_keys"]
+    models.refuse_missing(
+        info, f"{flag} {name}", expected, frozenset() if head_seed is None else frozenset({"score.weight"})
+    )
     if "score.weight" in missing:
         stream = torch.Generator().manual_seed(head_seed)
         hidden = model.score.weight.shape[1]
         with torch.no_grad():
             model.score.weight.copy_(torch.randn(1, hidden, generator=stream) / math.sqrt(hidden + 1))
-    model.config.use_cache = False
-    return ScalarModel(models.without_dropout(model))
-
-
-@contextlib.contextmanager
-def quiet_load():
-    """Without transformers' report of a head that is missing, which is made or refused here, and without its bars."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+    return ScalarModel(models.without_noise(model))
 
 
 def prepare_scalar(args, name: str, flag: str) -> ScalarModel:
@@ -237,12 +223,8 @@ class GoldReward:
 
 def gold_sequences(args, rows: list[dict], responses: list[str], config) -> list[tuple[list[int], list[int]]]:
     """[(prompt ids, response ids with EOS)] in the gold model's tokens, cut to its window."""
-    from transformers import AutoTokenizer
-
     name = args.gold_reward_model
-    with models.one_line_error(name, FLAG):
-        tokenizer = AutoTokenizer.from_pretrained(models.resolve_model(name), trust_remote_code=args.trust_remote_code)
-    check_template(tokenizer, f"{FLAG} {name}")
+    tokenizer = models.read_tokenizer(name, args.trust_remote_code, FLAG)
     texts = []
     for row in rows:
         try:
@@ -252,7 +234,7 @@ def gold_sequences(args, rows: list[dict], responses: list[str], config) -> list
     prompts, ends = tokenise_prompts(tokenizer, texts), end_texts(tokenizer)
     bare = [without_end(t, ends) for t in responses]
     alone = tokenise(tokenizer, bare, split_special=True)  # of an answer that no ids continue the prompt with
-    window = getattr(config, "max_position_embeddings", None) or 4096
+    window = getattr(models.text_config(config), "max_position_embeddings", None) or 4096
     end, out = end_of_turn(tokenizer), []
     for prompt, answer, own in zip(prompts, follow(tokenizer, texts, bare), alone, strict=True):
         answer = [*(own if answer is None else answer), end][: window - 1]

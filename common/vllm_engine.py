@@ -22,14 +22,12 @@ from common import UserError, engines
 from common.data import collate
 from common.engines import evaluating
 from common.generation import Rollout, stop_tokens
-from common.logprobs import language_model, response_logprobs
+from common.logprobs import CHECKED, LIMITS, language_model, response_logprobs
 from common.run import fingerprint, require, uses_bf16
 
 VLLM_METRICS = {  # name -> meaning, unit, range; of every phase of generation
     "sampling/vllm_logp_difference": "mean |log pi (trainer) - log pi (vLLM)| per token of answers just sampled; rounding",
 }
-LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # nats per token at temperature 1, above which a run stops
-CHECKED = (8, 64)  # answers, and tokens of each, that the trainer scores again after every phase
 SHARD_BYTES = 2**30  # of the files that carry weights to an engine in a process of its own
 
 ENVIRONMENT = {  # unless the user has set them

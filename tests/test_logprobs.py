@@ -204,13 +204,60 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
     assert chunked < 6 * 2 * 2**20 + 8 * 2**20
 
 
-@pytest.mark.parametrize(
-    ("architecture", "overrides"),
-    [("gemma2", {"head_dim": 4, "final_logit_softcapping": 5.0}), ("cohere", {"logit_scale": 0.3})],
-)
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(architecture, overrides):
-    with pytest.raises(UserError, match="--model: found .* does not return the logits of its head as they are"):
-        response_logprobs(tiny_model(architecture, **overrides), collate(SEQUENCES, 0))
+CHANGED = {  # architecture -> the number by which it changes the logits of its head, and what else it needs
+    "gemma2": {"head_dim": 4, "final_logit_softcapping": 0.5},
+    "gemma3_text": {"head_dim": 4, "final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0},
+    "hyperclovax": {"logits_scaling": 4.0},
+    "nanochat": {"final_logit_softcapping": 0.5},
+    "recurrent_gemma": {"logits_soft_cap": 0.5, "lru_width": 16},
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize("architecture", CHANGED)
+def test_soft_capped_and_scaled_logits_are_scored_as_the_model_returns_them(architecture, known, monkeypatch):
+    """Value and gradient of the full logits, in chunks where the change is known, at once where it is not."""
+    monkeypatch.setattr(logprobs, "CHUNK", 11 * 3)
+    if not known:
+        monkeypatch.setattr(logprobs, "known_changes", lambda config: [])
+    model, batch = tiny_model(architecture, **CHANGED[architecture]), collate(SEQUENCES, 0)
+    with torch.no_grad():  # logits far enough from 0 for the change to show
+        model.get_output_embeddings().weight.mul_(20)
+    ours, full = response_logprobs(model, batch, 0.7), full_scores(model, batch, 0.7)
+    for found, want in zip(ours, full, strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients(model, ours.logprobs), gradients(model, full[0]), rtol=0, atol=1e-12)
+    seen = logprobs.HEADS[model.get_output_embeddings()]
+    assert (seen.change is not None) == known and seen.vocabulary == 11
+    hidden = torch.randn(1, 3, 16, dtype=torch.float64)
+    plain = model.get_output_embeddings()(hidden)
+    assert not known or not torch.equal(seen.change(plain), plain)
+
+
+class Shorter(torch.nn.Module):
+    """A model that leaves out the last words of its head, and one whose logits are not its head's at all."""
+
+    def __init__(self, inner, made: bool):
+        super().__init__()
+        self.inner, self.made, self.config = inner, made, inner.config
+
+    def get_output_embeddings(self):
+        return self.inner.get_output_embeddings()
+
+    def forward(self, **inputs):
+        logits = self.inner(**inputs).logits
+        return SimpleNamespace(logits=logits[..., :8] if self.made else logits.new_zeros(4, 9, 11))
+
+
+def test_a_head_with_more_rows_than_words_is_scored_over_the_words():
+    model, batch = Shorter(tiny_model("llama"), True), collate(SEQUENCES, 0)
+    for found, want in zip(response_logprobs(model, batch), full_scores(model, batch, 1.0), strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    with pytest.raises(UserError, match="--model: found Shorter, whose logits are not made by its language-model head"):
+        response_logprobs(Shorter(tiny_model("llama"), False), batch)
 
 
 # ---- without padding ----
