@@ -672,7 +672,7 @@ def logprob(model, prompt: list[int], response: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo"])
 def test_without_demonstrations_a_run_is_dpo_or_ipo_written_out(done, place, kind):
-    """Plain torch on the same batches: pair by pair, unpadded, torch's RMSprop, a cosine with one warm-up update."""
+    """Plain torch on the same batches: pair by pair, unpadded, RMSprop, a cosine with one warm-up update."""
     from transformers import AutoModelForCausalLM
 
     rows = read_pairs(place / kind / "generations" / "preferences.parquet")
@@ -702,7 +702,8 @@ def test_without_demonstrations_a_run_is_dpo_or_ipo_written_out(done, place, kin
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = 5e-4 if step == 0 else 1e-3 * (1 + math.cos(math.pi * (step - 1) / 7)) / 2
+            rate = 5e-4 if step == 0 else 1e-3 * (1 + math.cos(math.pi * (step - 1) / 7)) / 2
+            optimizer.param_groups[0]["lr"] = rate * math.sqrt(1 - 0.99 ** (step + 1))  # torch's has no bias correction
             optimizer.step()
             assert logged[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
             step += 1
