@@ -8,7 +8,8 @@ y and the policy's own answer y~, which it gives anew in each of T outer iterati
 
 Not the paper: D1 log-probs are summed over the response tokens with EOS (paper silent). D2 beta stands inside the sigmoid, as in
 irft.py. D3 one learning-rate schedule over the whole run (paper silent). D4 an epoch passes once over both sets, a part of each
-in every update, with weights such that the updates average to w1 mean_D + mean_P (paper silent).
+in every update, with weights such that the updates average to w1 mean_D + mean_P (paper silent). D5 w1 is by default the balance
+of both parts: beta/2 in Eq. 10, whose -log pi is a sum over tokens and at w1 = 1 leaves DPO a twentieth of the say.
 
 Dims: B pairs, T response tokens (T alone, as a flag, is the number of outer iterations).
 
@@ -58,8 +59,9 @@ class Args(RunArgs):
     """the demonstrations' part: irft_loss against the policy's own answers (Eq. 11), or -log pi (Eq. 10), without answers."""
     preference_loss: Literal["dpo", "ipo"] = "dpo"
     """the preferences' part: -log sigmoid(beta d) (Eq. 10, 11), or (d - 1/(2 beta))^2 of IPO."""
-    demo_weight: float = 1.0
-    """w1, >= 0: weight of the demonstrations beside the preferences' 1. 0 is DPO or IPO: no demonstration is trained on."""
+    demo_weight: float | Auto = "auto"
+    """w1, >= 0: weight of the demonstrations beside the preferences' 1. 0 is DPO or IPO: no demonstration is trained on.
+    auto (ours): the balance, at which a nat of log pi weighs as much in both parts at first; beta/2 for Eq. 10, 1 for Eq. 11."""
     preference_dataset: str = "auto"
     """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations.
     none: no preferences, which makes self_play IRFT and direct SFT."""
@@ -84,6 +86,8 @@ class Args(RunArgs):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("beta", "temperature"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        if self.demo_weight == "auto":
+            self.demo_weight = 1.0 if self.preference_dataset == "none" else balance(self)
         for name in ("demo_weight", "max_preferences"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(
@@ -96,11 +100,11 @@ class Args(RunArgs):
         )  # fmt: skip
 
     def needs_demonstrations(self) -> bool:
-        return self.demo_weight > 0
+        return self.demo_weight != 0
 
 
 METRICS = {  # name -> meaning, unit, range
-    "loss": "w1 demonstrations/loss + preferences/loss, over an epoch; (1 + w1) log 2 at the start (self_play, dpo)",
+    "loss": "w1 demonstrations/loss + preferences/loss, over an epoch; (1 + w1) log 2 at the start (self_play, dpo; w1 = 1)",
     "preferences/loss": "dpo_loss or ipo_loss, mean over pairs; log 2 = 0.693 (dpo), 1 / (4 beta^2) (ipo) at the start, falls",
     "rewards/chosen": "beta (log pi - log pi_ref) of chosen responses; 0 at the start, should not fall far",
     "rewards/rejected": "the same of rejected responses; 0 at the start, falls",
@@ -175,6 +179,17 @@ def ipo_loss(
         raise ValueError(f"beta must be > 0, got {beta}")
     d = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,)
     return (d - 1 / (2 * beta)) ** 2
+
+
+def balance(args: Args) -> float:
+    """The w1 at which both parts pull alike at the start: slope of a preference's loss over slope of a demonstration's.
+
+    Slopes are in 1/nat of log pi of the preferred response, at d = 0: -log pi has 1 (--objective direct), irft_loss and dpo_loss
+    have beta/2, ipo_loss has 1/beta. So self_play with dpo has 1, direct with dpo beta/2: 0.05 at the paper's beta.
+    """
+    half = args.beta / 2
+    preference = half if args.preference_loss == "dpo" else 1 / args.beta
+    return preference / (1.0 if args.objective == "direct" else half)
 
 
 def mixed_loss(policy, rows: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

@@ -536,7 +536,8 @@ def ppo_update(
             def loss_fn(part, scale=scale):
                 return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
 
-            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, lr))
+            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
+            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
             first = steps[0]["sampling/logp_difference"]
             if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
                 raise UserError(
@@ -578,10 +579,10 @@ class IRL:
             models.autocast_forward(run, rewards.prepare_scalar(args, args.model, "--model")) for _ in range(2)
         )
         actor_critic = ActorCritic(policy, value)
-        adam = (args.adam_epsilon, args.weight_decay)
+        adam = dict(eps=args.adam_epsilon, weight_decay=args.weight_decay)
         self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
-            actor_critic, make_optimizer(args.optimizer, actor_critic.parameters(), *adam),
-            reward_model, make_optimizer(args.optimizer, reward_model.parameters(), *adam),
+            actor_critic, make_optimizer(args.optimizer, policy.parameters(), value.parameters(), **adam),
+            reward_model, make_optimizer(args.optimizer, reward_model.parameters(), **adam),
         )  # fmt: skip
         self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
         self.generator = make_generator(run, self.bare.policy, tokenizer)
@@ -612,8 +613,8 @@ class IRL:
                         return losses * scale, stats
 
                     lr = learning_rate_at(step, total, args.sft_learning_rate, args.warmup_ratio, "cosine")
-                    row = run.step(
-                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate"
+                    row = run.step(  # the value model rests
+                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, (lr, 0.0), "sft_learning_rate"
                     )
                     if (step + 1) % args.logging_steps == 0:
                         run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
@@ -744,6 +745,8 @@ class IRL:
                 row = add_advantages(rollouts, args)
                 with run.timed("update"):
                     warmup = int(steps.updates * args.value_warmup_ratio)  # D2
+                    if u == warmup:
+                        self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
                     after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
                     lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
                     row |= ppo_update(

@@ -554,7 +554,8 @@ def test_without_demonstrations_the_reward_step_is_that_of_rlhf(make_run, langua
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         left = {"aihf": (1 - math.cos(math.pi * (6 - k) / 5)) / 2, "aihf_ppo": (6 - k) / 5}[name]  # aihf.py: a cosine
-        stepper.param_groups[0]["lr"] = 1e-3 * (left if k else 0.5)  # one step of warm-up
+        unbiased = math.sqrt(1 - 0.99 ** (k + 1)) if optimizer == "rmsprop" else 1.0  # what torch's RMSprop lacks
+        stepper.param_groups[0]["lr"] = 1e-3 * (left if k else 0.5) * unbiased  # one step of warm-up
         stepper.step()
         losses.append(loss.item())
     rows = [r for r in metrics(run.dir) if "reward/loss" in r]

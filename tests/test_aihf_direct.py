@@ -42,7 +42,8 @@ LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
 
 
 def arguments(**given) -> aihf_direct.Args:
-    args = aihf_direct.Args(**{"mixed_precision": "no", "max_grad_norm": 1e9, "beta": BETA, **given})
+    usual = {"mixed_precision": "no", "max_grad_norm": 1e9, "beta": BETA, "demo_weight": 1.0}
+    args = aihf_direct.Args(**{**usual, **given})
     resolve_auto(args, aihf_direct.SETTINGS)
     return args
 
@@ -490,6 +491,42 @@ def test_direct_aihf_of_a_table_is_stationary_at_the_papers_closed_form():
     assert gradient.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.4])
+@pytest.mark.parametrize("objective, kind", OBJECTIVES)
+def test_w1_is_by_default_the_balance_of_both_parts(objective, kind, beta):
+    """At policy = reference a nat of log pi weighs as much in one demonstration as in one preference: read off the gradient.
+
+    Four actions, a policy and reference without preference among them; 0 is preferred to 1, 2 is demonstrated, 3 the answer.
+    """
+    args = arguments(objective=objective, preference_loss=kind, beta=beta, demo_weight="auto")
+    args.check()
+    expected = {("direct", "dpo"): beta / 2, ("direct", "ipo"): 1 / beta, ("self_play", "dpo"): 1.0}
+    assert args.demo_weight == pytest.approx(expected.get((objective, kind), 2 / beta**2), rel=1e-12)
+    ref = dict(ref_chosen=-math.log(4), ref_rejected=-math.log(4))
+    answered = objective == "self_play"
+    shown = [
+        {"prompt_ids": [0], "chosen_ids": [2], "rejected_ids": [3] if answered else None, **(ref if answered else {})}
+    ]
+    preferred = [{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [1], **ref}]
+
+    def slopes() -> tuple[float, float]:
+        """(of the demonstration, of the preference) per nat of log pi of the response that is raised."""
+        rows = weighted_rows(shown, preferred, [([0], [0])], 0, args)
+        found = -one_step(rows, args, model=table(np.zeros(4)))[0]
+        return (found[2] - found[3]).item() / (2 if answered else 1), (found[0] - found[1]).item() / 2
+
+    demonstration, preference = slopes()
+    assert preference == pytest.approx(beta / 2 if kind == "dpo" else 1 / beta, rel=1e-6)
+    assert demonstration == pytest.approx(preference, rel=1e-6)
+    args.demo_weight *= 3
+    assert slopes() == pytest.approx((3 * preference, preference), rel=1e-6)
+    alone = arguments(
+        objective=objective, preference_loss=kind, preference_dataset="none", dataset="pydoc", demo_weight="auto"
+    )
+    alone.check()
+    assert alone.demo_weight == 1.0  # nothing to be balanced with: IRFT's and SFT's own loss
+
+
 # ---- runs ----
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -589,7 +626,7 @@ def done(place):
     cases["both"] = argv(place, "both", *both, data="both.jsonl")
     cases["both_dpo"] = argv(place, "both_dpo", *both, "--demo-weight", "0", data="both.jsonl")
     cases["dry"] = argv(place, "dry", "--T", "3", "--num-train-epochs", "2", "--dry-run")
-    one = ["--batch-size", "5", "--learning-rate", "1e-4", "--lr-scheduler-type", "linear"]
+    one = ["--batch-size", "5", "--learning-rate", "2e-4", "--lr-scheduler-type", "linear"]
     cases["one"] = argv(place, "one", *one)
     scenarios = [{"argv": words, "mark": name} for name, words in cases.items()]
     for i, (name, at, n) in enumerate(KILLS):
@@ -684,7 +721,7 @@ def logprob(model, prompt: list[int], response: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo"])
 def test_without_demonstrations_a_run_is_dpo_or_ipo_written_out(done, place, kind):
-    """Plain torch on the same batches: pair by pair, unpadded, torch's RMSprop, a cosine with one warm-up update."""
+    """Plain torch on the same batches: pair by pair, unpadded, RMSprop, a cosine with one warm-up update."""
     from transformers import AutoModelForCausalLM
 
     rows = read_pairs(place / kind / "generations" / "preferences.parquet")
@@ -714,7 +751,8 @@ def test_without_demonstrations_a_run_is_dpo_or_ipo_written_out(done, place, kin
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = 5e-4 if step == 0 else 1e-3 * (1 + math.cos(math.pi * (step - 1) / 7)) / 2
+            rate = 5e-4 if step == 0 else 1e-3 * (1 + math.cos(math.pi * (step - 1) / 7)) / 2
+            optimizer.param_groups[0]["lr"] = rate * math.sqrt(1 - 0.99 ** (step + 1))  # torch's has no bias correction
             optimizer.step()
             assert logged[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
             step += 1
@@ -885,7 +923,7 @@ def test_first_losses_that_are_not_those_of_a_coinciding_reference_end_the_run(g
 def test_two_processes_give_the_weights_of_one(done, place):
     """Uneven shares of batches in which the two sets are uneven too."""
     assert done["one"][0] == 0 and moved(place / "one") > 1e-3
-    flags = ["--batch-size", "5", "--learning-rate", "1e-4", "--lr-scheduler-type", "linear"]
+    flags = ["--batch-size", "5", "--learning-rate", "2e-4", "--lr-scheduler-type", "linear"]
     words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, "two", *flags)]
     run(words, ACCELERATE_USE_CPU="true")
     a, b = weights(place / "one"), weights(place / "two")

@@ -549,7 +549,8 @@ def ppo_step(run, actor_critic, rollouts, micro: int = 1024, **given):
     """(gradient, logged row) of ppo_update on a copy: plain descent at rate 1 moves the weights by minus the gradient."""
     model = copy.deepcopy(actor_critic)
     run.args.per_device_train_batch_size = micro
-    row = rft.ppo_update(run, model, torch.optim.SGD(model.parameters(), lr=0.0), rollouts, 1.0, 0, **given)
+    groups = [{"params": list(part.parameters())} for part in (model.policy, model.value)]
+    row = rft.ppo_update(run, model, torch.optim.SGD(groups, lr=0.0), rollouts, 1.0, 0, **given)
     pairs = zip(actor_critic.parameters(), model.parameters(), strict=True)
     return torch.cat([(a - b).detach().flatten() for a, b in pairs]), row
 
