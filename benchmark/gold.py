@@ -1,16 +1,17 @@
 """A gold reward model for experiments at small scale, and the data that goes with it.
 
-Real (prompt, response) rows are split in two by a hash of the prompt. One half makes preferences: the row's own response is
-chosen over another row's, so the gold reward says how well a text fits its prompt; with --sampler, in half of the pairs over
-that policy's own sample, so it also says how far a text reads like a person's. A classifier with one label is trained
-on these by the Bradley-Terry loss. The other half is for policies, as demonstrations.jsonl. (The embedded model, from which gold
-reward and policies start, was trained as a language model on all training rows of pydoc; held-out rows nobody has seen.)
+Prompts are cut to --prompt-chars first and split then. Families of nearly the same prompts stay together
+(benchmark/families.py): nothing is trained on a held-out prompt, or on one of its family. The training rows are split in two
+by a hash of the family. One half makes preferences: the row's own response is chosen over another row's, so the gold reward
+says how well a text fits its prompt; with --sampler, in half of the pairs over that policy's own sample, so it also says how
+far a text reads like a person's. A classifier with one label is trained on these by the Bradley-Terry loss. The other half is
+for policies, as demonstrations.jsonl. (The embedded model, from which gold reward and policies start, was trained as a
+language model on all training rows of pydoc; held-out rows nobody has seen.)
 
     python benchmark/gold.py --dataset pydoc --output-dir runs/gold
     python benchmark/gold.py --split-only --output-dir runs/split        # the two files of rows alone
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rft  # noqa: E402
+from benchmark.families import family_names, in_first_half  # noqa: E402
 from common import evals, models, rewards  # noqa: E402
 from common.data import encode, load_rows  # noqa: E402
 from common.generation import make_generator  # noqa: E402
@@ -80,8 +82,23 @@ def short_rows(args: Args, split: str) -> list[dict]:
     return rows
 
 
+def split_rows(args: Args) -> tuple[list[dict], list[dict], int]:
+    """(training rows, held-out rows, how many rows were left out), each row with the name of its family.
+
+    A family goes where the source has the row whose prompt names it. Its rows on the other side are left out, not moved:
+    a model may have been trained on the source's own training rows.
+    """
+    test, train = short_rows(args, "test"), short_rows(args, "train")
+    names = family_names([r["prompt"] for r in [*test, *train]])
+    rows = [{**r, "family": name} for r, name in zip([*test, *train], names, strict=True)]
+    test, train = rows[: len(test)], rows[len(test) :]
+    led_by_test = {r["family"] for r in test if r["prompt"] == r["family"]}
+    kept = [r for r in train if r["family"] not in led_by_test], [r for r in test if r["family"] in led_by_test]
+    return *kept, len(rows) - len(kept[0]) - len(kept[1])
+
+
 def for_gold(row: dict) -> bool:
-    return hashlib.sha256(b"gold" + row["prompt"].encode()).digest()[0] % 2 == 0
+    return in_first_half(row["family"], "gold")
 
 
 def with_others(rows: list[dict], *key: int) -> list[dict]:
@@ -116,7 +133,11 @@ def accuracy(run, model, pairs: list[dict]) -> float:
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     run = Run(args, "gold", METRICS)
-    train_rows, test_rows = short_rows(args, "train"), short_rows(args, "test")
+    train_rows, test_rows, dropped = split_rows(args)
+    run.say(
+        f"gold: {len(train_rows)} training and {len(test_rows)} held-out rows of --dataset; {dropped} left out, whose family"
+        " is on the other side"
+    )
     train_rows = [train_rows[i] for i in data_order(len(train_rows), args.seed)[: args.max_samples or len(train_rows)]]
     lines = {"demonstrations": [r for r in train_rows if not for_gold(r)], "held_out": test_rows}
     for name, kept in lines.items():

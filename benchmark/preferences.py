@@ -1,15 +1,13 @@
 """Preferences with a known reward: two samples of a policy to each prompt, compared by a gold reward model.
 
 The label is drawn from the Bradley-Terry model that the algorithms assume, P(a over b) = sigmoid(gold(a) - gold(b)), as with
-synthetic labellers in Gao et al., arXiv:2210.10760. Prompts come from the part of the data that is not given away as
-demonstrations: the half of --dataset (rows with odd hash of the prompt) that this script reads; the other half goes to
-demonstrations.jsonl.
+synthetic labellers in Gao et al., arXiv:2210.10760. --dataset is split in two by a hash of the family of the prompt
+(benchmark/families.py). One half goes to demonstrations.jsonl; the prompts of the other half are answered and labelled here.
 
     python benchmark/preferences.py --model runs/base/final --gold-reward-model runs/gold/final
         --dataset runs/gold/demonstrations.jsonl
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -19,8 +17,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmark.families import family_names, in_first_half  # noqa: E402
 from common import evals, models, rewards  # noqa: E402
-from common.data import encode, load_rows  # noqa: E402
+from common.data import encode, load_rows, plain_prompt  # noqa: E402
 from common.generation import make_generator  # noqa: E402
 from common.run import BaseArgs, Run, main, parse_args  # noqa: E402
 
@@ -35,10 +34,6 @@ class Args(BaseArgs):
     """prompts to make a pair for, > 0."""
 
 
-def for_demonstrations(row: dict) -> bool:
-    return hashlib.sha256(b"split" + json.dumps(row["prompt"]).encode()).digest()[0] % 2 == 0
-
-
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -47,9 +42,11 @@ def make(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     run = Run(args, "preferences", {})
     rows = load_rows(args.dataset, "all")
-    given = [{"prompt": r["prompt"], "completion": r["response"]} for r in rows if for_demonstrations(r)]
+    names = family_names([plain_prompt(r["prompt"]) for r in rows])
+    shown = [in_first_half(name, "split") for name in names]
+    given = [{"prompt": r["prompt"], "completion": r["response"]} for r, own in zip(rows, shown, strict=True) if own]
     write_jsonl(run.dir / "demonstrations.jsonl", given)
-    asked = [r for r in rows if not for_demonstrations(r)][: args.max_preferences]
+    asked = [r for r, own in zip(rows, shown, strict=True) if not own][: args.max_preferences]
     asked = encode(asked, tokenizer, args.max_length, args.max_prompt_length)
     policy = models.for_inference(run, models.load_model(args))
     generator = make_generator(run, policy, tokenizer)

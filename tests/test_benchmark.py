@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_classifier, make_data, make_model, run
+from helpers import ROOT, jsonl, make_classifier, make_model, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -15,6 +15,7 @@ from common.evals import bootstrap_interval
 
 sys.path.append(str(ROOT / "benchmark"))
 import aihf_table
+import families
 import gold
 import irl_table
 
@@ -46,8 +47,60 @@ def place(tmp_path_factory):
     weights = load_file(folder / "gold" / "model.safetensors")
     weights["score.weight"] *= 10  # differences of a few units: labels that are neither coin flips nor certain
     save_file(weights, folder / "gold" / "model.safetensors", metadata={"format": "pt"})
-    make_data(folder / "data.jsonl", 240)
+    rows = package_rows(80)
+    jsonl(folder / "data.jsonl", rows)
+    jsonl(folder / "cut.jsonl", [{**r, "prompt": r["prompt"].partition("\n")[0]} for r in rows])
     return folder
+
+
+def package_rows(n: int) -> list[dict]:
+    """n families of three rows: two prompts that differ only beyond what gold.py keeps of them, and one with a word more."""
+    words = "return the number of items in list open file and read it".split()
+    stream, rows = np.random.default_rng(0), []
+    for i in range(n):
+        head = " ".join(stream.choice(words, 8))
+        for prompt in (
+            f"{head}\n{'x' * 160} library {i}",
+            f"{head}\n{'x' * 160} headers {i}",
+            f"one {head}\n{'x' * 160}",
+        ):
+            rows.append({"prompt": prompt, "completion": f"{head.split()[0]} {len(rows)}."})
+    return rows
+
+
+def head_of(prompt: str) -> str:
+    return prompt.partition("\n")[0].removeprefix("one ")
+
+
+def test_families_are_texts_that_share_half_of_their_runs_of_words():
+    texts = [
+        "libfoo1 is a fast library for parsing of XML files, version 1.2",
+        "libfoo2 is a FAST library for parsing of\nXML files, version 2.0",
+        "libfoo is a fast library for parsing of XML files (headers)",
+        "an entirely different thing that draws pictures",
+        "short",
+        "short",
+        "1 + 1",
+    ]
+    names = families.family_names(texts)
+    assert [names.index(n) for n in names] == [0, 0, 0, 3, 4, 4, 6] and set(names) <= set(texts)
+    chain = ["a b c d e f", "a b c d e z", "z b c d e z", "k l m n"]  # the second alone joins the third to the first
+    runs = [families.word_runs(t) for t in chain]
+    assert [len(runs[0] & r) / len(runs[0] | r) for r in runs] == [1, 3 / 5, 2 / 6, 0]
+    assert len(set(families.family_names(chain))) == 2 and len(set(families.family_names(chain[::2]))) == 2
+
+
+def test_families_are_found_as_by_comparing_every_two_texts():
+    stream = np.random.default_rng(0)
+    texts = [" ".join(stream.choice(list("abcd"), stream.integers(1, 9))) for _ in range(150)]
+    runs = [families.word_runs(t) for t in texts]
+    group = list(range(len(texts)))
+    for i in range(len(texts)):
+        for j in range(i):
+            if len(runs[i] & runs[j]) / len(runs[i] | runs[j]) >= 0.5:
+                group = [group[j] if g == group[i] else g for g in group]
+    names = families.family_names(texts)
+    assert len(set(group)) > 10 and [group.index(g) for g in group] == [names.index(n) for n in names]
 
 
 def test_every_row_is_paired_once_with_another_one():
@@ -77,12 +130,15 @@ def trained(place):
     return place / "out"
 
 
-def test_gold_reward_and_policies_share_no_prompt(trained, place):
+def test_gold_reward_policies_and_held_out_rows_share_no_family(trained, place):
     given, held = lines(trained / "demonstrations.jsonl"), lines(trained / "held_out.jsonl")
-    everything = {r["prompt"] for r in lines(place / "data.jsonl")}
-    asked, kept = {r["prompt"] for r in given}, {r["prompt"] for r in held}
-    assert asked and kept and not asked & kept and asked | kept < everything
-    assert not any(gold.for_gold(r) for r in given)
+    train, test, dropped = gold.split_rows(gold.Args(dataset=str(place / "data.jsonl")))
+    labelled = [r for r in train if gold.for_gold(r)]
+    assert len(train) + len(test) + dropped == 240 and len(given) == len(train) - len(labelled)
+    assert [r["prompt"] for r in held] == [r["prompt"] for r in test]
+    heads = [{head_of(r["prompt"]) for r in rows} for rows in (given, labelled, held)]
+    assert all(heads) and len(set.union(*heads)) == sum(map(len, heads))  # nothing is in two of them
+    assert len(heads[0]) < len(given) and 0 < dropped < 240 / 4
     for name in ("demonstrations", "held_out"):
         assert (trained / f"{name}.jsonl").read_bytes() == (place / "split" / f"{name}.jsonl").read_bytes()
     assert not (place / "split" / "final").exists()
@@ -100,10 +156,10 @@ def test_gold_reward_learns_both_kinds_of_pairs(trained):
 def test_preferences_follow_bradley_terry_with_the_gold_reward(place):
     """Labels are drawn with probability sigmoid of the difference, from the named stream; no prompt is demonstrated too."""
     words = [sys.executable, "benchmark/preferences.py", "--model", str(place / "model"), "--gold-reward-model"]
-    words += [str(place / "gold"), "--dataset", str(place / "data.jsonl"), *SMALL, "--max-preferences", "60"]
+    words += [str(place / "gold"), "--dataset", str(place / "cut.jsonl"), *SMALL, "--max-preferences", "60"]
     run([*words, "--output-dir", str(place / "preferences")])
     pairs, given = (lines(place / "preferences" / f"{name}.jsonl") for name in ("preferences", "demonstrations"))
-    assert len(pairs) == 60 and not {p["prompt"] for p in pairs} & {r["prompt"] for r in given}
+    assert len(pairs) == 60 and not {head_of(p["prompt"]) for p in pairs} & {head_of(r["prompt"]) for r in given}
     margin = scores(place / "gold", pairs, "chosen") - scores(place / "gold", pairs, "rejected")
     uniform = np.random.default_rng(1).random(60)
 
