@@ -425,9 +425,9 @@ def train(args: Args) -> None:
                 advance(1)
         measure(t + 1)
         position.update(outer_iteration=t + 1)
-    evals.print_table(run, "start", method)
     equation = "Eq. 10" if args.objective == "direct" else "Eq. 11"
     path = run.save_final(policy, tokenizer, run.model_card(method, f"arXiv:2406.06874, {equation}"))
+    evals.print_table(run, "start", method)
     run.say(f"model: {path}")
     run.end()
 

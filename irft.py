@@ -317,8 +317,8 @@ def train(args: Args) -> None:
         measure(t + 1)
         position.update(outer_iteration=t + 1)
     method = "SPIN" if args.T == 1 else "IRFT"
-    evals.print_table(run, "start", method)
     path = run.save_final(policy, tokenizer, run.model_card(method, "arXiv:2405.17888"))
+    evals.print_table(run, "start", method)
     run.say(f"model: {path}")
     run.end()
 

@@ -824,10 +824,10 @@ def train(args: Args) -> None:
         f" {run.world} process(es), {run.dir}"
     )
     irl.learn()
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
     reward_path = rewards.save_reward(run, irl.reward_model, "IRL", "arXiv:2503.13538, Alg. 1", "demonstrations")
     card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
     path = run.save_final(irl.actor_critic, tokenizer, card, part="policy")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 

@@ -663,10 +663,10 @@ def train(args: Args) -> None:
         f" {steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
     )
     rft.learn()
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
     reward_path = rewards.save_reward(run, rft.reward_model, "RFT", "arXiv:2405.17888, Alg. 1", "demonstrations")
     card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
     path = run.save_final(rft.actor_critic, tokenizer, card, part="policy")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 

@@ -155,8 +155,8 @@ def train(args: Args) -> None:
                 run.stop_if_asked(position)
                 advance(1)
         measure(epoch + 1)
-    evals.print_table(run, "start", "SFT")
     path = run.save_final(policy, tokenizer, run.model_card("SFT", "arXiv:2405.17888, Eq. 1"))
+    evals.print_table(run, "start", "SFT")
     run.say(f"model: {path}")
     run.end()
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import UserError  # noqa: E402
 from common.data import read_pairs  # noqa: E402
 from common.evals import TABLE, bootstrap_interval  # noqa: E402
-from common.run import main  # noqa: E402
+from common.run import main, read_metrics  # noqa: E402
 
 COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee"]
 BETTER = {"eval/nll": "lower is better", "eval/rouge_l": "higher is better", "eval/logps/gap": "higher is better"}
@@ -48,7 +48,7 @@ def load(directory: Path) -> dict[int, dict[str, np.ndarray]]:
 
 def steps_of(directory: Path) -> dict[int, int]:
     """{iteration: optimizer steps done} at each evaluation."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(directory / "metrics.jsonl")
     return {r["outer_iteration"]: r["step"] for r in rows if "eval/nll" in r}
 
 

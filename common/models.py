@@ -114,8 +114,15 @@ def load_model(args, name: str = "", flag: str = "--model"):
             trust_remote_code=args.trust_remote_code,
             **(four_bits(args) if name == args.model else {}),
         )
+    refuse_not_finite(model, name, flag)
     model.config.use_cache = False
     return without_dropout(model)
+
+
+def refuse_not_finite(model, name: str, flag: str) -> None:
+    """UserError if a weight of a loaded model is not a finite number, as of a run that diverged."""
+    if broken := engines.not_finite(model):
+        raise UserError(f"{flag} {name}: found weights that are not finite ({broken}), expected numbers")
 
 
 def four_bits(args) -> dict:

@@ -124,6 +124,7 @@ def load_scalar_model(args, name: str, flag: str, head_seed: int | None = None) 
         hidden = model.score.weight.shape[1]
         with torch.no_grad():
             model.score.weight.copy_(torch.randn(1, hidden, generator=stream) / math.sqrt(hidden + 1))
+    models.refuse_not_finite(model, name, flag)
     model.config.use_cache = False
     return ScalarModel(models.without_dropout(model))
 
