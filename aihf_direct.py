@@ -17,6 +17,11 @@ Laptop CPU, minutes:   python aihf_direct.py
 The paper's run:       accelerate launch aihf_direct.py --model mistral-7b-sft-beta
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal

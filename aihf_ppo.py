@@ -19,6 +19,11 @@ Laptop CPU, minutes:   python aihf_ppo.py
 The paper's run:       accelerate launch aihf_ppo.py --model pythia-1b
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -16,6 +16,11 @@ Laptop CPU, minutes:   python irft.py
 The paper's run:       accelerate launch irft.py --T 5 --model zephyr-7b-sft-full
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal

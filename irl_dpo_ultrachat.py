@@ -19,6 +19,11 @@ Laptop CPU, minutes:   python irl_dpo_ultrachat.py
 The paper's run:       accelerate launch irl_dpo_ultrachat.py --model mistral-7b-sft-beta
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import functools
 import hashlib
 import json

@@ -20,6 +20,11 @@ The paper's run, with the expert's weights in DIR (docs/irl_ppo_tldr.md):
 accelerate launch irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR --eval-preference-dataset tldr-preferences
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import dataclasses
 import math
 from dataclasses import dataclass

@@ -14,6 +14,11 @@ Laptop CPU, a minute:   python sft.py
 At scale:               accelerate launch sft.py --model zephyr-7b-sft-full
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 from dataclasses import dataclass
 from typing import Literal
 

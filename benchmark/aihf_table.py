@@ -5,6 +5,11 @@ Intervals are 95% bootstrap over held-out rows of the mean over seeds.
     python benchmark/aihf_table.py --runs runs/aihf_small --output runs/aihf_small
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import json
 import sys
 from dataclasses import dataclass

@@ -6,6 +6,11 @@ over held-out rows of the mean over seeds; with two seeds or more the standard d
     python benchmark/compare.py --runs SFT=runs/a,runs/b SPIN=runs/c,runs/d --output runs/table
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import json
 import sys
 from dataclasses import dataclass

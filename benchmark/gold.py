@@ -10,6 +10,11 @@ reward and policies start, was trained as a language model on all training rows 
     python benchmark/gold.py --split-only --output-dir runs/split        # the two files of rows alone
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import hashlib
 import json
 import sys

@@ -9,6 +9,11 @@ demonstrations.jsonl.
         --dataset runs/gold/demonstrations.jsonl
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import hashlib
 import json
 import sys

@@ -26,9 +26,9 @@ def catch(handler: Callable | int | None = None) -> None:
 
 
 def stop_before_start(number: int, _) -> None:
-    """Nothing has been written yet that could be continued: end at once."""
+    """No run has begun that could be continued: end at once."""
     if os.environ.get("RANK", "0") == "0":
-        tell(f"{signal.Signals(number).name}: stopped before anything was written", 2)
+        tell(f"{signal.Signals(number).name}: stopped", 2)
     os._exit(128 + number)
 
 
