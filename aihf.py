@@ -21,6 +21,11 @@ Laptop CPU, minutes:   python aihf.py
 The paper's run:       accelerate launch aihf.py --model mistral-7b-sft-beta
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -677,11 +682,11 @@ def train(args: Args) -> None:
         f" {args.num_generations} answers, {run.world} process(es), {run.dir}"
     )
     aihf.learn()
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
     centred_on = "chosen responses" if "rejected_ids" in held_rows[0] else "demonstrations"
     reward_path = rewards.save_reward(run, aihf.reward_model, method, "arXiv:2406.06874, Alg. 1", centred_on)
     card = run.model_card(method, "arXiv:2406.06874, Alg. 1")
     path = run.save_final(aihf.policy, tokenizer, card)
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 

@@ -18,6 +18,11 @@ Laptop CPU, minutes:   python aihf_direct.py
 The paper's run:       accelerate launch aihf_direct.py --model mistral-7b-sft-beta
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -441,9 +446,9 @@ def train(args: Args) -> None:
                 advance(1)
         measure(t + 1)
         position.update(outer_iteration=t + 1)
-    evals.print_table(run, "start", method)
     equation = "Eq. 10" if args.objective == "direct" else "Eq. 11"
     path = run.save_final(policy, tokenizer, run.model_card(method, f"arXiv:2406.06874, {equation}"))
+    evals.print_table(run, "start", method)
     run.say(f"model: {path}")
     run.end()
 

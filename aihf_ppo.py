@@ -19,6 +19,11 @@ Laptop CPU, minutes:   python aihf_ppo.py
 The paper's run:       accelerate launch aihf_ppo.py --model pythia-1b
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -736,11 +741,11 @@ def train(args: Args) -> None:
         f" {run.world} process(es), {run.dir}"
     )
     aihf.learn()
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
     centred_on = "chosen responses" if "rejected_ids" in held_rows[0] else "demonstrations"
     reward_path = rewards.save_reward(run, aihf.reward_model, method, "arXiv:2406.06874, Alg. 1", centred_on)
     card = run.model_card(method, "arXiv:2406.06874, Alg. 1")
     path = run.save_final(aihf.actor_critic, tokenizer, card, part="policy")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 

@@ -14,6 +14,11 @@ Laptop CPU, a minute:   python evaluate.py
 After a run of rft.py:  python evaluate.py --model runs/x/final --ref-model runs/x/sft --reward-model runs/x/reward
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import contextlib
 from dataclasses import dataclass
 

@@ -16,6 +16,11 @@ Laptop CPU, minutes:   python irft.py
 The paper's run:       accelerate launch irft.py --T 5 --model zephyr-7b-sft-full
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -318,8 +323,8 @@ def train(args: Args) -> None:
         measure(t + 1)
         position.update(outer_iteration=t + 1)
     method = "SPIN" if args.T == 1 else "IRFT"
-    evals.print_table(run, "start", method)
     path = run.save_final(policy, tokenizer, run.model_card(method, "arXiv:2405.17888"))
+    evals.print_table(run, "start", method)
     run.say(f"model: {path}")
     run.end()
 

@@ -19,6 +19,11 @@ Laptop CPU, minutes:   python irl_dpo_ultrachat.py
 The paper's run:       accelerate launch irl_dpo_ultrachat.py --model mistral-7b-sft-beta
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import functools
 import hashlib
 import json
@@ -747,10 +752,10 @@ def train(args: Args) -> None:
         f" candidates, {run.world} process(es), {run.dir}"
     )
     irl.learn()
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
     reward_path = rewards.save_reward(run, irl.reward_model, "IRL", "arXiv:2503.13538, Alg. 1", "demonstrations")
     card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
     path = run.save_final(irl.policy, tokenizer, card)
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 

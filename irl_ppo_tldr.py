@@ -20,6 +20,11 @@ The paper's run, with the expert's weights in DIR (docs/irl_ppo_tldr.md):
 accelerate launch irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR --eval-preference-dataset tldr-preferences
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -823,10 +828,10 @@ def train(args: Args) -> None:
         f" {run.world} process(es), {run.dir}"
     )
     irl.learn()
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
     reward_path = rewards.save_reward(run, irl.reward_model, "IRL", "arXiv:2503.13538, Alg. 1", "demonstrations")
     card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
     path = run.save_final(irl.actor_critic, tokenizer, card, part="policy")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 

@@ -20,6 +20,11 @@ The paper's run, from a pythia-1.4b that sft.py has fine-tuned on all of HH (doc
 accelerate launch rft.py --model runs/base/final --max-samples 0 --select-top-k 10000 --gold-reward-model beaver-7b-v3.0-reward
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -667,10 +672,10 @@ def train(args: Args) -> None:
         f" {steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
     )
     rft.learn()
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
     reward_path = rewards.save_reward(run, rft.reward_model, "RFT", "arXiv:2405.17888, Alg. 1", "demonstrations")
     card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
     path = run.save_final(rft.actor_critic, tokenizer, card, part="policy")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 

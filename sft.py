@@ -14,6 +14,11 @@ Laptop CPU, a minute:   python sft.py
 At scale:               accelerate launch sft.py --model zephyr-7b-sft-full
 """
 
+if __name__ == "__main__":
+    from common import terminal
+
+    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,8 +160,8 @@ def train(args: Args) -> None:
                 run.stop_if_asked(position)
                 advance(1)
         measure(epoch + 1)
-    evals.print_table(run, "start", "SFT")
     path = run.save_final(policy, tokenizer, run.model_card("SFT", "arXiv:2405.17888, Eq. 1"))
+    evals.print_table(run, "start", "SFT")
     run.say(f"model: {path}")
     run.end()
 

@@ -5,6 +5,11 @@ Intervals are 95% bootstrap over held-out rows of the mean over seeds.
     python benchmark/aihf_table.py --runs runs/aihf_small --output runs/aihf_small
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import json
 import sys
 from dataclasses import dataclass
@@ -17,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.tables import mean_and_interval  # noqa: E402
 from common import UserError  # noqa: E402
 from common.evals import bootstrap_interval, read_columns, wins  # noqa: E402
-from common.run import main  # noqa: E402
+from common.run import main, read_metrics  # noqa: E402
 
 METHODS = {  # folder -> label
     "sft": "SFT", "dpo": "DPO", "ipo": "IPO", "spin": "SPIN", "rlhf": "RLHF (online DPO)", "rlhf_ppo": "RLHF (PPO)",
@@ -63,7 +68,7 @@ def load(directory: Path) -> Run:
     """Evaluations of a run, by the optimizer steps done. UserError if it has not finished."""
     if not (directory / "final" / "manifest.json").is_file():
         raise UserError(f"--runs: found no finished run in {directory}, expected one of every method, seed and ratio")
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(directory / "metrics.jsonl")
     steps = [r["step"] for r in rows if "eval/nll" in r]
     found = {}
     for step, path in zip(steps, sorted((directory / "evals").glob("[0-9]*.parquet")), strict=True):
@@ -149,7 +154,7 @@ def reward_table(runs: dict[str, list[Run]], folders: dict[str, list[Path]]) -> 
 
 
 def last_logged(directory: Path, name: str) -> float:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(directory / "metrics.jsonl")
     return [r[name] for r in rows if name in r][-1]
 
 

@@ -6,6 +6,11 @@ over held-out rows of the mean over seeds; with two seeds or more the standard d
     python benchmark/compare.py --runs SFT=runs/a,runs/b SPIN=runs/c,runs/d --output runs/table
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import json
 import sys
 from dataclasses import dataclass
@@ -18,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import UserError  # noqa: E402
 from common.data import read_pairs  # noqa: E402
 from common.evals import TABLE, bootstrap_interval  # noqa: E402
-from common.run import main  # noqa: E402
+from common.run import main, read_metrics  # noqa: E402
 
 COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee"]
 BETTER = {"eval/nll": "lower is better", "eval/rouge_l": "higher is better", "eval/logps/gap": "higher is better"}
@@ -48,7 +53,7 @@ def load(directory: Path) -> dict[int, dict[str, np.ndarray]]:
 
 def steps_of(directory: Path) -> dict[int, int]:
     """{iteration: optimizer steps done} at each evaluation."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(directory / "metrics.jsonl")
     return {r["outer_iteration"]: r["step"] for r in rows if "eval/nll" in r}
 
 

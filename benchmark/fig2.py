@@ -5,6 +5,11 @@ Intervals are 95% bootstrap over held-out rows of the mean over seeds; thin line
     python benchmark/fig2.py --runs runs/1/rft runs/2/rft --output runs/fig2
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import json
 import sys
 from dataclasses import dataclass

@@ -3,6 +3,11 @@
 python benchmark/phases.py --run runs/rft
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import json
 import re
 import sys

@@ -130,8 +130,9 @@ def read_file(path: Path, flag: str) -> list:
             return read_pairs(path)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # pyarrow's errors are of these types
+        cause = error.__context__ if isinstance(error, BrokenFile) else error
         kind = "readable Parquet" if path.suffix == ".parquet" else "UTF-8 text"
-        raise UserError(f"{flag}: found {path}, expected {kind} ({' '.join(str(error).split())[:160]})") from None
+        raise UserError(f"{flag}: found {path}, expected {kind} ({' '.join(str(cause).split())[:160]})") from None
     if path.suffix == ".jsonl" or holds_lines(text):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
@@ -928,7 +929,21 @@ def write_pairs(path: Path, rows: list[dict]) -> None:
     os.replace(partial, path)
 
 
+class BrokenFile(UserError, ValueError):
+    """A Parquet file that cannot be read."""
+
+
 def read_pairs(path: Path) -> list[dict]:
+    """Rows of a Parquet file. BrokenFile, in one line, if it is not whole."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(path).to_pylist()
+    try:
+        return pq.read_table(path).to_pylist()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these types
+        reason = " ".join(str(error).split())[:160]
+        raise BrokenFile(
+            f"{path}: found no readable Parquet ({reason}); if a run wrote it, delete it and --resume the run: it makes the file"
+            " again, or says that it cannot"
+        ) from None

@@ -8,6 +8,7 @@ weights exist inside `whole` alone, gathered once, so that processes may then do
 import contextlib
 import copy
 import logging
+import math
 import os
 import shutil
 import weakref
@@ -263,6 +264,31 @@ def ran_out_of_memory(error: Exception) -> bool:
     """Whether an allocator raised the error, on any device."""
     words = ("can't allocate memory", "out of memory", "alloc_failed")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module) -> str:
+    """Name of a parameter of which this process's part is not finite, or nothing."""
+    found = {}
+    for name, p in model.named_parameters():
+        part = p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if is_dtensor(p) else p
+        if part.is_floating_point() and part.numel():
+            found[name] = torch.linalg.vector_norm(part, torch.inf).float()  # no copy of the weights, unlike isfinite
+    sizes = torch.stack(list(found.values())).tolist() if found else []
+    return next((name for name, size in zip(found, sizes, strict=True) if not math.isfinite(size)), "")
+
+
+def probe(model: nn.Module, loss_fn, rows: list) -> float:
+    """Mean of loss_fn's losses of the rows under a prepared model, without gradient. All processes call it together."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        losses, _ = loss_fn(rows)
+    model.train(was_training)
+    for part in model.modules():
+        if hasattr(part, "reshard"):  # FSDP2 keeps what is outside its layers whole until a backward pass
+            part.reshard()
+    return losses.double().mean().item()
 
 
 # ---- checkpoints ----

@@ -264,6 +264,11 @@ def prepare_held_out(
     """Rejected responses, reference log-probs and gold rewards. `reference` is the model `generator` samples from."""
     path = run.dir / "evals" / "reference.parquet"
     if not path.exists():
+        if any("eval/nll" in row for row in run.logged()):
+            raise UserError(
+                f"--resume: found no {path}, expected what the first policy said of the held-out rows; this one has been trained"
+                " since, so it cannot be made again: start a new run"
+            )
         with_gold = bool(run.args.gold_reward_model)
         sampled_rows = rows if with_gold else [r for r in rows if "rejected_ids" not in r]
         with run.phase("reference on held-out rows", len(rows) * 3 + len(sampled_rows), step=0) as advance:

@@ -154,6 +154,7 @@ def load_model(args, name: str = "", flag: str = "--model"):
             f"{flag} {name}: found {type(model).__name__} with is_decoder false in its config.json, which sees the tokens"
             " after the one it predicts; expected a causal model"
         )
+    refuse_not_finite(model, name, flag)
     make_generation_config_valid(model, f"{flag} {name}")
     freeze_other_modalities(model)
     return without_noise(model)
@@ -231,6 +232,12 @@ def quiet_load():
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def refuse_not_finite(model, name: str, flag: str) -> None:
+    """UserError if a weight of a loaded model is not a finite number, as of a run that diverged."""
+    if broken := engines.not_finite(model):
+        raise UserError(f"{flag} {name}: found weights that are not finite ({broken}), expected numbers")
 
 
 def four_bits(args) -> dict:

@@ -129,6 +129,7 @@ def load_scalar_model(
         hidden = model.score.weight.shape[1]
         with torch.no_grad():
             model.score.weight.copy_(torch.randn(1, hidden, generator=stream) / math.sqrt(hidden + 1))
+    models.refuse_not_finite(model, name, flag)
     return ScalarModel(models.without_noise(model))
 
 

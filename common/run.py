@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -10,9 +12,11 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from common import UserError, engines
+from common import UserError, engines, terminal
 from common.data import collate, read_pairs, stop_at_end_of_turn, write_pairs
 
 Auto = Literal["auto"]
@@ -223,6 +227,10 @@ def parse_args(cls, description: str, settings: dict[str, dict]):
         if not path.is_file():
             raise UserError(f"--resume: found no args.json in {args.resume}, expected a run directory")
         saved = json.loads(path.read_text())["args"]
+        same = args.output_dir == "auto" or Path(args.output_dir).resolve() == Path(args.resume).resolve()
+        require(
+            same, "output_dir", args.output_dir, f"none beside --resume {args.resume}, which goes on in its own folder"
+        )
         default = cls()
         for field in dataclasses.fields(cls):
             given = getattr(args, field.name)
@@ -242,13 +250,63 @@ def parse_args(cls, description: str, settings: dict[str, dict]):
     return args
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Gloo", "gloo")
+
+
 def main(script_main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError becomes one line on stderr and exit status 2."""
+    """Run a script's main; a UserError becomes one line on stderr and exit status 2.
+
+    A signal ends it with one line and status 128 + its number (Run._on_signal). A stream that is closed, or on a full disk,
+    costs what is printed and nothing else; the latter gives status 1.
+    """
+    terminal.catch()
+    terminal.be_patient()
+    status: int | str | None = 0
     try:
-        script_main()
-    except UserError as error:
+        try:
+            script_main()
+        except Exception as error:
+            status = report_failure(error)
+        else:
+            if lost := terminal.lost_output():
+                print(f"error: stdout: {lost}; what was printed is lost, nothing else is", file=sys.stderr)
+                status = 1
+    except SystemExit as stop:
+        status = stop.code
+    if "RANK" in os.environ and status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)  # the launcher ends the other ranks
+    if status:
+        sys.exit(status)
+
+
+def report_failure(error: Exception) -> int:
+    """Say what ended a script -> its exit status. An error that is not the user's is raised again, with what is saved in it."""
+    if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2) if "RANK" in os.environ else sys.exit(2)
+        return 2
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        after = Run.hint and f"; free space, then{Run.hint}"
+        print(f"error: {error}{after}", file=sys.stderr, flush=True)
+        return 2
+    if "RANK" not in os.environ:
+        if Run.hint:
+            error.add_note(f"What is saved is kept;{Run.hint}")
+        raise error
+    rank = os.environ["RANK"]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in str(error) for word in PEER_ENDED):
+        time.sleep(1)  # a signal to all ranks may be on its way to this one
+        print(f"rank {rank} lost another rank, whose message says why", file=sys.stderr, flush=True)
+        return 1
+    traceback.print_exception(error)
+    print(
+        f"rank {rank} failed: {type(error).__name__}: {error}. What is saved is kept;{Run.hint}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return 1
 
 
 def expected_processes() -> int:
@@ -377,9 +435,31 @@ def names_flag_when_out_of_memory(name: str):
     return decorate
 
 
+def leaves_nothing_half_written(method):
+    """Of a method of Run that writes a folder by way of .partial_*: a failed write becomes one line, and its part is removed."""
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            for partial in self.dir.glob(".partial_*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError) and "os error" not in str(error):  # as safetensors words its own
+                raise
+            reason = " ".join(str(error).split())[:200]
+            after = Run.hint and f"; free space, then{Run.hint}"
+            raise UserError(f"the model could not be written to {self.dir} ({reason}){after}") from error
+
+    return wrapped
+
+
 class Run:
     """One run of one script: its processes, its directory, its log and its checkpoints."""
 
+    hint: ClassVar[str] = ""  # how to continue the run of this process, once it can be
     engine = "plain"  # engines.engine_name
     views: ClassVar[dict] = {}  # prepared model -> its view
 
@@ -424,14 +504,16 @@ class Run:
         if os.environ.get("OMP_NUM_THREADS") is None and self.accelerator.device.type == "cpu" and self.world > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
         set_seed(args.seed)
+        self.stop_requested, self.stop_signal = 0.0, 0  # when a stop was asked for, and by which signal
+        self.in_updates = False  # whether weights change
+        self.probe: tuple | None = None  # of the last update, for refuse_diverged
+        terminal.catch(self._on_signal)
         self._make_directory()
         if log_with:
             project.logging_dir = str(self.dir)
             self.accelerator.init_trackers("cleanirl", config=flat_config(args))
-        self.stop_requested, self.in_updates = 0.0, False  # when a stop was asked for; whether weights change
         self.saved, self.last_step = "", 0  # position of the last checkpoint; step of the last row of metrics
         self.seconds: dict[str, float] = {}
-        signal.signal(signal.SIGTERM, self._on_sigterm)
 
     # ---- directory ----
     def _make_directory(self) -> None:
@@ -440,44 +522,62 @@ class Run:
 
         problem = None
         if self.is_main:
-            if self.args.output_dir == "auto" and not self.args.resume:
-                stamp = time.strftime("%Y%m%d-%H%M%S")
-                self.dir = Path("runs") / f"{self.script}__{self.args.seed}__{stamp}"
-            if not self.args.resume and self.dir.exists() and any(self.dir.iterdir()):
-                problem = f"--output-dir: {self.dir} already holds files; expected a new or empty folder"
-                problem += f", or --resume {self.dir}" if self.can_resume else ""
-            else:
-                for name in ("samples", "evals", *(("generations", "checkpoint") if self.can_resume else ())):
-                    (self.dir / name).mkdir(parents=True, exist_ok=True)
-                if not self.args.resume:
-                    write_json(
-                        self.dir / "args.json",
-                        {"script": self.script, "args": dataclasses.asdict(self.args), **environment()},
-                    )
+            try:
+                self._open_directory()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"--output-dir: {self.dir} could not be made: {error}; expected a folder that can be written"
         message = broadcast_object_list([problem, str(self.dir)])
         if message[0]:
             raise UserError(message[0])
         self.dir = Path(message[1])
 
-    def _on_sigterm(self, *_) -> None:
+    def _open_directory(self) -> None:
+        from common.inputs import changed_inputs, digests  # it imports this file
+
+        args = self.args
+        if args.output_dir == "auto" and not args.resume:
+            self.dir = new_directory(Path("runs") / f"{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+        used = f"--output-dir: {self.dir} already holds files; expected a new or empty folder"
+        used += f", or --resume {self.dir}" if self.can_resume else ""
+        if not args.resume and self.dir.exists() and not untouched(self.dir):
+            raise UserError(used)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.dir)
+        if args.resume:
+            changed_inputs(args, json.loads((self.dir / "args.json").read_text()))
+        elif not untouched(self.dir):  # another process was faster
+            raise UserError(used)
+        for name in ("samples", "evals", *(("generations", "checkpoint") if self.can_resume else ())):
+            (self.dir / name).mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            made_by = {"script": self.script, "args": dataclasses.asdict(args), "inputs": digests(args)}
+            write_json(self.dir / "args.json", {**made_by, **environment()})
+        if self.can_resume:
+            Run.hint = f" continue with --resume {self.dir}"
+
+    def _on_signal(self, number: int, _=None) -> None:
         """Between updates there is something to save: stop_if_asked does it. Elsewhere the last checkpoint says it all.
 
         A launcher that is stopped with its processes passes the signal on: one that comes again at once is the same.
         """
         if not self.in_updates or (self.stop_requested and time.time() - self.stop_requested > 10):
-            self._stop()
-        self.stop_requested = self.stop_requested or time.time()
+            self._stop(number)
+        self.stop_requested, self.stop_signal = self.stop_requested or time.time(), self.stop_signal or number
 
-    def _stop(self) -> None:
-        self.say("SIGTERM: stopped" + (f"; continue with --resume {self.dir}" if self.can_resume else ""))
-        sys.exit(143)
+    def _stop(self, number: int) -> None:
+        if self.is_main:
+            terminal.tell(f"{signal.Signals(number).name}: stopped{Run.hint and f';{Run.hint}'}", 1)
+        terminal.leave(number)
 
     def stop_if_asked(self, position: dict) -> None:
-        """After SIGTERM on any rank: write a checkpoint and exit with status 143 on all ranks."""
-        asked = torch.tensor(float(self.stop_requested > 0), device=self.accelerator.device)
-        if self.accelerator.reduce(asked).item() > 0:
+        """After a signal on any rank: write a checkpoint and exit on all ranks, with status 128 + its number."""
+        asked = torch.tensor([float(self.stop_signal == n) for n in terminal.SIGNALS], device=self.accelerator.device)
+        asked = self.accelerator.reduce(asked).tolist()
+        if any(asked):
             self.save_checkpoint(position)
-            self._stop()
+            self._stop(next(n for n, found in zip(terminal.SIGNALS, asked, strict=True) if found))
 
     def finished(self) -> bool:
         """True, and says so, if --resume names a run that has its final model."""
@@ -492,20 +592,27 @@ class Run:
 
     # ---- metrics ----
     def log(self, row: dict[str, float], **axis: int) -> None:
-        """Append one row to metrics.jsonl. KeyError on a name that METRICS does not describe."""
+        """Append one row to metrics.jsonl, null for what is not a finite number; an eval/nll that is none is a UserError.
+
+        KeyError on a name that METRICS does not describe.
+        """
         if unknown := row.keys() - self.metrics.keys():
             raise KeyError(f"describe {sorted(unknown)} in METRICS")
         self.last_step = max(self.last_step, axis.get("step", 0))
         if self.is_main:
             with open(self.dir / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({**axis, **row}) + "\n")
+                f.write(json.dumps({**axis, **without_nan(row)}, allow_nan=False) + "\n")
         if self.args.report_to != "none":
             self.accelerator.log(row, step=axis.get("step"))
+        if not math.isfinite(nll := row.get("eval/nll", 0.0)):
+            raise UserError(
+                f"training diverged: found eval/nll {nll} on held-out rows, expected a finite number; no model was saved"
+            )
 
     def logged(self) -> list[dict]:
         """Rows of metrics.jsonl so far."""
         path = self.dir / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_metrics(path) if path.exists() else []
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int, updates: bool = False, **axis: int) -> Iterator[Callable[[int], None]]:
@@ -633,7 +740,7 @@ class Run:
         rates = lr if isinstance(lr, tuple) else (lr,) * len(optimizer.param_groups)
         for group, own in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = own * bias_correction(optimizer)
-        names, totals = [], 0.0
+        names, totals, fresh = [], 0.0, not optimizer.state
         for i, (part, share) in enumerate(parts):
             last = i == most - 1
             with contextlib.nullcontext() if last or self.engine != "plain" else self.accelerator.no_sync(model):
@@ -647,14 +754,49 @@ class Run:
         row["grad_norm"] = engines.clip(self.accelerator, model, self.args.max_grad_norm)
         row["learning_rate"] = max(rates)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            found = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
-            raise UserError(
-                f"training diverged: found {found}, expected finite numbers; nothing of this update was kept."
-                f" Lower {flag(rate)}; last good checkpoint: {self.last_checkpoint() or 'none yet'}"
-            )
+            raise self._diverged(row, rows, rate, fresh)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.probe = model, loss_fn, parts[0][0], rate
         return row
+
+    def _diverged(self, row: dict[str, float], rows: list[dict], rate: str, fresh: bool) -> UserError:
+        """Why an update's loss is not finite, as far as it can be known. fresh: its optimizer has not moved a weight yet."""
+        found = f"found loss {row['loss']}, gradient norm {row['grad_norm']}, expected finite numbers"
+        if bad := next(((k, v) for r in rows for k, v in r.items() if has_nan(v)), None):
+            values = bad[1] if isinstance(bad[1], list) else [bad[1]]
+            value = next(v for v in values if not math.isfinite(v))
+            return UserError(f"{found}: a row of this update holds {bad[0]} {value}, which was computed before it")
+        if fresh:
+            numbers = [(f.name, getattr(self.args, f.name)) for f in dataclasses.fields(self.args)]
+            large = [f"{flag(n)} {v:g}" for n, v in numbers if isinstance(v, float) and not abs(v) < 1e6]
+            where = f"look at {', '.join(large)}" if large else "look at the model, its --dtype, and the data"
+            return UserError(
+                f"first update: {found}; it has moved no weight yet, so {flag(rate)} is not the cause: {where}"
+            )
+        return UserError(
+            f"training diverged: {found}; nothing of this update was kept."
+            f" Lower {flag(rate)}; last good checkpoint: {self.last_checkpoint() or 'none yet'}"
+        )
+
+    def refuse_diverged(self) -> None:
+        """UserError, on all ranks, unless what is about to be saved is of use: all weights of the prepared models are finite
+        numbers, and so is the loss of rows of the last update now that it is made. Weights of 1e30 are finite."""
+        names = [name for m in self.accelerator._models if (name := engines.not_finite(m))]
+        loss, rate = 0.0, "learning_rate"
+        if self.probe is not None:
+            *probe, rate = self.probe
+            loss = engines.probe(*probe)
+        bad = torch.tensor([float(bool(names)), float(not math.isfinite(loss))], device=self.accelerator.device)
+        bad = self.accelerator.reduce(bad, reduction="sum").tolist()
+        if any(bad):
+            where = f"weights that are not finite ({names[0] if names else 'on another rank'})" if bad[0] else ""
+            where = where or f"loss {loss if not math.isfinite(loss) else math.nan} after the last update"
+            raise UserError(
+                f"training diverged: found {where}, expected finite numbers; they were not saved."
+                f" Lower {flag(rate)}; last good checkpoint: {self.last_checkpoint() or 'none yet'}"
+            )
+        self.probe = None
 
     # ---- checkpoints ----
     def last_checkpoint(self) -> Path | None:
@@ -672,6 +814,7 @@ class Run:
         folder = self.dir / "checkpoint"
         if self.saved == str(position):
             return
+        self.refuse_diverged()
         final = folder / f"{position['outer_iteration']:04d}_{position['step']:08d}"
         partial = folder / f".partial_{final.name}"
         error = None
@@ -772,12 +915,14 @@ class Run:
             f"```\n{' '.join(['python', *sys.argv])}\n```\n\nAll settings: `args.json` of the run.\n\n{table}"
         )
 
+    @leaves_nothing_half_written
     def save_final(self, model, tokenizer, card: str, name: str = "final", part: str = "") -> Path:
         """<name>/: weights (safetensors), tokenizer and model card, loadable with from_pretrained.
 
         part: attribute path of the model to save inside a prepared module that holds several, such as "policy".
         """
         self.accelerator.wait_for_everyone()
+        self.refuse_diverged()
         path, partial = self.dir / name, self.dir / f".partial_{name}"
         model = self.unwrap(model)  # with its mixed precision: training may go on
         model = model.get_submodule(part) if part else model
@@ -801,6 +946,68 @@ class Run:
     def end(self) -> None:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def without_nan(row: dict) -> dict:
+    """The row with None, null in JSON, for numbers that are not finite: JSON has no NaN, and other readers refuse it."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def has_nan(value) -> bool:
+    """Whether a number, or one of a list of numbers, is not finite."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(v, float) and not math.isfinite(v) for v in values)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a metrics.jsonl, NaN where it holds null. UserError, naming the line, if one cannot be read."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append({k: math.nan if v is None else v for k, v in json.loads(line).items()})
+        except (ValueError, AttributeError):
+            raise UserError(
+                f"{path} line {number}: found {line[:40]!r}, expected a row of metrics; remove it"
+            ) from None
+    return rows
+
+
+def new_directory(path: Path) -> Path:
+    """Make the folder of that name; with a number behind it if that is there already, as of a run of the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            name.mkdir()
+            return name
+    raise FileExistsError(f"{path} and 998 more of that name are there")
+
+
+def untouched(folder: Path) -> bool:
+    """Whether a folder is empty, or holds no more than what a run leaves that failed before it had anything."""
+    found = {p.name: p for p in folder.iterdir()}
+    made = {"args.json", ".lock", "samples", "evals", "generations", "checkpoint"}
+    ours = ".lock" in found and found.keys() <= made
+    return not found or (ours and not any(any(p.iterdir()) for p in found.values() if p.is_dir()))
+
+
+def lock(folder: Path):
+    """A file that keeps other processes out of the folder while it is open; the kernel closes it with this process.
+
+    UserError if another process has it open.
+    """
+    handle = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        raise UserError(
+            f"{folder} is in use by process {handle.read().strip() or 'unknown'}; expected that it has ended"
+        ) from None
+    except OSError:  # a network file system that has no locks: the user must take care
+        return handle
+    handle.truncate(0)
+    print(f"{os.getpid()} on {socket.gethostname()}", file=handle, flush=True)
+    return handle
 
 
 def write_json(path: Path, value) -> None:

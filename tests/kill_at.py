@@ -87,8 +87,9 @@ def child(scenario: dict) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if scenario.get("at") and rank == scenario.get("rank", rank):
         kill_self_at(scenario["at"], scenario["n"], scenario.get("signal", signal.SIGKILL))
+    begin = "train" if hasattr(script, "train") else "evaluate"
     try:
-        common.run.main(lambda: script.train(common.run.parse_args(script.Args, "", script.SETTINGS)))
+        common.run.main(lambda: getattr(script, begin)(common.run.parse_args(script.Args, "", script.SETTINGS)))
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

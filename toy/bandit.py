@@ -6,6 +6,7 @@ Rewards are identified up to a constant; the solver returns the ones of mean 0.
 Paper: AIHF = Learning Reward and Policy Jointly from Demonstration and Preference, arXiv:2406.06874, Sec. 3.3 and A.2.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -201,10 +202,16 @@ def report(checks: dict[str, tuple[float, float]]) -> bool:
 def run(example: Callable[[], bool]) -> None:
     """Exit 0 if all checks passed, 1 if one failed, 2 with one line if the input admits no solution."""
     try:
-        sys.exit(0 if example() else 1)
+        passed = example()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk, a reader of stdout that has gone
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # past what stdout may still hold
+    sys.exit(0 if passed else 1)
 
 
 def save_figure(fig, output_dir: str, name: str) -> Path:

@@ -7,6 +7,11 @@ program, this file checks the mathematics itself and measures the two statements
 RFT = arXiv:2405.17888, IRL = arXiv:2503.13538.  Dims: Y responses, T tokens.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 import itertools
 from dataclasses import dataclass
 

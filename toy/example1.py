@@ -4,6 +4,11 @@ Paper: RFT = Getting More Juice Out of the SFT Data, arXiv:2405.17888, Example 1
 rewards in [0, R]. SFT puts everything on y3; ML-IRL (Eq. 4) gives (1, 1, e^(R/beta)) / (2 + e^(R/beta)).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 from dataclasses import dataclass
 
 import bandit

@@ -5,6 +5,11 @@ actions 1..45, and 200 comparisons for every pair of all 50. The text we have lo
 R_i = sin(2 pi i / 50).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 from dataclasses import dataclass
 
 import bandit

@@ -6,6 +6,11 @@ exchanged: RLHF follows the wrong source alone. (a') and (b'): the good source i
 RLHF is worse than either source. Then, over many draws, the variance of each estimate beside its exact binomial value.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
+
 from dataclasses import dataclass
 
 import bandit

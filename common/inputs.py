@@ -1,0 +1,81 @@
+"""What a run was given, known by content: digests of its data and models, kept in args.json, compared by --resume."""
+
+import hashlib
+from pathlib import Path
+
+from common import UserError
+from common.data import DATASETS, pydoc_key
+from common.models import resolve_model
+from common.run import digest, flag
+
+DATA_FLAGS = ("dataset", "preference_dataset", "eval_dataset", "eval_preference_dataset")
+MODEL_FLAGS = ("model", "reward_model", "expert_model", "ref_model", "gold_reward_model", "baseline")
+DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow")
+WHOLE = 1 << 25  # bytes up to which a model's file is read whole
+BLOCK, BLOCKS = 1 << 12, 1 << 9  # of a larger one this many blocks of so many bytes
+
+
+def digests(args) -> dict[str, str]:
+    """{flag: digest of the content that it names}; a source on the hub has its commit, where it is known."""
+    given = {name: getattr(args, name, "") for name in (*DATA_FLAGS, *MODEL_FLAGS)}
+    found = {name: data_digest(given[name]) for name in DATA_FLAGS if given[name] not in ("", "auto", "none")}
+    found |= {name: model_digest(given[name]) for name in MODEL_FLAGS if given[name]}
+    return {name: value for name, value in found.items() if value}
+
+
+def changed_inputs(args, saved: dict) -> None:
+    """UserError if a flag of the run whose args.json holds `saved` names other content now."""
+    before, now = saved.get("inputs", {}), digests(args)
+    changed = [f"{flag(n)} {getattr(args, n)}" for n in now if before.get(n, now[n]) != now[n]]
+    if changed:
+        raise UserError(
+            f"--resume: found other content in {' and '.join(changed)} than when the run in {args.resume} began; expected"
+            " the same: put it back, or start a new run"
+        )
+
+
+def data_digest(name: str) -> str:
+    """Of all bytes of a data file, or of those of a folder."""
+    path = Path(name)
+    if path.is_file():
+        return digest(path)
+    if path.is_dir():
+        files = (p for p in path.rglob("*") if p.suffix in DATA_FILES and not p.name.startswith("cache-"))
+        return joined({str(p.relative_to(path)): digest(p) for p in files if p.is_file()})
+    return pydoc_key() if name == "pydoc" else hub_commit("datasets", DATASETS.get(name, (name,))[0])
+
+
+def model_digest(name: str) -> str:
+    """Of a model's files: all bytes of small ones; of weights the size, the names and shapes, and bytes from all over."""
+    path = Path(resolve_model(name))
+    if not path.is_dir():
+        return hub_commit("models", str(path))
+    files = (p for p in path.iterdir() if p.is_file() and p.suffix != ".md" and not p.name.startswith("."))
+    return joined({p.name: sampled_digest(p) for p in files})
+
+
+def sampled_digest(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return digest(path)
+    content = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as f:
+        if path.suffix == ".safetensors":
+            begin = f.read(8)
+            content.update(begin + f.read(min(int.from_bytes(begin, "little"), WHOLE)))
+        for i in range(BLOCKS):
+            f.seek(i * (size - BLOCK) // (BLOCKS - 1))
+            content.update(f.read(BLOCK))
+    return content.hexdigest()
+
+
+def joined(files: dict[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+
+
+def hub_commit(kind: str, name: str) -> str:
+    """Commit of a hub repository as it is in the hub's cache on this machine; empty if it is not there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    ref = Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" / "refs" / "main"
+    return ref.read_text().strip() if ref.is_file() else ""

@@ -1,0 +1,439 @@
+"""What ends a run before its end, and what is kept: signals, divergence, full disks, closed streams, changed inputs, two at once."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, tldr_rows, weights
+
+from common import UserError, engines, inputs, terminal
+from common.run import lock, new_directory, read_metrics, untouched, without_nan
+
+PPO = (
+    "--total-episodes 8 --rollout-batch-size 4 --num-ppo-epochs 1 --sft-epochs 1 --num-train-epochs 1 --eval-updates 2"
+)
+ONLINE = (
+    "--total-prompts 8 --rollout-batch-size 4 --num-generations 2 --sft-epochs 1 --num-train-epochs 1 --eval-updates 2"
+)
+FLAGS = {
+    "sft.py": "--num-train-epochs 2",
+    "irft.py": "--T 2 --num-train-epochs 2",
+    "rft.py": f"--T 1 {PPO}",
+    "aihf.py": f"--T 1 {ONLINE}",
+    "aihf_ppo.py": f"--T 1 {PPO}",
+    "aihf_direct.py": "--T 1",
+    "irl_ppo_tldr.py": f"--T 1 {PPO} --prompts demonstrations --max-length 72",
+    "irl_dpo_ultrachat.py": f"--T 1 {ONLINE}",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stop")
+    make_model(folder / "model")
+    make_data(folder / "data.jsonl", 12)
+    make_data(folder / "prefs.jsonl", 10, preference=True)
+    jsonl(folder / "posts.jsonl", tldr_rows(12))
+    return folder
+
+
+def argv(script: str, place, out, *flags: str) -> list[str]:
+    words = ["--mixed-precision", "no", "--eval-samples", "2", *FLAGS[script].split()]
+    if "--eval-updates" in words:
+        words += ["--reward-learning-rate", "1e-3", "--optimizer", "adamw"]
+    if script.startswith("aihf"):
+        words += ["--preference-dataset", str(place / "prefs.jsonl")]
+    data = place / ("posts.jsonl" if script == "irl_ppo_tldr.py" else "data.jsonl")
+    given = {f for f in flags if f.startswith("--")}
+    kept = [w for i, w in enumerate(words) if w not in given and (not i or words[i - 1] not in given)]
+    return command(script, place / "model", data, out, *kept, *flags)[1:]
+
+
+def parts(printed: str) -> list[str]:
+    """What each scenario of drive printed."""
+    return printed.split("=== ")[1:]
+
+
+def errors(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("error: ")]
+
+
+def same_run(one, other) -> None:
+    """Two finished runs have the same bytes of weights and metrics."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+# ---- signals ----
+SLOW = ("torch", "numpy", "tyro", "matplotlib")
+PROGRAMS = [*sorted(FLAGS), "evaluate.py", *(f"toy/{n}.py" for n in ("exact", "example1", "example2", "two_actions"))]
+PROGRAMS += [f"benchmark/{p.name}" for p in sorted(ROOT.glob("benchmark/*.py")) if p.name != "tables.py"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_while_a_program_imports_has_no_traceback(tmp_path, program):
+    """Stand-ins for what is slow to import send the signal; the scripts of the repository's root say one line."""
+    for name in SLOW:
+        strike = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+        (tmp_path / f"{name}.py").write_text(strike)
+    words = [sys.executable, str(ROOT / program)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == (-signal.SIGINT if "/" in program else 128 + signal.SIGINT), done.stderr
+    assert done.stderr == ("" if "/" in program else "SIGINT: stopped\n") and not done.stdout
+
+
+CHAIN = [  # where Ctrl-C comes, in one run that is resumed each time; the call counts from the resume
+    ("common.evals.load_demonstrations", 1),  # no run directory yet: typed again, not resumed
+    ("common.models.load_model", 1),
+    ("common.evals.prepare_held_out", 1),
+    ("common.evals.evaluate", 1),
+    ("common.run.Run.step", 1),
+    ("common.run.Run.step", 2),
+    ("common.run.seal", 1),
+    ("common.generation.Generator._batch", 1),
+    ("common.evals.evaluate", 1),
+    ("common.run.Run.save_final", 1),
+    ("common.evals.print_table", 1),
+]
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_ctrl_c_in_every_phase_is_one_line_and_costs_nothing(place, script):
+    whole, out = place / f"whole_{script}", place / f"chain_{script}"
+    again = [script, "--resume", str(out)]
+    starts = [argv(script, place, out)] * 2 + [again] * (len(CHAIN) - 2)
+    strikes = [
+        {"argv": words, "at": at, "n": n, "signal": int(signal.SIGINT), "mark": at}
+        for words, (at, n) in zip(starts, CHAIN, strict=True)
+    ]
+    statuses, printed = drive([{"argv": argv(script, place, whole)}, *strikes, {"argv": again}])
+    assert statuses == [0, *[130] * len(CHAIN), 0], printed
+    assert "Traceback" not in printed
+    for i, part in enumerate(parts(printed)[1:-1]):
+        said = [line for line in part.splitlines() if "SIGINT" in line]
+        assert said == [f"SIGINT: stopped; continue with --resume {out}" if i else "SIGINT: stopped"], part
+    same_run(whole, out)
+    assert not list(out.rglob(".partial*"))
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_every_signal_has_its_status_and_a_checkpoint_between_updates(place, name):
+    out, number = place / f"by_{name}", getattr(signal, name)
+    strike = {"at": "common.run.Run.step", "n": 3, "signal": int(number)}
+    statuses, printed = drive([{"argv": argv("sft.py", place, out, "--save-steps", "1000"), **strike}])
+    assert statuses == [128 + number] and f"{name}: stopped; continue with --resume {out}" in printed
+    assert [p.name for p in (out / "checkpoint").iterdir()] == ["0000_00000003"]
+
+
+def test_a_signal_that_the_shell_ignores_stays_ignored():
+    before = {n: signal.getsignal(n) for n in terminal.SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        terminal.catch(print)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is print
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_stop_that_something_holds_up_is_forced():
+    code = "import time\nfrom common import terminal\nterminal.PATIENCE = 0.2\ntry:\n    terminal.leave(2)\n"
+    code += "except BaseException:\n    time.sleep(60)\n"
+    started = time.time()
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130 and time.time() - started < 20
+
+
+def test_evaluate_says_one_line_too(place):
+    words = ["evaluate.py", "--model", str(place / "model"), "--dataset", str(place / "data.jsonl")]
+    words += "--max-length 96 --max-new-tokens 8 --eval-samples 2".split() + ["--output-dir", str(place / "evaluated")]
+    strike = {"argv": words, "at": "common.evals.evaluate", "n": 1, "signal": int(signal.SIGINT)}
+    statuses, printed = drive([strike])
+    assert statuses == [130] and "SIGINT: stopped\n" in printed and "Traceback" not in printed
+
+
+def test_ctrl_c_reaches_two_processes_and_rank_0_alone_speaks(place):
+    """In a phase without updates, where one may end while the other waits for it."""
+    out = place / "ranks"
+    strike = {"at": "common.evals.evaluate", "n": 1, "signal": int(signal.SIGINT)}
+    statuses, printed = drive([{"argv": argv("sft.py", place, out), **strike}], config="cpu.yaml")
+    assert statuses == [130] and "Traceback" not in printed, printed
+    assert [line for line in printed.splitlines() if "SIGINT" in line] == [
+        f"SIGINT: stopped; continue with --resume {out}"
+    ]
+
+
+def test_a_failing_rank_says_how_to_go_on_and_the_other_only_that_it_lost_it(place):
+    out = place / "failing"
+    scenario = {"argv": argv("sft.py", place, out), "at": "common.run.Run.step", "n": 2, "rank": 1, "signal": 0}
+    words = [*launch("cpu.yaml"), str(ROOT / "tests" / "kill_at.py"), json.dumps(scenario)]
+    done = run(words, check=False)
+    assert done.returncode != 0
+    assert "rank 1 failed: RuntimeError: failure that the test asked for" in done.stderr
+    ours = done.stderr[: done.stderr.index("ChildFailedError")] if "ChildFailedError" in done.stderr else done.stderr
+    assert ours.count("Traceback (most recent call last)") <= 2  # rank 1's, and the launcher's own
+
+
+# ---- divergence ----
+@pytest.mark.parametrize("script", ["sft.py", "irft.py", "rft.py"])
+def test_divergence_in_the_last_update_is_no_success(place, script):
+    """Its weights are finite, 1e30, and what they compute is not."""
+    out = place / f"diverged_{script}"
+    flags = "--learning-rate 1e30 --optimizer rmsprop --batch-size 64 --num-train-epochs 1".split()
+    flags += ["--T", "1"] if script != "sft.py" else []
+    if script == "rft.py":
+        flags += "--sft-epochs 0 --total-episodes 4 --value-warmup-ratio 0".split()
+    statuses, printed = drive([{"argv": argv(script, place, out, *flags)}])
+    assert statuses == [2] and len(errors(printed)) == 1, printed
+    assert "training diverged: found " in printed and "Lower --learning-rate" in printed
+    assert not (out / "final").exists()
+    if script != "rft.py":  # of the reward's updates a good checkpoint stands
+        assert not list((out / "checkpoint").iterdir()) and "last good checkpoint: none yet" in printed
+
+
+def test_a_checkpoint_that_is_called_good_is(place):
+    """A run that diverges later than its first checkpoint names that one, and --resume goes on from it."""
+    out = place / "later"
+    flags = "--save-steps 1 --optimizer rmsprop".split()
+    strike = {"argv": argv("sft.py", place, out, *flags), "at": "common.run.Run.step", "n": 3}
+    assert drive([strike])[0] == [-signal.SIGKILL]
+    text = (out / "args.json").read_text()
+    (out / "args.json").write_text(text.replace('"learning_rate": 0.001', '"learning_rate": 1e30'))
+    statuses, printed = drive([{"argv": ["sft.py", "--resume", str(out)]}])
+    assert statuses == [2] and f"last good checkpoint: {out}/checkpoint/0000_00000002" in printed, printed
+    assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["0000_00000001", "0000_00000002"]
+    (out / "args.json").write_text(text)
+    assert drive([{"argv": ["sft.py", "--resume", str(out)]}])[0] == [0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_weight_that_is_not_finite_is_found(value, dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(70, 70), torch.nn.Linear(70, 1)).to(dtype)
+    assert engines.not_finite(model) == ""
+    with torch.no_grad():
+        model[1].weight[0, 66] = value
+    assert engines.not_finite(model) == "1.weight"
+
+
+def test_what_is_probed_is_left_as_it_was():
+    model = torch.nn.Linear(2, 2).train()
+    state = torch.random.get_rng_state()
+    assert engines.probe(model, lambda rows: (model(rows).sum(-1), {}), torch.full((3, 2), math.inf)) != 0
+    assert model.training and model.weight.grad is None and torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_model_that_is_not_finite_and_a_number_too_large_are_named_as_the_cause(place):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(place / "model", place / "nan_model", dirs_exist_ok=True)
+    state = load_file(place / "nan_model" / "model.safetensors")
+    name = sorted(state)[0]
+    state[name][0] = math.nan
+    save_file(state, place / "nan_model" / "model.safetensors", {"format": "pt"})
+    scenarios = [
+        {"argv": argv("sft.py", place, place / "of_nan", "--model", str(place / "nan_model"))},
+        {"argv": argv("irft.py", place, place / "large_beta", "--beta", "1e38", "--loss-type", "linear")},
+    ]
+    statuses, printed = drive(scenarios)
+    of_nan, large = parts(printed)
+    assert statuses == [2, 2]
+    assert f"error: --model {place / 'nan_model'}: found weights that are not finite" in of_nan
+    assert len(errors(large)) == 1 and "1e+38" in large or "first loss" in large, large
+
+
+def test_metrics_hold_null_and_readers_read_it_as_nan(tmp_path):
+    row = {"step": 1, "a": math.nan, "b": math.inf, "c": 2.0}
+    text = json.dumps(without_nan(row), allow_nan=False)
+    assert json.loads(text) == {"step": 1, "a": None, "b": None, "c": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(text + "\n")
+    (read,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(read["a"]) and math.isnan(read["b"]) and read["c"] == 2.0
+    (tmp_path / "metrics.jsonl").write_text(text + "\n" + text[:9])
+    with pytest.raises(UserError, match="metrics.jsonl line 2: found"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+# ---- streams and disks ----
+def test_stdout_that_closes_or_is_full_costs_no_model(place):
+    flags = ["--num-train-epochs", "1"]
+    outs = [place / "to_head", place / "to_full", place / "to_nothing"]
+    commands = [" ".join([sys.executable, *argv("sft.py", place, out, *flags)]) for out in outs]
+    ends = [f"set -o pipefail; {commands[0]} | true", f"{commands[1]} > /dev/full", f"{commands[2]} >&- 2>&-"]
+    done = [run(["bash", "-c", text], check=False) for text in ends]
+    assert [d.returncode for d in done] == [0, 1, 0], done
+    assert all((out / "final" / "model.safetensors").is_file() for out in outs)
+    assert not any("Traceback" in d.stderr or "Exception" in d.stderr for d in done)
+    (error,) = errors(done[1].stderr)
+    assert "stdout: [Errno 28] No space left on device" in error
+    same_run(outs[0], outs[1])
+    same_run(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("script", ["sft.py", "rft.py"])
+def test_a_full_disk_while_the_model_is_saved_is_one_line_and_leaves_nothing_half_written(place, script):
+    whole, out = place / f"room_{script}", place / f"no_room_{script}"
+    killed = {"argv": argv(script, place, out), "at": "common.evals.print_table", "n": 1}
+    statuses, _ = drive([{"argv": argv(script, place, whole)}, killed])
+    assert statuses == [0, -signal.SIGKILL]
+    shutil.rmtree(out / "final")
+    limit = (whole / "final" / "model.safetensors").stat().st_size // 2
+    again = {"argv": [script, "--resume", str(out)]}
+    statuses, printed = drive([{**again, "file_limit": limit}, again])
+    assert statuses == [2, 0], printed
+    (error,) = errors(printed)
+    assert (
+        f"the model could not be written to {out}" in error
+        and f"free space, then continue with --resume {out}" in error
+    )
+    assert not list(out.rglob(".partial*"))
+    same_run(whole, out)
+
+
+def test_output_dirs_that_cannot_be_made_are_refused(place):
+    (place / "a_file").write_text("x")
+    outs = [place / "a_file", place / "a_file" / "below", "/proc/none"]
+    statuses, printed = drive([{"argv": argv("sft.py", place, out)} for out in outs])
+    assert statuses == [2, 2, 2], printed
+    for out, part in zip(outs, parts(printed), strict=True):
+        (error,) = errors(part)
+        assert error.startswith(f"error: --output-dir: {out} could not be made: "), part
+
+
+# ---- the run directory ----
+def test_a_run_that_is_alive_keeps_others_out(place):
+    out = place / "locked"
+    assert drive([{"argv": argv("sft.py", place, out), "at": "common.run.Run.step", "n": 3}])[0] == [-signal.SIGKILL]
+    before = (out / "metrics.jsonl").read_bytes()
+    held = lock(out)
+    scenarios = [{"argv": ["sft.py", "--resume", str(out)]}]
+    statuses, printed = drive(scenarios)
+    assert statuses == [2] and f"error: {out} is in use by process {os.getpid()} on " in printed, printed
+    assert (out / "metrics.jsonl").read_bytes() == before
+    held.close()
+    assert drive(scenarios)[0] == [0]  # and no lock is left by a run that was killed
+
+
+def test_the_folder_of_a_run_that_failed_before_it_had_anything_can_be_used_again(place):
+    out = place / "failed_early"
+    words = argv("sft.py", place, out)
+    fails = {"argv": [*words, "--warmup-ratio", "0.5"], "at": "common.models.prepare_policy", "n": 1, "signal": 0}
+    statuses, printed = drive([fails, {"argv": words}, {"argv": words}])
+    assert statuses == [1, 0, 2], printed
+    assert json.loads((out / "args.json").read_text())["args"]["warmup_ratio"] == 0.1
+    assert f"--output-dir: {out} already holds files" in errors(printed)[-1]
+
+
+def test_what_counts_as_untouched(tmp_path):
+    assert untouched(tmp_path)
+    (tmp_path / "args.json").write_text("{}")
+    assert not untouched(tmp_path)  # somebody else's
+    (tmp_path / ".lock").touch()
+    (tmp_path / "evals").mkdir()
+    assert untouched(tmp_path)
+    (tmp_path / "evals" / "reference.parquet").touch()
+    assert not untouched(tmp_path)
+
+
+def test_two_runs_in_one_second_have_two_folders(tmp_path):
+    names = [new_directory(tmp_path / "runs" / "sft__1__20261121-120000").name for _ in range(3)]
+    assert names == [f"sft__1__20261121-120000{end}" for end in ("", "-2", "-3")]
+
+
+def test_output_dir_beside_resume_is_refused(place):
+    out = place / "locked"
+    statuses, printed = drive([{"argv": ["sft.py", "--resume", str(out), "--output-dir", str(place / "x")]}])
+    assert (
+        statuses == [2] and f"error: --output-dir: found {place / 'x'}, expected none beside --resume {out}" in printed
+    )
+
+
+# ---- what a resume reads ----
+def test_resume_notices_other_data_and_another_model(place, tmp_path):
+    for name in ("model", "data.jsonl", "prefs.jsonl"):
+        copy = shutil.copytree if (place / name).is_dir() else shutil.copy
+        copy(place / name, tmp_path / name)
+    out, again = tmp_path / "run", ["sft.py", "--resume", str(tmp_path / "run")]
+    killed = {"argv": argv("sft.py", tmp_path, out), "at": "common.run.Run.step", "n": 3}
+    assert drive([killed])[0] == [-signal.SIGKILL]
+    data, file = tmp_path / "data.jsonl", tmp_path / "model" / "model.safetensors"
+    rows, bytes_, times = data.read_text(), file.read_bytes(), file.stat()
+    data.write_text(rows.replace("say 3", "Say 3"))
+    first = drive([{"argv": again}])
+    data.write_text(rows)
+    file.write_bytes(bytes_[:-1] + bytes([bytes_[-1] ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = drive([{"argv": again}])
+    file.write_bytes(bytes_)
+    third = drive([{"argv": again}])
+    assert [first[0], second[0], third[0]] == [[2], [2], [0]]
+    found = "error: --resume: found other content in {} than when the run in"
+    both = f"--dataset {data} and --eval-dataset {data}"
+    assert found.format(both) in first[1] and found.format(f"--model {tmp_path / 'model'}") in second[1]
+
+
+def test_digests_are_of_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "WHOLE", 1 << 16)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    content = bytearray(os.urandom(1 << 22))
+    content[:8] = (100).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "README.md").write_text("a")
+    before = inputs.model_digest(str(folder))
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("b")
+    assert inputs.model_digest(str(tmp_path / "copy")) == before
+    for change in (50, len(content) - 1):  # the header; the last weight
+        other = bytearray(content)
+        other[change] ^= 1
+        (folder / "model.safetensors").write_bytes(other)
+        assert inputs.model_digest(str(folder)) != before
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("1")
+    first = inputs.data_digest(str(data))
+    (data / "notes.txt").write_text("no data")
+    assert inputs.data_digest(str(data)) == first
+    (data / "test.jsonl").write_text("1")
+    assert inputs.data_digest(str(data)) != first
+    args = types.SimpleNamespace(dataset=str(data), eval_dataset="auto", preference_dataset="none", model="a/b")
+    assert inputs.digests(args) == {"dataset": inputs.data_digest(str(data))}
+
+
+BROKEN = {  # a file of a run that was killed in outer iteration 0 after its first update -> what --resume says
+    "generations/iter_0.parquet": "found no readable Parquet",
+    "evals/reference.parquet": "found no readable Parquet",
+}
+
+
+def test_a_stored_file_that_is_not_whole_is_named(place):
+    out, again = place / "broken", ["irft.py", "--resume", str(place / "broken")]
+    killed = {"argv": argv("irft.py", place, out), "at": "common.run.Run.step", "n": 3}
+    assert drive([killed])[0] == [-signal.SIGKILL]
+    scenarios, whole = [], place / "broken_whole"
+    shutil.copytree(out, whole)
+    for name in ("generations/iter_0.parquet", "evals/reference.parquet"):
+        content = (out / name).read_bytes()
+        for left in (content[: len(content) // 2], b"", None):
+            if left is None:
+                (out / name).unlink()
+            else:
+                (out / name).write_bytes(left)
+            scenarios.append((name, left, drive([{"argv": again}])))
+            (out / name).write_bytes(content)
+    for name, left, (statuses, printed) in scenarios:
+        (error,) = errors(printed)
+        assert statuses == [2] and str(out / name) in error and "Traceback" not in printed, printed
+        assert ("found no readable Parquet" if left is not None else "found no ") in error
+        if left is not None:
+            assert "delete it and --resume" in error
+    assert drive([{"argv": again}])[0] == [0]
