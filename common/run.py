@@ -350,7 +350,8 @@ def command_line(cls, description: str, default=None):
         if not stop.code:  # --help
             raise
     wrong = wrong_word(cls, sys.argv[1:])
-    raise UserError(wrong or " ".join(re.sub(r"[^\x20-\x7e]|-{4,}", " ", printed.getvalue()).split()))
+    said = re.split("-{4,}", printed.getvalue())  # tyro's heading, what is wrong, help
+    raise UserError(wrong or " ".join(said[:2][-1].split()))
 
 
 def wrong_word(cls, words: list[str]) -> str:
