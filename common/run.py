@@ -350,7 +350,7 @@ def command_line(cls, description: str, default=None):
         if not stop.code:  # --help
             raise
     wrong = wrong_word(cls, sys.argv[1:])
-    said = re.split("-{4,}", printed.getvalue())  # tyro's heading, what is wrong, help
+    said = re.split("[-─]{4,}", re.sub("[│╭╮╰╯]", "", printed.getvalue()))  # tyro's heading, what is wrong, help
     raise UserError(wrong or " ".join(said[:2][-1].split()))
 
 

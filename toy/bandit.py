@@ -201,7 +201,7 @@ def parse_args(cls, description: str):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        said = re.split("-{4,}", printed.getvalue())  # its heading, what is wrong, help
+        said = re.split("[-─]{4,}", re.sub("[│╭╮╰╯]", "", printed.getvalue()))  # its heading, what is wrong, help
         raise InputError(" ".join(said[:2][-1].split())) from None
     if hasattr(args, "seed"):
         check_range("--seed", args.seed, 0, 2**63)
