@@ -51,7 +51,7 @@ from common.run import (
     stream_seed,
 )
 
-SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
         max_new_tokens=48, learning_rate=1e-4, lr_scheduler_type="linear", reward_model="", reward_learning_rate=5e-4,
@@ -77,6 +77,14 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 class Args(RunArgs):
     sequences_per_row: ClassVar[int] = 2
     scalar_models: ClassVar[int] = 1
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "1 or more": ("T", "num_train_epochs", "num_policy_epochs"),
+        "2 or more, to choose a pair from": ("num_generations",),
+        "a number above 0": (
+            "beta", "temperature", "reward_learning_rate", "sft_learning_rate", "rollout_batch_size", "eval_updates",
+        ),
+        "0 or more": ("demo_weight", "max_preferences", "total_prompts", "missing_eos_penalty", "sft_epochs"),
+    }  # fmt: skip
 
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""
@@ -128,14 +136,6 @@ class Args(RunArgs):
 
     def check(self) -> None:
         super().check()
-        for name in ("T", "num_train_epochs", "num_policy_epochs"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more, to choose a pair from")
-        positive = ("beta", "temperature", "reward_learning_rate", "sft_learning_rate")
-        for name in (*positive, "rollout_batch_size", "eval_updates"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("demo_weight", "max_preferences", "total_prompts", "missing_eos_penalty", "sft_epochs"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(
             not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
             f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",

@@ -37,7 +37,7 @@ from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
 
-SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
         max_new_tokens=48, learning_rate=5e-5, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
@@ -59,6 +59,11 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 @dataclass
 class Args(RunArgs):
     sequences_per_row: ClassVar[int] = 2
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "1 or more": ("T", "num_train_epochs"),
+        "a number above 0": ("beta", "temperature"),
+        "0 or more": ("demo_weight", "max_preferences"),
+    }
 
     objective: Literal["self_play", "direct"] = "self_play"
     """the demonstrations' part: irft_loss against the policy's own answers (Eq. 11), or -log pi (Eq. 10), without answers."""
@@ -86,15 +91,9 @@ class Args(RunArgs):
     """how the learning rate falls to 0 after its warm-up. Paper: cosine (A.1.4)."""
 
     def check(self) -> None:
-        super().check()
-        for name in ("T", "num_train_epochs"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("beta", "temperature"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         if self.demo_weight == "auto":
             self.demo_weight = 1.0 if self.preference_dataset == "none" else balance(self)
-        for name in ("demo_weight", "max_preferences"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        super().check()
         require(
             self.demo_weight > 0 or self.preference_dataset != "none", "demo_weight", self.demo_weight,
             "a number above 0 beside --preference-dataset none: nothing is left to learn from",

@@ -21,15 +21,16 @@ if __name__ == "__main__":
 
 import contextlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from common import evals, models, rewards
 from common.data import write_pairs
 from common.generation import Rollout, make_generator
-from common.run import BaseArgs, Run, main, parse_args, require, write_json
+from common.run import BaseArgs, Run, main, parse_args, write_json
 
-SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(dataset="pydoc", eval_samples=200, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
     "pythia": dict(dataset="hh-rlhf", eval_samples=500, max_length=1024, max_new_tokens=256, per_device_eval_batch_size=32),
     "other": dict(dataset="ultrachat_200k", eval_samples=500, max_length=2048, max_new_tokens=256, per_device_eval_batch_size=16),
@@ -38,6 +39,8 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 
 @dataclass
 class Args(BaseArgs):
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {"a number above 0": ("beta", "temperature")}
+
     model: str = "tiny"
     """policy to measure: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
     seed: int = 1
@@ -50,11 +53,6 @@ class Args(BaseArgs):
     """scale of the implicit reward beta log pi/pi_ref, reward units per nat, > 0."""
     temperature: float = 1.0
     """of all samples, > 0; other than 1 there is no KL. irl_ppo_tldr.py measures at 0.01."""
-
-    def check(self) -> None:
-        super().check()
-        for name in ("beta", "temperature"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
 
 
 METRICS = {**evals.EVAL_METRICS, **evals.REWARD_METRICS}  # name -> meaning, unit, range

@@ -35,7 +35,7 @@ from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
 
-SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=3e-5,
         later_learning_rate=6e-6, batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
@@ -54,6 +54,10 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 @dataclass
 class Args(RunArgs):
     sequences_per_row: ClassVar[int] = 2
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "1 or more": ("T", "num_chunks", "num_train_epochs"),
+        "a number above 0": ("beta", "temperature", "later_learning_rate"),
+    }
 
     T: int = 5
     """outer iterations, >= 1: how often the policy answers anew. 1 is SPIN. Paper: 5 to 8 (Tables 3, 4)."""
@@ -82,10 +86,6 @@ class Args(RunArgs):
         if self.num_chunks == "auto":
             self.num_chunks = self.T
         super().check()
-        for name in ("T", "num_train_epochs", "num_chunks"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("beta", "temperature", "later_learning_rate"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
 
 
 METRICS = {  # name -> meaning, unit, range

@@ -60,7 +60,7 @@ MISTRAL = dict(  # IRL paper, Sec. 6.2 and App. 8.2; lengths, prompts and the ra
     total_prompts=20_000, rollout_batch_size=20_000, eval_updates=1, per_device_train_batch_size=2,
     per_device_eval_batch_size=32,
 )  # fmt: skip
-SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
         reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, policy_objective="dpo",
@@ -76,6 +76,15 @@ BLOCK = 256  # prompts whose candidates are sampled, scored and kept on disk at 
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 1
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "1 or more": ("T", "num_train_epochs", "num_policy_epochs"),
+        "2 or more, to choose a pair from": ("num_generations",),
+        "a number above 0": (
+            "beta", "temperature", "greedy_temperature", "reward_learning_rate", "sft_learning_rate", "rollout_batch_size",
+            "eval_updates",
+        ),
+        "0 or more": ("total_prompts", "missing_eos_penalty", "sft_epochs"),
+    }  # fmt: skip
 
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 2."""
@@ -137,14 +146,6 @@ class Args(RunArgs):
 
     def check(self) -> None:
         super().check()
-        for name in ("T", "num_train_epochs", "num_policy_epochs"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more, to choose a pair from")
-        positive = ("beta", "temperature", "greedy_temperature", "reward_learning_rate", "sft_learning_rate")
-        for name in (*positive, "rollout_batch_size", "eval_updates"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("total_prompts", "missing_eos_penalty", "sft_epochs"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(
             self.policy_objective == "dpo" or self.ref == "initial", "ref", self.ref,
             "--policy-objective dpo beside it: best_of_n has no reference",

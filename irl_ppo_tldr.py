@@ -51,7 +51,7 @@ from common.run import (
     stream_seed,
 )
 
-SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=960, prompts="demonstrations", eval_samples=200, max_length=208, max_new_tokens=48,
         learning_rate=1e-4, reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, eval_temperature=0.7,
@@ -81,6 +81,18 @@ COMPARISON_TOKENS = 169  # N+: the longest summary in people's comparisons, EOS 
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 2
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
+        "a number above 0": (
+            "reward_learning_rate", "sft_learning_rate", "adam_epsilon", "cliprange", "cliprange_value", "beta", "temperature",
+            "greedy_temperature", "eval_temperature", "total_episodes", "rollout_batch_size", "eval_updates",
+        ),
+        "0 or more": ("vf_coef", "sft_epochs", "weight_decay"),
+        "at least 0 and below 1": ("value_warmup_ratio",),
+        "a number above 0 and at most 1": ("gamma",),
+        "between 0 and 1": ("lam",),
+        "any number": ("missing_eos_score",),
+    }  # fmt: skip
 
     T: int = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Released code: 11."""
@@ -164,33 +176,9 @@ class Args(RunArgs):
 
     def check(self) -> None:
         super().check()
-        for name in ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        rates = (
-            "reward_learning_rate",
-            "sft_learning_rate",
-            "adam_epsilon",
-            "cliprange",
-            "cliprange_value",
-            "gamma",
-            "beta",
-        )
-        temperatures = ("temperature", "greedy_temperature", "eval_temperature")
-        for name in (*rates, *temperatures, "total_episodes", "rollout_batch_size", "eval_updates"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("vf_coef", "sft_epochs", "weight_decay"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        ratio = self.value_warmup_ratio
-        require(0 <= ratio < 1, "value_warmup_ratio", ratio, "at least 0 and below 1")
-        require(self.gamma <= 1, "gamma", self.gamma, "at most 1")
-        require(0 <= self.lam <= 1, "lam", self.lam, "between 0 and 1")
         require(
             self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
             f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
-        )  # fmt: skip
-        require(
-            self.max_prompt_length + self.max_new_tokens <= self.max_length, "max_length", self.max_length,
-            f"room for a query and an answer: {self.max_prompt_length} + {self.max_new_tokens}",
         )  # fmt: skip
 
 

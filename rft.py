@@ -50,7 +50,7 @@ from common.run import (
     stream_seed,
 )
 
-SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
         reward_model="", reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, total_episodes=1920,
@@ -75,6 +75,17 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 2
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
+        "a number above 0": (
+            "beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value", "total_episodes",
+            "rollout_batch_size", "eval_updates",
+        ),
+        "0 or more": ("vf_coef", "missing_eos_penalty", "sft_epochs"),
+        "at least 0 and below 1": ("value_warmup_ratio",),
+        "a number above 0 and at most 1": ("gamma",),
+        "between 0 and 1": ("lam",),
+    }  # fmt: skip
 
     T: int = 1
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 1."""
@@ -128,17 +139,6 @@ class Args(RunArgs):
 
     def check(self) -> None:
         super().check()
-        for name in ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        positive = ("beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value")
-        for name in (*positive, "gamma", "total_episodes", "rollout_batch_size", "eval_updates"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("vf_coef", "missing_eos_penalty", "sft_epochs"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        ratio = self.value_warmup_ratio
-        require(0 <= ratio < 1, "value_warmup_ratio", ratio, "at least 0 and below 1")
-        require(self.gamma <= 1, "gamma", self.gamma, "at most 1")
-        require(0 <= self.lam <= 1, "lam", self.lam, "between 0 and 1")
         require(
             self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
             f"a divisor of --rollout-batch-size {self.rollout_batch_size}",

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -28,9 +28,9 @@ from common import evals, memory, models
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
-from common.run import Run, RunArgs, learning_rate_at, main, make_optimizer, parse_args, require
+from common.run import Run, RunArgs, learning_rate_at, main, make_optimizer, parse_args
 
-SETTINGS = {  # what auto means: the first key that begins the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=2e-4, batch_size=32,
         per_device_train_batch_size=32, per_device_eval_batch_size=64,
@@ -48,17 +48,17 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
 
 @dataclass
 class Args(RunArgs):
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "1 or more": ("num_train_epochs",),
+        "a number above 0": ("beta",),
+    }
+
     num_train_epochs: int = 2
     """passes over the demonstrations, >= 1. RFT paper: 2."""
     loss_reduction: Literal["token", "sequence"] = "token"
     """mean over all response tokens of the update, or over responses of their summed NLL (Eq. 1 as written)."""
     beta: float = 0.1
     """scale of the implicit reward beta log pi/pi_ref in the evaluation; no part of the loss. > 0."""
-
-    def check(self) -> None:
-        super().check()
-        require(self.num_train_epochs >= 1, "num_train_epochs", self.num_train_epochs, "1 or more")
-        require(self.beta > 0, "beta", self.beta, "a number above 0")
 
 
 METRICS = {  # name -> meaning, unit, range

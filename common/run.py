@@ -1,15 +1,22 @@
 """What every run shares: flags, processes, run directory, metrics, progress, optimizer steps, checkpoints and resume."""
 
+import configparser
 import contextlib
 import dataclasses
+import difflib
 import errno
 import fcntl
 import functools
 import hashlib
 import importlib.util
+import inspect
+import io
 import json
 import math
+import netrc
 import os
+import re
+import secrets
 import shutil
 import signal
 import socket
@@ -17,10 +24,13 @@ import subprocess
 import sys
 import time
 import traceback
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import torch
 
@@ -28,6 +38,24 @@ from common import UserError, engines, terminal
 from common.data import collate, read_pairs, stop_at_end_of_turn, write_pairs
 
 Auto = Literal["auto"]
+LARGEST = 2**32 - 1  # of whole numbers: numpy takes no larger seed
+RANGES = {  # expected -> whether a number is so
+    "a number above 0": lambda x: x > 0,
+    "0 or more": lambda x: x >= 0,
+    "1 or more": lambda x: x >= 1,
+    "2 or more, to choose a pair from": lambda x: x >= 2,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "a share above 0 and below 1": lambda x: 0 < x < 1,
+    "a number above 0 and at most 1": lambda x: 0 < x <= 1,
+    "between 0 and 1": lambda x: 0 <= x <= 1,
+    "any number": lambda x: True,
+}
+FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  # row of SETTINGS -> the models it is for
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}  # their packages
 
 
 @dataclass
@@ -37,6 +65,15 @@ class BaseArgs:
     resume: ClassVar[str] = ""  # a flag of training scripts
     lora_r: ClassVar[int] = 0
     load_in_4bit: ClassVar[bool] = False
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {  # key of RANGES -> flags; a subclass adds its own
+        "a number above 0": (
+            "eval_samples", "max_length", "max_prompt_length", "max_new_tokens", "per_device_eval_batch_size",
+        ),
+        "a share above 0 and below 1": ("vllm_gpu_memory_utilization",),
+        "0 or more": ("seed",),
+    }  # fmt: skip
+    may_be_infinite: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
+    may_be_empty: ClassVar[tuple[str, ...]] = ("reward_model",)  # beside the flags that are empty by default
 
     model: str = "tiny"
     """model to start from: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
@@ -84,7 +121,7 @@ class BaseArgs:
     trust_remote_code: bool = False
     """run the Python code that a hub repository ships. Off unless you ask."""
     seed: int = 1
-    """seed of data order and sampling."""
+    """seed of data order and sampling, 0 to 4294967295."""
     output_dir: str = "auto"
     """run directory; auto: runs/<script>__<seed>__<time>. One that holds another run is refused."""
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
@@ -92,12 +129,9 @@ class BaseArgs:
 
     def check(self) -> None:
         """UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
-        positive = ("eval_samples", "max_length", "max_prompt_length", "max_new_tokens", "per_device_eval_batch_size")
-        for name in positive:
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-        share = self.vllm_gpu_memory_utilization
-        require(0 < share < 1, "vllm_gpu_memory_utilization", share, "a share above 0 and below 1")
+        check_values(self)
+        if not getattr(self, "dry_run", False):
+            check_tracker(self.report_to)
         installed = importlib.util.find_spec("vllm") is not None
         require(
             self.generation == "hf" or installed or getattr(self, "dry_run", False), "generation",
@@ -107,6 +141,11 @@ class BaseArgs:
         require(
             self.max_prompt_length < self.max_length, "max_prompt_length", self.max_prompt_length,
             f"less than --max-length {self.max_length}",
+        )  # fmt: skip
+        require(
+            self.max_prompt_length + self.max_new_tokens <= self.max_length, "max_length", self.max_length,
+            f"room for a query and an answer: {self.max_prompt_length} + {self.max_new_tokens}"
+            " (--max-prompt-length + --max-new-tokens)",
         )  # fmt: skip
         require(
             not self.baseline or bool(self.gold_reward_model), "baseline", self.baseline,
@@ -123,6 +162,15 @@ class RunArgs(BaseArgs):
 
     sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two
     scalar_models: ClassVar[int] = 0  # beside the policy: 1 is a reward model, 2 a value model too
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "a number above 0": (
+            "learning_rate", "batch_size", "per_device_train_batch_size", "max_grad_norm", "lora_alpha", "save_steps",
+            "logging_steps",
+        ),
+        "0 or more": ("max_samples", "select_top_k", "lora_r"),
+        "at least 0 and below 1": ("warmup_ratio",),
+    }  # fmt: skip
+    before: ClassVar[dict] = {}  # flag -> what a run did that was made before the flag was, if that is not the default
 
     max_samples: int | Auto = "auto"
     """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
@@ -135,7 +183,7 @@ class RunArgs(BaseArgs):
     warmup_ratio: float = 0.1
     """part of the updates in which the learning rate rises linearly; then it falls to 0. Released code: 0.1."""
     max_grad_norm: float = 1.0
-    """gradient norm is clipped at this value, > 0."""
+    """gradient norm is clipped at this value, > 0; inf: not clipped."""
     batch_size: int | Auto = "auto"
     """rows (demonstrations or pairs) per optimizer step over all devices. SPIN: 64."""
     per_device_train_batch_size: int | Auto = "auto"
@@ -145,7 +193,7 @@ class RunArgs(BaseArgs):
     lora_r: int = 0
     """rank of LoRA adapters on all linear layers; 0 trains all weights. RFT paper's LoRA variant: 64."""
     lora_alpha: int = 16
-    """LoRA scale numerator. Released code: 16."""
+    """LoRA scale numerator, > 0. Released code: 16."""
     load_in_4bit: bool = False
     """QLoRA: the frozen base in 4 bits (nf4), with --lora-r, on a CUDA GPU with bitsandbytes; not where a reward is learned."""
     save_steps: int = 100
@@ -159,12 +207,6 @@ class RunArgs(BaseArgs):
 
     def check(self) -> None:
         super().check()
-        positive = ("learning_rate", "batch_size", "per_device_train_batch_size", "max_grad_norm", "save_steps")
-        for name in (*positive, "logging_steps"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("max_samples", "select_top_k", "lora_r"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "at least 0 and below 1")
         require(
             not self.load_in_4bit or (self.lora_r > 0 and not self.scalar_models), "load_in_4bit", True,
             "--lora-r above 0 beside it, in a script without a reward model: 4-bit weights are neither trained nor replaced",
@@ -185,24 +227,82 @@ def require(ok: bool, name: str, found, expected: str) -> None:
         raise UserError(f"{flag(name)}: found {found}, expected {expected}")
 
 
+def check_values(args: BaseArgs) -> None:
+    """UserError for a number outside the range that its class declares, one that is not finite, and an empty text."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, float) and field.name not in args.may_be_infinite:
+            require(math.isfinite(value), field.name, value, "a finite number")
+        elif isinstance(value, int):
+            require(value <= LARGEST, field.name, value, f"at most {LARGEST}")
+        elif isinstance(value, str) and field.default != "" and field.name not in args.may_be_empty:
+            require(bool(value.strip()), field.name, "an empty text", "a value")
+    for cls in reversed(type(args).__mro__):
+        for expected, names in vars(cls).get("ranges", {}).items():
+            for name in names:
+                require(RANGES[expected](getattr(args, name)), name, getattr(args, name), expected)
+
+
+def check_tracker(name: str) -> None:
+    """UserError unless a tracker is installed and wandb would not ask for a key: found now, not once models are loaded."""
+    if name == "none":
+        return
+    installed = any(importlib.util.find_spec(package) for package in TRACKERS[name])
+    require(
+        installed, "report_to", f"{name}, which is not installed here", f"none, or {name} installed: pip install {name}"
+    )
+    require(
+        name != "wandb" or wandb_can_start(), "report_to", "wandb, which has no key here",
+        "none, or a key (wandb login, or the variable WANDB_API_KEY), or WANDB_MODE=offline",
+    )  # fmt: skip
+
+
+def wandb_can_start() -> bool:
+    """True if wandb has a key, in the environment, a settings file or netrc, or is told to do without: offline, disabled."""
+    home, variable = Path.home(), os.environ.get
+    stored = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
+        folder = Path(variable("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
+        stored.read([folder / "settings", Path(variable("WANDB_DIR") or ".") / "wandb" / "settings"])
+    settings = stored["default"] if "default" in stored else {}
+    mode = variable("WANDB_MODE") or settings.get("mode", "online")
+    if mode in ("offline", "dryrun", "disabled") or settings.get("api_key"):
+        return True
+    if variable("WANDB_API_KEY") or variable("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(variable("WANDB_BASE_URL") or settings.get("base_url", "https://api.wandb.ai")).netloc
+    for path in [variable("NETRC")] if variable("NETRC") else [home / ".netrc", home / "_netrc"]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            if netrc.netrc(path).authenticators(host):
+                return True
+    return False
+
+
 def first_model(name: str) -> str:
     """Name, in lower case, of the model that a model in a run directory was made from; of any other model its own."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no args.json, or one that is not ours
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, RecursionError
+    ):  # no args.json, or not one of ours
         if Path(name).is_dir():
             return first_model(json.loads((Path(name).parent / "args.json").read_text())["args"]["model"])
     return Path(name).name.lower()
 
 
+def settings_row(model: str, settings: dict[str, dict]) -> str:
+    """Key of the row of `settings` for a model: the one that first_model is, or whose FAMILIES it is of; else `other`."""
+    name = first_model(model)
+    return next((k for k in settings if re.fullmatch(FAMILIES.get(k, re.escape(k)), name)), "other")
+
+
 def resolve_auto(args: BaseArgs, settings: dict[str, dict]) -> str:
-    """Fill the flags that are still auto from the row of `settings` whose key begins first_model. Returns the key."""
-    name = first_model(args.model)
-    key = next((k for k in settings if name.startswith(k)), "other")
+    """Fill the flags that are still auto from the row of `settings` for the model. Returns the key of the row."""
+    key = settings_row(args.model, settings)
     given = [f for f in ("dataset", "preference_dataset") if getattr(args, f, "auto") != "auto"]
     for field, value in settings[key].items():
         if getattr(args, field) == "auto":
             setattr(args, field, value)
     if args.max_prompt_length == "auto":
-        args.max_prompt_length = max(args.max_length - args.max_new_tokens, args.max_length // 2)
+        args.max_prompt_length = max(args.max_length - args.max_new_tokens, 1)
     if len(given) == 1 and hasattr(args, "preference_dataset"):
         check_sources(args, given[0])
     return key
@@ -219,35 +319,159 @@ def check_sources(args, given: str) -> None:
 
 def parse_args(cls, description: str, settings: dict[str, dict]):
     """Command line -> args with every auto resolved. With --resume the run's own args come back; others are refused."""
-    import tyro
-
-    args = tyro.cli(cls, description=description)
+    check_launch()
+    args = command_line(cls, description)
     if args.resume:
-        path = Path(args.resume) / "args.json"
-        if not path.is_file():
-            raise UserError(f"--resume: found no args.json in {args.resume}, expected a run directory")
-        saved = json.loads(path.read_text())["args"]
+        saved = saved_args(cls, args.resume)
         same = args.output_dir == "auto" or Path(args.output_dir).resolve() == Path(args.resume).resolve()
         require(
             same, "output_dir", args.output_dir, f"none beside --resume {args.resume}, which goes on in its own folder"
         )
-        default = cls()
-        for field in dataclasses.fields(cls):
-            given = getattr(args, field.name)
-            if field.name not in ("resume", "dry_run", "output_dir") and given not in (
-                getattr(default, field.name),
-                saved[field.name],
-            ):
+        for name, given in vars(command_line(cls, description, saved)).items():
+            if name not in ("resume", "dry_run", "output_dir") and given not in ("auto", getattr(saved, name)):
                 raise UserError(
-                    f"{flag(field.name)}: found {given}, but the run in {args.resume} has {saved[field.name]};"
+                    f"{flag(name)}: found {given}, but the run in {args.resume} has {getattr(saved, name)};"
                     " a resumed run keeps its settings"
                 )
-        args = cls(**{**saved, "resume": args.resume, "output_dir": args.resume, "dry_run": args.dry_run})
+        args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run)
+    elif any(word.partition("=")[0] == "--resume" for word in sys.argv[1:]):  # such as --resume "$RUN" of a shell
+        require(False, "resume", "an empty text", "a run directory")
+    row = settings_row(args.model, settings)
+    filled = any(getattr(args, name) == "auto" for name in settings[row])
     resolve_auto(args, settings)
     args.check()
+    if os.environ.get("RANK", "0") == "0" and filled and len(settings) > 1:
+        models = {"other": "any other model", "pythia": "pythia up to 2.8b"}.get(row, row)
+        print(f"settings: those for {models} (--model {args.model}) where no flag is given", flush=True)
     if getattr(args, "dry_run", False) and os.environ.get("RANK", "0") != "0":
         sys.exit(0)  # rank 0 prints the plan
     return args
+
+
+# ---- the command line ----
+def command_line(cls, description: str, default=None):
+    """The words of the command line as a `cls`, by tyro, over a default. UserError, one line, for what is not a flag or value."""
+    import tyro
+
+    printed = io.StringIO()
+    given = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(cls, description=description, **given)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    wrong = wrong_word(cls, sys.argv[1:])
+    said = re.split("[-─]{4,}", re.sub("[│╭╮╰╯]", "", printed.getvalue()))  # tyro's heading, what is wrong, help
+    raise UserError(wrong or " ".join(said[:2][-1].split()))
+
+
+def wrong_word(cls, words: list[str]) -> str:
+    """What is wrong with the first wrong word of a command line, in one line; empty if all are right."""
+    types_of = get_type_hints(cls)
+    known = {flag(field.name): types_of[field.name] for field in dataclasses.fields(cls)}
+    known |= {f"--no-{name[2:]}": kind for name, kind in known.items() if kind is bool}
+    before, rest = "", iter(words)
+    for word in rest:
+        name, given, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in known:
+            if before and not word.startswith("-"):
+                return f"{before}: found the value {word}, expected none: the flag alone says yes, --no-... says no"
+            if not word.startswith("--"):
+                return f"{word}: found a word without a flag, expected --flag value (see --help)"
+            near = "".join(f"{n}, or " for n in difflib.get_close_matches(name, known, 1))
+            return f"{word}: found no flag of this name, expected {near}one that --help shows"
+        before = name if known[name] is bool else ""
+        if known[name] is bool and given:
+            return f"{name}: found the value {value}, expected none: the flag alone says yes, --no-... says no"
+        if known[name] is not bool:
+            value = value if given else next(rest, None)
+            if value is None or not reads(value, known[name]):
+                found = "no value" if value is None else value or "an empty text"
+                return f"{name}: found {found}, expected {in_words(known[name])}"
+    return ""
+
+
+def kinds_of(kind) -> tuple:
+    """The types of a union, else the one type."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def reads(text: str, kind) -> bool:
+    """Whether a word of the command line is a value of a flag's type."""
+
+    def one(kind) -> bool:
+        if get_origin(kind) is Literal:
+            return text in map(str, get_args(kind))
+        try:
+            return kind(text) is not None
+        except ValueError:
+            return False
+
+    return any(map(one, kinds_of(kind)))
+
+
+def holds(value, kind) -> bool:
+    """Whether a value out of a JSON file is of a flag's type."""
+
+    def one(kind) -> bool:
+        if get_origin(kind) is Literal:
+            return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
+        return type(value) is kind or (kind is float and type(value) is int)
+
+    return any(map(one, kinds_of(kind)))
+
+
+def in_words(kind) -> str:
+    """A flag's type as an error names it: a number or auto."""
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    choices = [", ".join(map(str, get_args(k))) if get_origin(k) is Literal else names[k] for k in kinds_of(kind)]
+    return "one of " * (", " in choices[0]) + " or ".join(choices)
+
+
+def saved_args(cls, folder: str):
+    """The args that a run wrote to its args.json. UserError, one line, for what a run of this script has not written.
+
+    A flag that is missing there is newer than the run, which goes on without it: as its default is, or as cls.before says.
+    """
+    path, script = Path(folder) / "args.json", Path(inspect.getfile(cls)).stem
+    if not path.is_file():
+        raise UserError(f"--resume: found no args.json in {folder}, expected a run directory")
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--resume: {path}: found broken JSON ({error}), expected what a run writes there") from None
+    saved = stored.get("args") if isinstance(stored, dict) else None
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"--resume: {path}: found {json.dumps(stored):.60}, expected script and args, as a run writes them"
+        )
+    if stored.get("script", script) != script:
+        raise UserError(f"--resume: found a run of {stored['script']}.py in {folder}, expected one of {script}.py")
+    types_of = get_type_hints(cls)
+    default = {field.name: field.default for field in dataclasses.fields(cls)}
+    made_at = f"the version that made the run (commit {stored.get('commit') or 'unknown'})"
+    if unknown := ", ".join(flag(str(name)) for name in saved if name not in default):
+        raise UserError(f"--resume: {path}: found {unknown}, which this version does not know; expected {made_at}")
+    newer = {name: cls.before.get(name, value) for name, value in default.items() if name not in saved}
+    if unclear := ", ".join(flag(name) for name, value in newer.items() if value == "auto"):
+        raise UserError(
+            f"--resume: {path}: found no {unclear}, whose value depends on the model in this version; expected {made_at}"
+        )
+    for name, value in saved.items():
+        if not holds(value, types_of[name]):
+            found = f"{flag(name)} {json.dumps(value):.60}"
+            raise UserError(f"--resume: {path}: found {found}, expected {in_words(types_of[name])}")
+    if newer and os.environ.get("RANK", "0") == "0":
+        listed = ", ".join(f"{flag(name)} {value!r}" for name, value in newer.items())
+        print(f"--resume: {path} is older than {listed}: what the run has done so far", flush=True)
+    return cls(**saved, **newer)
+
+
+def one_line_warning(message, category, filename, lineno, line=None) -> str:
+    """warnings.formatwarning for users: what is said, without our source line, once for all ranks."""
+    return f"warning: {' '.join(str(message).split())}\n" if os.environ.get("RANK", "0") == "0" else ""
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -255,13 +479,14 @@ PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 
 def main(script_main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError becomes one line on stderr and exit status 2.
+    """Run a script's main; a UserError becomes one line on stderr and exit status 2, a warning one line of rank 0.
 
     A signal ends it with one line and status 128 + its number (Run._on_signal). A stream that is closed, or on a full disk,
     costs what is printed and nothing else; the latter gives status 1.
     """
     terminal.catch()
     terminal.be_patient()
+    shown, warnings.formatwarning = warnings.formatwarning, one_line_warning
     status: int | str | None = 0
     try:
         try:
@@ -274,6 +499,8 @@ def main(script_main: Callable[[], None]) -> None:
                 status = 1
     except SystemExit as stop:
         status = stop.code
+    finally:
+        warnings.formatwarning = shown
     if "RANK" in os.environ and status:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -285,7 +512,7 @@ def main(script_main: Callable[[], None]) -> None:
 def report_failure(error: Exception) -> int:
     """Say what ended a script -> its exit status. An error that is not the user's is raised again, with what is saved in it."""
     if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("error: " + str(error).replace("\n", " "), file=sys.stderr, flush=True)
         return 2
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         after = Run.hint and f"; free space, then{Run.hint}"
@@ -309,6 +536,31 @@ def report_failure(error: Exception) -> int:
     return 1
 
 
+# ---- the launch ----
+def check_launch() -> None:
+    """UserError where the environment asks for processes that could not find each other, or an engine that is not installed."""
+    numbers = {"WORLD_SIZE": 0, "RANK": 0, "LOCAL_RANK": 0}
+    for name in numbers.keys() & os.environ.keys():
+        if not re.fullmatch(r"-?\d+", os.environ[name]):
+            found = f"{name}: found {os.environ[name]!r} in the environment"
+            raise UserError(f"{found}, expected a whole number, as torchrun sets it")
+        numbers[name] = int(os.environ[name])
+    world = numbers["WORLD_SIZE"]
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
+    if world > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE: found {world} in the environment but no {', '.join(missing)}, expected all that torchrun and"
+            f" accelerate launch set: unset WORLD_SIZE, or type accelerate launch --num_processes {world} ..."
+        )
+    if world and numbers["RANK"] >= world:
+        raise UserError(f"RANK: found {numbers['RANK']} in the environment, expected 0 to {world - 1} (WORLD_SIZE - 1)")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not importlib.util.find_spec("deepspeed"):
+        raise UserError(
+            "DeepSpeed, which the accelerate config asks for: found it not installed here, expected pip install -r"
+            " requirements-engines.txt, or another file of configs/"
+        )
+
+
 def expected_processes() -> int:
     """How many processes the launcher was asked for: torchrun's WORLD_SIZE, or the words of `accelerate launch`."""
     if "WORLD_SIZE" in os.environ:
@@ -319,11 +571,13 @@ def expected_processes() -> int:
     words = psutil.Process().parent().cmdline() if psutil.Process().parent() else []
     if "launch" not in words or not any("accelerate" in w for w in words):
         return 1
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for name in ("--num_processes", "--num-processes"):
         if name in words:
             return int(words[words.index(name) + 1])
-    if "--config_file" in words:
-        return int(yaml.safe_load(Path(words[words.index("--config_file") + 1]).read_text()).get("num_processes") or 1)
+    for name in ("--config_file", "--config-file"):
+        if name in words:
+            return int(yaml.safe_load(Path(words[words.index(name) + 1]).read_text()).get("num_processes") or 1)
     return 1
 
 
@@ -511,7 +765,8 @@ class Run:
         self._make_directory()
         if log_with:
             project.logging_dir = str(self.dir)
-            self.accelerator.init_trackers("cleanirl", config=flat_config(args))
+            kept = tracker_settings(args.report_to, self.dir) if self.is_main else {}
+            self.accelerator.init_trackers("cleanirl", config=flat_config(args), init_kwargs=kept)
         self.saved, self.last_step = "", 0  # position of the last checkpoint; step of the last row of metrics
         self.seconds: dict[str, float] = {}
 
@@ -1018,6 +1273,19 @@ def write_json(path: Path, value) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
+
+
+def tracker_settings(tracker: str, folder: Path) -> dict[str, dict]:
+    """init_kwargs of accelerate's init_trackers: a run under the folder's name, whose id stays in the folder for a resume."""
+    path = folder / "tracker.json"
+    if not path.exists():
+        write_json(path, {"report_to": tracker, "id": secrets.token_hex(4)})
+    kept = json.loads(path.read_text())["id"]
+    name = folder.resolve().name
+    return {
+        "wandb": {"name": name, "id": kept, "resume": "allow"},
+        "trackio": {"name": f"{name}-{kept}", "resume": "allow"},  # which knows a run by its name alone
+    }
 
 
 def fingerprint(p: torch.Tensor) -> int:

@@ -6,7 +6,10 @@ Rewards are identified up to a constant; the solver returns the ones of mean 0.
 Paper: AIHF = Learning Reward and Policy Jointly from Demonstration and Preference, arXiv:2406.06874, Sec. 3.3 and A.2.
 """
 
+import contextlib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +191,33 @@ def residuals(demonstrations: np.ndarray, preferences: np.ndarray) -> dict[str, 
 
 
 # ---- for the command lines ----
+def parse_args(cls, description: str):
+    """Command line -> cls, which has a seed or an output_dir or both. InputError, one line, for what cannot be used."""
+    import tyro
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            args = tyro.cli(cls, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        said = re.split("[-─]{4,}", re.sub("[│╭╮╰╯]", "", printed.getvalue()))  # its heading, what is wrong, help
+        raise InputError(" ".join(said[:2][-1].split())) from None
+    if hasattr(args, "seed"):
+        check_range("--seed", args.seed, 0, 2**63)
+    folder = Path(args.output_dir)
+    if not args.output_dir.strip() or any(p.exists() and not p.is_dir() for p in (folder, *folder.parents)):
+        raise InputError(f"--output-dir is {args.output_dir!r}, expected a folder, or one that can be made")
+    return args
+
+
+def check_range(flag: str, value: int, low: int, high: int) -> None:
+    """InputError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise InputError(f"{flag} is {value}, expected {low} to {high}")
+
+
 def report(checks: dict[str, tuple[float, float]]) -> bool:
     """Print {what: (residual, bound)} as a table with PASS or FAIL. Returns whether all passed."""
     width = max(map(len, checks))
@@ -216,8 +246,11 @@ def run(example: Callable[[], bool]) -> None:
 
 def save_figure(fig, output_dir: str, name: str) -> Path:
     path = Path(output_dir) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=130)
+    except OSError as error:
+        raise InputError(f"--output-dir is {output_dir}, where {name} cannot be written: {error}") from None
     print(f"figure: {path}")
     return path
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import bandit
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 LETTERS, EOS, LENGTH = 3, 3, 4
@@ -158,9 +157,9 @@ def theorem_bound(T: int, K: int, eta: float = 4.0, seed: int = 0) -> float:
 @dataclass
 class Args:
     seeds: int = 64
-    """independent runs behind every point of the rate."""
+    """independent runs behind every point of the rate, 1 to 100,000."""
     draws: int = 2000
-    """data sets drawn for Lemma 4.1."""
+    """data sets drawn for Lemma 4.1, 100 to 1,000,000."""
     output_dir: str = "runs/toy"
     """folder of the figure."""
 
@@ -208,6 +207,8 @@ def identities() -> dict[str, tuple[float, float]]:
 
 
 def example(args: Args) -> bool:
+    bandit.check_range("--seeds", args.seeds, 1, 10**5)
+    bandit.check_range("--draws", args.draws, 100, 10**6)  # fewer cannot show a share of 0.1
     torch.set_num_threads(1)
     checks = identities()
     print(f"IRL Lemma 4.1: |L - L^| <= (C_r - C_p) sqrt(ln(2/delta) / 2|D|), delta = 0.1, {args.draws} data sets each")
@@ -241,4 +242,4 @@ def example(args: Args) -> bool:
 
 
 if __name__ == "__main__":
-    bandit.run(lambda: example(tyro.cli(Args, description=__doc__)))
+    bandit.run(lambda: example(bandit.parse_args(Args, __doc__)))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import bandit
 import numpy as np
-import tyro
 
 REF = np.full(3, 1 / 3)
 DEMONSTRATED = 2
@@ -23,7 +22,7 @@ CASES = ((0.1, 0.1), (0.3, 0.1), (0.5, 0.1), (1.0, 0.5), (2.0, 1.0))  # R, beta;
 @dataclass
 class Args:
     seed: int = 0
-    """of the rewards and policies tried against the optimum."""
+    """of the rewards and policies tried against the optimum, >= 0."""
     output_dir: str = "runs/toy"
     """folder of the figure."""
 
@@ -127,4 +126,4 @@ def example(args: Args) -> bool:
 
 
 if __name__ == "__main__":
-    bandit.run(lambda: example(tyro.cli(Args, description=__doc__)))
+    bandit.run(lambda: example(bandit.parse_args(Args, __doc__)))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import bandit
 import numpy as np
-import tyro
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Args:
     comparisons: int = 200
     """comparisons per pair of actions, >= 0; too few break Ford's condition."""
     seed: int = 0
-    """of the draws."""
+    """of the draws, >= 0."""
     output_dir: str = "runs/toy"
     """folder of the figure."""
 
@@ -39,10 +38,8 @@ def validate(args: Args) -> None:
         ("--covered", args.covered, 1, args.actions),
         ("--demonstrations", args.demonstrations, 1, 10**9),
         ("--comparisons", args.comparisons, 0, 10**9),
-        ("--seed", args.seed, 0, 2**63),
     ):
-        if not low <= value <= high:
-            raise bandit.InputError(f"{flag} is {value}, expected {low} to {high}")
+        bandit.check_range(flag, value, low, high)
 
 
 def draw(args: Args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -125,4 +122,4 @@ def example(args: Args) -> bool:
 
 
 if __name__ == "__main__":
-    bandit.run(lambda: example(tyro.cli(Args, description=__doc__)))
+    bandit.run(lambda: example(bandit.parse_args(Args, __doc__)))

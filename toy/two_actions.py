@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import bandit
 import numpy as np
-import tyro
 
 TRUTH = 0.5
 CASES = {  # demonstrations (d1, d2), preferences (p12, p21)
@@ -30,9 +29,9 @@ SETTINGS = ((0.5, 20, 4), (0.5, 4, 20), (0.5, 20, 20), (0.8, 20, 20))  # truth, 
 @dataclass
 class Args:
     draws: int = 20_000
-    """data sets drawn for the variances, >= 5000."""
+    """data sets drawn for the variances, 5000 to 10,000,000."""
     seed: int = 0
-    """of the draws."""
+    """of the draws, >= 0."""
     output_dir: str = "runs/toy"
     """folder of the figure."""
 
@@ -78,10 +77,7 @@ def variances(truth: float, size_d: int, size_p: int, draws: int, seed: int) -> 
 
 
 def example(args: Args) -> bool:
-    if args.draws < 5000:
-        raise bandit.InputError(
-            f"--draws is {args.draws}; telling the variances apart by their standard errors needs at least 5000"
-        )
+    bandit.check_range("--draws", args.draws, 5000, 10**7)  # fewer do not tell the variances apart
     checks, identities, found = {}, [], {}
     print("probability of action 1 (truth 0.5)")
     print(f"  {'':<5}{'d':>9} {'p12, p21':>10} {'SFT':>8} {'BTL':>8} {'RLHF':>8} {'AIHF':>8}")
@@ -146,4 +142,4 @@ def example(args: Args) -> bool:
 
 
 if __name__ == "__main__":
-    bandit.run(lambda: example(tyro.cli(Args, description=__doc__)))
+    bandit.run(lambda: example(bandit.parse_args(Args, __doc__)))
