@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ZEPHYR_TEMPLATE, jsonl, make_tokenizer
+from helpers import ZEPHYR_TEMPLATE, jsonl, make_model, make_tokenizer
 
-from common import UserError, data
+import sft
+from common import UserError, data, evals, models
 from common.data import collate, encode, harvest_pydoc, load_rows, read_pairs, render_prompt, write_pairs
+from common.run import data_order
 
 USER, ASSISTANT = {"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}
 WRONG = {"role": "assistant", "content": "five"}
@@ -702,3 +704,628 @@ def test_pydoc_pairs_differ_and_a_lone_summary_makes_none(pydoc, tmp_path, monke
     assert all(r["chosen"] != r["rejected"] and r.keys() == {"row", "prompt", "chosen", "rejected"} for r in rows)
     summaries = {row["response"] for _, row in pydoc}
     assert {r["rejected"] for r in rows} <= summaries
+
+
+# ---- the first and the last token of a demonstration ----
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ raise_exception('No system role') }}"
+    "{% endif %}{% endfor %}"
+)
+LLAMA2 = (  # white space around the answer
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+R1 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].split('</think>')[-1] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+BARE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+WORDS = "user model assistant system a garden is not the bridge: it return number of items in list open file Answer think it"
+
+
+def sentencepiece(prepend: str = "normalizer", template: str | None = None, eos: str = "</s>", special: tuple = ()):
+    """A tokenizer in the manner of SentencePiece: words carry the space before them, and so does the beginning of a text.
+
+    prepend: how the beginning gets its space, as in Llama's and Mistral's files (normalizer), as in newer ones (first),
+    or never, as in Gemma's.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    named = ["<unk>", "<s>", "</s>", *(t for t in (eos, *special) if t != "</s>")]
+    bpe = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    signs = list(".,:;#?!()[]<>/|_-+=*'\"`0123456789") + list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ▁")
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*named, *bytes_], initial_alphabet=signs, show_progress=False
+    )
+    bpe.train_from_iterator([WORDS] * 5, trainer)
+    state = json.loads(bpe.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in named]
+    bpe = Tokenizer.from_str(json.dumps(state))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    replace = normalizers.Replace(" ", "▁")
+    if prepend == "first":
+        bpe.normalizer, bpe.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        bpe.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    elif prepend == "normalizer":
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+        bpe.pre_tokenizer, bpe.decoder = None, decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    else:
+        bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = replace, None, decoders.Sequence(steps)
+    bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
+    names = dict(bos_token="<s>", eos_token=eos, unk_token="<unk>", pad_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **names)
+
+
+def byte_level(prefix: bool = False, merging: bool = False, template: str | None = None, special: tuple = ()):
+    """prefix: a space before the beginning of a text; merging: tokens cross line breaks and spaces, as "\\nAnswer" does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not merging)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["</s>", *special], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(["assistant|>\nAnswer", "Response: Answer", ": Answer\n", WORDS] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", chat_template=template)
+
+
+TURNS = ("<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>")
+TOKENIZERS = {
+    "bpe": lambda template: byte_level(template=template, special=TURNS),
+    "bpe, space first": lambda template: byte_level(prefix=True, template=template, special=TURNS),
+    "bpe, merging": lambda template: byte_level(merging=True, template=template, special=TURNS),
+    "llama": lambda template: sentencepiece(template=template, special=TURNS),
+    "metaspace": lambda template: sentencepiece("first", template, special=TURNS),
+    "gemma": lambda template: sentencepiece("never", template, special=TURNS),
+}
+TEMPLATES = {"plain": None, "zephyr": ZEPHYR_TEMPLATE, "chatml": CHATML, "phi": PHI, "bare": BARE}
+TEXTS = ["Answer", " it", "\nAnswer it", "é 🙂 ", "A</s>B <s>it</s>?", ".", "1 garden"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokens_of_a_response_are_those_that_follow_the_prompt(name, template):
+    """Whatever the tokenizer does at the beginning of a text and over the border, the ids read as prompt and response."""
+    tokenizer = TOKENIZERS[name](TEMPLATES[template])
+    rows = [{"row": i, "prompt": "open it", "response": t, "rejected": t[::-1]} for i, t in enumerate(TEXTS)]
+    encoded = encode(rows, tokenizer, 400, 200)
+    assert [r["row"] for r in encoded] == list(range(len(TEXTS)))
+    for row, text in zip(encoded, TEXTS, strict=True):
+        prompt = render_prompt(tokenizer, "open it")
+        alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert row["prompt_ids"][-len(alone) :] == alone  # what the sampler sees
+        special = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids(t) for t in TURNS}
+        for kind, written in (("response", text), ("rejected", text[::-1])):
+            *ids, end = row[f"{kind}_ids"]
+            assert end == data.end_of_turn(tokenizer) and special.isdisjoint(ids)
+            read = tokenizer.decode(row["prompt_ids"] + ids)
+            assert read.removeprefix(tokenizer.decode(row["prompt_ids"])) == written
+            if "<" not in written and ">" not in written:
+                whole = tokenizer(prompt + written, add_special_tokens=False)["input_ids"]
+                assert read.endswith(tokenizer.decode(whole)) or read == tokenizer.decode(whole)
+                if whole[: len(alone)] == alone:
+                    assert ids == whole[len(alone) :]
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "first"])
+def test_a_demonstration_begins_as_the_models_own_answers_do(prepend):
+    """After "<|assistant|>\\n" the whole text has no space before the answer: neither has the demonstration."""
+    tokenizer = sentencepiece(prepend, ZEPHYR_TEMPLATE)
+    row = encode_one({"prompt": "q", "response": "Answer it", "rejected": "not"}, tokenizer)
+    whole = tokenizer(row["prompt_text"] + "Answer it</s>")["input_ids"]
+    assert row["prompt_ids"] + row["response_ids"] == whole
+    assert tokenizer.convert_ids_to_tokens(row["response_ids"][0])[0] == "A"
+    assert tokenizer.convert_ids_to_tokens(row["rejected_ids"][0])[0] == "n"
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Answer", add_special_tokens=False)["input_ids"][0])[0] == "▁"
+
+
+def test_a_token_over_the_border_is_cut_at_it():
+    """The sampler sees the prompt's own tokens, so the demonstration follows them and not the token that joins the two."""
+    tokenizer = byte_level(merging=True, template=ZEPHYR_TEMPLATE)
+    prompt = render_prompt(tokenizer, "q")
+    alone, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, prompt + "Answer"))
+    assert whole[: len(alone)] != alone and "Ċ" in tokenizer.convert_ids_to_tokens(whole[-1])  # it does merge
+    row = encode_one({"prompt": "q", "response": "Answer"}, tokenizer)
+    assert row["prompt_ids"] == alone
+    assert row["response_ids"] == [*tokenizer("Answer", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_white_space_that_the_template_puts_around_an_answer_is_learned():
+    tokenizer = sentencepiece(template=LLAMA2)
+    row = encode_one({"prompt": "q", "response": "Answer"}, tokenizer)
+    exchange = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Answer"}]
+    written = tokenizer.apply_chat_template(exchange, tokenize=False)
+    assert written.endswith("[/INST] Answer </s>")
+    assert row["prompt_ids"] + row["response_ids"] == tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert row["response_text"] == "Answer"
+
+
+ENDS = {
+    "plain": (None, "</s>"),
+    "zephyr": (ZEPHYR_TEMPLATE, "</s>"),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "qwen": (CHATML, "<|im_end|>"),
+    "phi": (PHI, "<|end|>"),
+    "mistral": (MISTRAL, "</s>"),
+    "llama2": (LLAMA2, "</s>"),
+    "r1": (R1, "</s>"),
+    "no end": (BARE, "</s>"),
+    "refuses": ("{{ raise_exception('no') }}", "</s>"),
+    "answers for itself": ("{{ messages[0]['content'] }}", "</s>"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_turn_ends_with_the_templates_token(name):
+    template, end = ENDS[name]
+    tokenizer = sentencepiece(template=template, special=TURNS)
+    assert tokenizer.convert_ids_to_tokens(data.end_of_turn(tokenizer)) == end
+    if name != "refuses":
+        for text in ("Answer", f"Answer{end}", "Answer</s>\n"):
+            row = encode_one({"prompt": "q", "response": text, "rejected": text}, tokenizer)
+            assert row["response_ids"] == row["rejected_ids"] and row["response_text"] == "Answer"
+            assert tokenizer.convert_ids_to_tokens(row["response_ids"][-1]) == end
+            assert row["response_ids"].count(data.end_of_turn(tokenizer)) == 1
+
+
+def test_the_end_of_a_turn_need_not_be_special():
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level(template=CHATML)
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=False)])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert data.end_of_turn(tokenizer) == end != tokenizer.eos_token_id
+    with pytest.warns(UserWarning, match="row 1: found a response without tokens of its own .*1 of 2 rows"):
+        rows = [{"row": i, "prompt": "q", "response": t} for i, t in enumerate(["it<|im_end|>", "it<|im_end|>is"])]
+        (row,) = encode(rows, tokenizer, 100, 90)  # no tokenizer call writes such a token as text
+    assert row["response_ids"].count(end) == 1 and row["response_ids"][-1] == end
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_end_of_a_turn_ends_answers_and_is_saved(known):
+    """Gemma's generation config names it; that of a base model with a chat template does not, which is said in one line."""
+    from types import SimpleNamespace
+
+    from common.generation import stop_tokens
+
+    tokenizer = byte_level(template=CHATML, special=TURNS)
+    end, eos = data.end_of_turn(tokenizer), tokenizer.eos_token_id
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[eos, end] if known else eos))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert stop_tokens(model, tokenizer) == {end, eos}
+    lines = [str(w.message) for w in caught]
+    assert not lines if known else "found <|im_end|> as the end of a turn in the chat template, but </s>" in lines[0]
+    data.stop_at_end_of_turn(model, tokenizer)
+    assert set(model.generation_config.eos_token_id) == {end, eos}
+    tokenizer.chat_template = None
+    model.generation_config.eos_token_id = eos
+    data.stop_at_end_of_turn(model, tokenizer)
+    assert model.generation_config.eos_token_id == eos
+
+
+# ---- what stands in a text ----
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_control_token_in_an_answer_is_text(name):
+    """HTML's strikethrough with a tokenizer of <s> and </s>: what is learned is what response_text says."""
+    tokenizer = TOKENIZERS[name](ZEPHYR_TEMPLATE)
+    text = "a <s>1</s> garden is <|im_end|> 2"
+    row = encode_one({"prompt": "q", "response": text, "rejected": f"{text}</s>"}, tokenizer)
+    assert row["response_ids"] == row["rejected_ids"] and row["response_text"] == row["rejected_text"] == text
+    *ids, end = row["response_ids"]
+    assert end == tokenizer.eos_token_id and not {0, 1, 2, end} & set(ids)
+    asked = tokenizer.decode(row["prompt_ids"])
+    assert tokenizer.decode(row["prompt_ids"] + ids).removeprefix(asked) == text
+
+
+@pytest.mark.parametrize(
+    "prompt", ["strike <s>1</s>", [{"role": "user", "content": "what is <|im_end|>?"}]], ids=["text", "messages"]
+)
+def test_a_prompt_with_a_control_token_is_left_out_and_counted(prompt):
+    """It would end the user's turn, or begin another, in the midst of the text."""
+    tokenizer = sentencepiece(template=ZEPHYR_TEMPLATE, special=TURNS)
+    rows = [{"row": i, "prompt": p, "response": "it"} for i, p in enumerate(["q", prompt])]
+    with pytest.warns(UserWarning, match=r"--dataset row 1: found the control token .*1 of 2 rows cannot be used"):
+        assert [r["row"] for r in encode(rows, tokenizer, 100, 90)] == [0]
+    with pytest.raises(UserError, match="row 1: found the control token .*; all 1 rows are like this"):
+        encode(rows[1:], tokenizer, 100, 90)
+
+
+def test_earlier_answers_lose_an_end_that_is_written_out():
+    tokenizer = make_tokenizer(chat_template=ZEPHYR_TEMPLATE)
+    rows = [{"row": 0, "prompt": turns("p", f"a{end}", "q"), "response": "r"} for end in ("", "</s>", "</s> ")]
+    first, *others = (encode([row], tokenizer, 200, 150)[0] for row in rows)
+    assert others == [first] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "learned"),
+    [
+        (R1, "<think>\nLet it\n</think>\n\nAnswer", "Let it\n</think>\n\nAnswer"),
+        (R1, "<think>Let it</think>Answer", "Let it</think>Answer"),
+        (R1, "<|assistant|><think>\nLet", "Let"),
+        (R1, "Answer <think>", "Answer <think>"),
+        (R1, "\nAnswer", "\nAnswer"),
+        (ZEPHYR_TEMPLATE, "<|assistant|>\nAnswer", "Answer"),
+        (ZEPHYR_TEMPLATE, "<think>\nAnswer", "<think>\nAnswer"),
+        (ZEPHYR_TEMPLATE, "|>\nAnswer", "|>\nAnswer"),
+        (None, "### Response: Answer", "Answer"),
+        (None, ": Answer", ": Answer"),
+    ],
+)
+def test_what_the_prompt_says_is_not_said_again(template, text, learned):
+    tokenizer = make_tokenizer(chat_template=template)
+    row = encode_one({"prompt": "q", "response": text, "rejected": text}, tokenizer)
+    assert row["response_text"] == row["rejected_text"] == learned
+    assert row["response_ids"] == row["rejected_ids"]
+    assert tokenizer.decode(row["prompt_ids"] + row["response_ids"]) == f"{row['prompt_text']}{learned}</s>"
+
+
+def test_an_answer_of_the_templates_words_alone_is_left_out():
+    tokenizer = make_tokenizer(chat_template=R1)
+    rows = [{"row": i, "prompt": "q", "response": t} for i, t in enumerate(["a", "<think>\n", "</s>"])]
+    with pytest.warns(UserWarning, match="row 1: found a response that holds nothing but .*2 of 3 rows"):
+        assert [r["row"] for r in encode(rows, tokenizer, 100, 90)] == [0]
+
+
+def test_half_an_emoji_is_replaced(tmp_path):
+    """Text cut between the halves of a surrogate pair, wherever it stands; a whole pair stays the emoji it is."""
+    half = "a \ud83d b"
+    rows = [
+        {"prompt": half, "completion": half},
+        {"prompt": [{"role": "user", "content": half}], "chosen": half, "rejected": half},
+        {"messages": turns(half, half)},
+        {"chosen": f"\n\nHuman: {half}\n\nAssistant: {half}", "rejected": f"\n\nHuman: {half}\n\nAssistant: {half}"},
+        {"subreddit": half, "title": half, "post": half, "summary": half},
+        {"prompt": "\ud83d\ude00", "completion": "\ud83d\ude00"},
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))  # as escapes
+    *halves, whole = load_rows(str(path), "all")
+    assert len({data.held_out(r["prompt"]) for r in halves}) <= 2  # a hash of its bytes
+    assert whole["prompt"] == whole["response"] == "😀"
+    for row in halves:
+        text = json.dumps(row, ensure_ascii=False)
+        assert "a \ufffd b" in row["response"] and text.encode() and "\ud83d" not in text
+    assert len(encode([*halves, whole], make_tokenizer(), 400, 300)) == 6
+
+
+@pytest.mark.parametrize(
+    ("template", "bad", "words"),
+    [
+        (GEMMA, [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "Roles must alternate"),
+        (MISTRAL, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "No system role"),
+        ("{{ messages[0]['content'] + messages[1]['content'] }}", "a", "no element 1"),
+        ("{{ messages[0]['content'] / 2 }}", "a", "unsupported operand"),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_is_left_out_and_counted(template, bad, words):
+    tokenizer = sentencepiece(template=template, special=TURNS)
+    good = [{"row": 3, "prompt": turns("a", "b", "c"), "response": "r"}] if "/ 2" not in template else []
+    rows = [{"row": 5, "prompt": bad, "response": "r"}]
+    if good:
+        with pytest.warns(UserWarning) as caught:
+            assert [r["row"] for r in encode(good + rows, tokenizer, 200, 150)] == [3]
+        message = str(caught[0].message)
+        assert len(caught) == 1 and message.startswith(
+            "--dataset row 5: found a prompt that the chat template refuses ("
+        )
+        assert words in message and "1 of 2 rows cannot be used" in message
+    with pytest.raises(UserError) as error:
+        encode(rows, tokenizer, 200, 150)
+    assert words in str(error.value) and "row 5" in str(error.value) and "all 1 rows" in str(error.value)
+
+
+# ---- which rows are drawn ----
+class Counting:
+    """A tokenizer that keeps the texts it was asked for."""
+
+    def __init__(self, tokenizer):
+        self.__dict__.update(inner=tokenizer, asked=[])
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, texts, **how):
+        self.asked += [texts] if isinstance(texts, str) else texts
+        return self.inner(texts, **how)
+
+
+def drawing(tmp_path, n: int = 200, **given):
+    """(args, rows of a set in which every third prompt is too long, the path of its preferences)."""
+    rows = [{"prompt": f"{i} " + "word " * 60 * (i % 3 == 0), "completion": f"a{i}"} for i in range(n)]
+    args = sft.Args(dataset=write(tmp_path / "d.jsonl", rows), eval_dataset=str(tmp_path / "d.jsonl"))
+    for i, row in enumerate(rows):
+        row["chosen"], row["rejected"] = row.pop("completion"), f"a{i}" if i % 5 == 1 else "b"
+    args.preference_dataset, args.max_preferences = write(tmp_path / "p.jsonl", rows), 30
+    given = dict(max_samples=40, eval_samples=20, max_length=96, max_prompt_length=64, max_new_tokens=20) | given
+    for name, value in given.items():
+        setattr(args, name, value)
+    return args
+
+
+def test_rows_are_drawn_until_enough_are_kept(tmp_path):
+    """Long prompts make the rows no fewer; which ones come in the seeded order; what is not needed is not tokenised."""
+    args, tokenizer = drawing(tmp_path), Counting(make_tokenizer())
+    with pytest.warns(UserWarning) as caught:
+        rows = evals.load_demonstrations(args, tokenizer)
+    source = load_rows(args.dataset, "train")
+    order = [source[i]["row"] for i in data_order(len(source), args.seed)]
+    fit = [i for i in order if i % 3]
+    assert [r["row"] for r in rows] == sorted(fit[:40]) and len(rows) == 40
+    looked_at = order.index(fit[39]) + 1
+    (message,) = [str(w.message) for w in caught]
+    assert f"found {looked_at - 40} of {looked_at} prompts longer than --max-prompt-length 64" in message
+    assert len([t for t in tokenizer.asked if t.startswith("### Instruction") and t.endswith("### Response: ")]) < 130
+    args.max_samples = 20
+    with pytest.warns(UserWarning, match="longer than"):
+        assert {r["row"] for r in evals.load_demonstrations(args, tokenizer)} == set(
+            fit[:20]
+        )  # the first of the same order
+    with pytest.warns(UserWarning, match="longer than"):
+        held = evals.load_held_out(args, tokenizer, [])
+    assert len(held) == 20 and all(r["row"] % 3 for r in held) and held == sorted(held, key=lambda r: r["row"])
+
+
+def test_preferences_are_drawn_until_enough_differ(tmp_path):
+    args, tokenizer = drawing(tmp_path), make_tokenizer()
+    with pytest.warns(UserWarning) as caught:
+        pairs = evals.load_preferences(args, tokenizer, [])
+    assert len(pairs) == 30 and all(p["row"] % 3 and p["row"] % 5 != 1 for p in pairs)
+    assert all(p["chosen_ids"] != p["rejected_ids"] for p in pairs)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == 2 and "longer than" in messages[0] and "pairs with chosen equal to rejected" in messages[1]
+    args.eval_preference_dataset = args.preference_dataset
+    with pytest.warns(UserWarning, match="longer than"):
+        assert len(evals.load_eval_preferences(args, tokenizer)) == 20
+
+
+def test_a_source_that_gives_fewer_rows_than_asked_for_says_so(tmp_path):
+    args = drawing(tmp_path, n=30, max_samples=28)
+    with pytest.warns(UserWarning, match="found [0-9]+ rows that can be used, fewer than the 28 asked for"):
+        rows = evals.load_demonstrations(args, make_tokenizer())
+    assert len(rows) == sum(r["row"] % 3 > 0 for r in load_rows(args.dataset, "train"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path / "d.jsonl", pairs(30))
+        assert len(evals.load_demonstrations(args, make_tokenizer())) == len(load_rows(args.dataset, "train")) < 30
+
+
+def test_all_rows_are_encoded_without_a_limit(tmp_path):
+    args = drawing(tmp_path, max_samples=0)
+    with pytest.warns(UserWarning, match="prompts longer than"):
+        rows = evals.load_demonstrations(args, make_tokenizer())
+    assert [r["row"] for r in rows] == [r["row"] for r in load_rows(args.dataset, "train") if r["row"] % 3]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_demonstrations_longer_than_answers_are_counted_or_cut(tmp_path, cut):
+    """With the flag length and end tell nothing apart: both are cut at --max-new-tokens, and a cut one has no EOS."""
+    tokenizer = make_tokenizer()
+    rows = [{"prompt": f"q{i}", "completion": "x" * (4 + 10 * (i % 2))} for i in range(60)]
+    args = drawing(tmp_path, max_new_tokens=8, max_samples=0, eval_samples=60, cut_demonstrations=cut)
+    write(tmp_path / "d.jsonl", rows)
+    with pytest.warns(UserWarning) as caught:
+        found = evals.load_demonstrations(args, tokenizer)
+    long = [r for r in found if r["row"] % 2]
+    (message,) = [str(w.message) for w in caught]
+    first = f"(row {long[0]['row']} has 15 tokens"
+    if cut:
+        assert f"found {len(long)} of {len(found)} responses longer than their room {first} for 8): cut" in message
+    else:
+        assert f"found {len(long)} of {len(found)} demonstrations longer than --max-new-tokens 8 {first}" in message
+        assert "--cut-demonstrations" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        held = evals.load_held_out(args, tokenizer, [])
+    for row in found + held:
+        ids, end = row["response_ids"], tokenizer.eos_token_id
+        expected = 5 if row["row"] % 2 == 0 else 8 if cut else 15
+        assert len(ids) == expected and (ids[-1] == end) == (expected != 8) and end not in ids[:-1]
+
+
+def test_responses_cut_at_the_window_are_counted():
+    tokenizer = make_tokenizer()
+    rows = [{"row": i, "prompt": "q", "response": "x" * n, "rejected": "y"} for i, n in ((4, 5), (7, 300_000))]
+    with pytest.warns(UserWarning) as caught:
+        kept = encode(rows, tokenizer, 96, 64)
+    room = 96 - len(kept[0]["prompt_ids"])
+    (message,) = [str(w.message) for w in caught]
+    assert message == (
+        f"--dataset: found 1 of 4 responses longer than their room (row 7 has 300001 tokens for {room}): cut there, without EOS"
+    )
+    assert len(kept[1]["response_ids"]) == room and kept[0]["response_ids"][-1] == tokenizer.eos_token_id
+
+
+# ---- which turn of a dialogue is learned ----
+DIALOGUE = turns("a", "A", "b", "B", "c", "C")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "learned"),
+    [
+        ("set", "auto", [(5, "C")]),
+        ("ultrachat_200k", "auto", [(1, "A")]),
+        ("set", "first", [(1, "A")]),
+        ("ultrachat_200k", "last", [(5, "C")]),
+        ("set", "all", [(1, "A"), (3, "B"), (5, "C")]),
+    ],
+)
+def test_the_turn_of_a_dialogue_that_is_learned(tmp_path, name, asked, learned):
+    path = write(tmp_path / name / "train.jsonl", [{"messages": DIALOGUE}, {"messages": turns("d", "D")}])
+    rows = load_rows(str(tmp_path / name), "all", turns=asked)
+    assert [(r["prompt"], r["response"]) for r in rows if r["row"] != 1] == [(DIALOGUE[:k], y) for k, y in learned]
+    assert [r["row"] for r in rows] == [0, 1, 2, 4][: len(learned) + 1] and path
+    assert data.default_turns("HuggingFaceH4/ultrachat_200k") == "first"
+
+
+def test_all_turns_of_a_dialogue_are_on_one_side(tmp_path):
+    """They share their beginning: one of them in training would show the others' prompts."""
+    rows = [{"messages": turns(f"a{i}", "A", f"b{i}", "B")} for i in range(100)]
+    path = write(tmp_path / "d.jsonl", rows)
+    train, test = (load_rows(path, split, turns="all") for split in ("train", "test"))
+    assert len(train) + len(test) == 200 and len(test) > 4
+    assert not {r["row"] % 100 for r in train} & {r["row"] % 100 for r in test}
+    assert len({r["row"] for r in train + test}) == 200
+
+
+def test_a_turn_without_text_leaves_the_others(tmp_path):
+    null = [*turns("a"), {"role": "assistant", "content": None}, *turns("b", "B")]
+    blank = turns("a", " ", "b", "B")
+    path = write(
+        tmp_path / "d.jsonl", [{"messages": null}, {"messages": blank}, {"messages": turns("c", "C", "d", "")}]
+    )
+    assert [(r["row"], r["response"]) for r in load_rows(path, "all", turns="all")] == [(2, "C"), (4, "B")]
+
+
+def test_the_flag_reaches_training_and_held_out_rows(tmp_path):
+    args = drawing(tmp_path, turns="all", max_samples=0, eval_samples=100, max_length=300, max_prompt_length=250)
+    write(tmp_path / "d.jsonl", [{"messages": turns(f"a{i}", "A", f"b{i}", "B")} for i in range(40)])
+    found = evals.load_demonstrations(args, make_tokenizer())
+    assert {r["response_text"] for r in found} == {"A", "B"} and len(found) % 2 == 0
+    with pytest.warns(UserWarning, match="among those trained on"):
+        assert len(evals.load_held_out(args, make_tokenizer(), found)) == 80
+
+
+# ---- what a run stores, given back ----
+@pytest.mark.parametrize(
+    "template", [None, ZEPHYR_TEMPLATE, GEMMA, MISTRAL], ids=["plain", "zephyr", "gemma", "mistral"]
+)
+@pytest.mark.parametrize("stored", ["raw", "rendered"])
+def test_prompts_are_rendered_once(tmp_path, template, stored):
+    """A run's pairs have the raw prompt; older ones have the rendered text there. Given back, both give the same tokens."""
+    tokenizer = sentencepiece(template=template, special=TURNS)
+    rows = [{"row": 0, "prompt": "q", "response": "a"}, {"row": 1, "prompt": turns("q", "a", "b"), "response": "c"}]
+    first = encode(rows, tokenizer, 300, 250)
+    pairs_ = [
+        {"prompt": r["prompt"] if stored == "raw" else r["prompt_text"], "prompt_text": r["prompt_text"],
+         "chosen": r["response_text"], "rejected": "x", "prompt_ids": r["prompt_ids"]}
+        for r in first
+    ]  # fmt: skip
+    write_pairs(tmp_path / "iter_0.parquet", pairs_)
+    given = load_rows(str(tmp_path / "iter_0.parquet"), "all")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = encode(given, tokenizer, 300, 250)
+    for name in ("prompt_ids", "prompt_text", "response_ids", "response_text"):
+        assert [r[name] for r in again] == [r[name] for r in first]
+    messages = [str(w.message) for w in caught]
+    if stored == "raw":
+        assert not messages and again[1]["prompt"] == rows[1]["prompt"] and data.plain_prompt(again[0]["prompt"]) == "q"
+    else:
+        assert again[0]["prompt"] == "q"  # as other templates need it
+        assert ["found 2 of 2 prompts in the form of the template already (row 0)" in m for m in messages] == [True]
+
+
+def test_a_prompt_that_only_looks_rendered_is_rendered():
+    for template in (None, ZEPHYR_TEMPLATE, BARE):
+        tokenizer = make_tokenizer(chat_template=template)
+        for prompt in ("### Response: ", "q\n\n### Response: ", "<|assistant|>\n", "user: q\n"):
+            rendered = encode_one({"prompt": prompt, "response": "r"}, tokenizer)["prompt_text"]
+            assert rendered == render_prompt(tokenizer, prompt)
+
+
+def test_prompts_of_two_types_are_stored_as_one(tmp_path):
+    rows = [{"row": 0, "prompt": "q", "chosen": "a"}, {"row": 1, "prompt": turns("p", "a", "b"), "chosen": "c"}]
+    write_pairs(tmp_path / "p.parquet", rows)
+    stored = read_pairs(tmp_path / "p.parquet")
+    assert [r["prompt"] for r in stored] == [turns("q"), turns("p", "a", "b")]
+    assert data.held_out(turns("q")) == data.held_out("q")
+
+
+# ---- files that are not what they seem ----
+def test_json_lines_named_json(tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
+    (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
+    assert load_rows(str(tmp_path / "a.json"), "all") == load_rows(jsonl(tmp_path / "a.jsonl", rows), "all")
+    (tmp_path / "b.json").write_text("\n".join([*map(json.dumps, rows), "{oops"]))
+    assert "b.json line 4: found broken JSON" in error_of(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text(json.dumps({"data": rows}, indent=1))
+    assert len(load_rows(str(tmp_path / "c.json"), "all")) == 3
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_brackets_nested_too_deeply_are_broken_json(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_text("[" * 100_000 + "]" * 100_000)
+    assert "found broken JSON (" in error_of(tmp_path / f"a.{suffix}")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
+def test_a_models_folder_is_no_data_set(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    assert "found a model or an adapter in" in error_of(tmp_path)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for load in (models.load_tokenizer, models.load_model):
+        with pytest.raises(
+            UserError, match=r"^--model .*: found a LoRA adapter, .*merge it first.*merge_and_unload"
+        ) as error:
+            load(sft.Args(model=str(tmp_path)))
+        assert "\n" not in str(error.value)
+
+
+def test_several_chat_templates_need_a_default(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"tool_use": ZEPHYR_TEMPLATE, "rag": CHATML}
+    folder = make_model(tmp_path / "m", tokenizer=tokenizer)
+    with pytest.raises(
+        UserError, match="--model .*: found chat templates rag, tool_use, none of the name default; expected one"
+    ):
+        models.load_tokenizer(sft.Args(model=str(folder), max_length=96))
+    tokenizer.chat_template["default"] = ZEPHYR_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    found = models.load_tokenizer(sft.Args(model=str(folder), max_length=96))
+    assert (
+        render_prompt(found, "q") == "<|user|>\nq</s>\n<|assistant|>\n"
+        and data.end_of_turn(found) == found.eos_token_id
+    )
+
+
+def test_gold_model_reads_answers_as_its_template_writes_them(tmp_path):
+    """Its own tokenizer and template: the first token of an answer, and the token that ends the turn."""
+    from types import SimpleNamespace
+
+    from common import rewards
+
+    tokenizer = sentencepiece(template=GEMMA, special=TURNS)
+    folder = make_model(tmp_path / "gold", tokenizer=tokenizer)
+    args = SimpleNamespace(gold_reward_model=str(folder), trust_remote_code=False)
+    exchange = turns("q", "Answer it")
+    rows = [{"row": 3, "prompt": "q"}, {"row": 4, "prompt": "q"}]
+    answers = ["Answer it", "Answer it</s><end_of_turn>"]
+    config = SimpleNamespace(max_position_embeddings=128)
+    whole = tokenizer(tokenizer.apply_chat_template(exchange, tokenize=False).rstrip(), add_special_tokens=False)[
+        "input_ids"
+    ]
+    assert [p + y for p, y in rewards.gold_sequences(args, rows, answers, config)] == [whole] * 2
+    rows[1]["prompt"] = turns("a", "b")
+    with pytest.raises(UserError, match="--gold-reward-model .*row 4: found a prompt that the chat template refuses"):
+        rows[1]["prompt"] = [exchange[0], exchange[0]]
+        rewards.gold_sequences(args, rows, answers, config)
