@@ -171,9 +171,10 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     as demonstrations beside their rejected ones. encode: as in load_demonstrations.
     """
     if args.gold_reward_model:
-        models.load_config(args.gold_reward_model, args.trust_remote_code, rewards.FLAG)
+        rewards.refuse_unusable(args)
     if args.baseline:
         models.load_tokenizer(args, args.baseline, "--baseline")
+        models.load_model(args, args.baseline, "--baseline", only_check=True)
     judge.refuse_unusable(args)
     if args.eval_dataset != "auto":
         rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns)

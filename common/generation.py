@@ -62,7 +62,7 @@ def check_agreement(run, model, rollout: Rollout, temperature: float) -> None:
     gaps = (scored - sampled).abs()[batch.response_mask]
     found, noise = gaps.mean().item(), (scored - again).abs()[batch.response_mask].mean().item()
     kind = "bfloat16" if uses_bf16(run.args) else "float32"
-    limit = LIMITS[kind] / (temperature or 1.0)  # by which the rounding of the logits is divided too
+    limit = LIMITS["hf"][kind] / (temperature or 1.0)  # by which the rounding of the logits is divided too
     if not (found <= limit and noise <= limit):
         name, architecture = language_model(model).name_or_path, type(language_model(model)).__name__
         cause = f"its log-probs in training mode differ from those in evaluation mode by {noise:.2g}"
@@ -165,8 +165,9 @@ class Generator:
         for step in range(self.max_new_tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             options = {"position_ids": positions, "logits_to_keep": 1}
+            seen = None if "cache_params" in cache else mask  # a state-space model's state left padding out already
             out = self.model(
-                input_ids=ids, attention_mask=mask, use_cache=True, **cache, **{name: options[name] for name in extra}
+                input_ids=ids, attention_mask=seen, use_cache=True, **cache, **{name: options[name] for name in extra}
             )
             logits = out.logits[:, -1]  # (rows, V)
             if temperature == 0:

@@ -107,6 +107,12 @@ def read_tokenizer(name: str, trust_remote_code: bool, flag: str):
 
     with one_line_error(name, flag, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+        ids = tokenizer("a word, and 2 more", add_special_tokens=False)["input_ids"]
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise UserError(
+            f"{flag} {name}: found a tokenizer that knows no word, expected its vocabulary beside the model (tokenizer.json, or"
+            " tokenizer.model): save_pretrained of the tokenizer writes it"
+        )
     check_template(tokenizer, f"{flag} {name}")
     return tokenizer
 
@@ -128,10 +134,11 @@ def attention(args, config) -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else plain
 
 
-def load_model(args, name: str = "", flag: str = "--model"):
+def load_model(args, name: str = "", flag: str = "--model", only_check: bool = False):
     """Causal language model of that name, --model unless given, without noise.
 
-    UserError if it cannot be read, if a weight is missing, or if it is not a causal model.
+    UserError if it cannot be read, if a weight is missing, or if it is not a causal model. only_check: all of that from what
+    its files say, without the weights themselves.
     """
     from transformers import AutoModelForCausalLM
 
@@ -146,10 +153,12 @@ def load_model(args, name: str = "", flag: str = "--model"):
             attn_implementation=implementation,
             trust_remote_code=args.trust_remote_code,
             output_loading_info=True,
-            **(four_bits(args) if name == args.model else {}),
+            ignore_mismatched_sizes=True,  # refused below, with their names
+            **({"device_map": "meta"} if only_check else four_bits(args) if name == args.model else {}),
         )
+    refuse_mismatched(info, f"{flag} {name}")
     refuse_missing(info, f"{flag} {name}", "a causal language model, with as many layers as its config.json says")
-    if getattr(model.config, "is_decoder", True) is False:
+    if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
         raise UserError(
             f"{flag} {name}: found {type(model).__name__} with is_decoder false in its config.json, which sees the tokens"
             " after the one it predicts; expected a causal model"
@@ -173,6 +182,14 @@ def refuse_missing(info: dict, owner: str, expected: str, may_miss: frozenset[st
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{owner}: found no weights for {', '.join(missing[:3])}{more}, expected {expected}")
+
+
+def refuse_mismatched(info: dict, owner: str) -> None:
+    """UserError if weights of a checkpoint have other sizes than its config.json says."""
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{owner}: found weights {name} of size {tuple(found)}, expected {tuple(expected)}, which its config.json says"
+        )
 
 
 def make_generation_config_valid(model, owner: str) -> None:
@@ -306,22 +323,16 @@ def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator
 def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
     """One line for an error of loading the model, or the part of it, that `flag` names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    reason, text = lines[0][:200], str(error).lower()
-    if "flash_attn" in text or "flash attention" in text or "flash_attention" in text:
+    reason, text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200], str(error).lower()
+    if isinstance(error, ImportError) and "flash" in text:
         return (
-            f"--attn-implementation: found flash attention, which cannot be used for {flag} {name}: {reason};"
-            " expected sdpa or eager"
+            f"--attn-implementation: found flash attention, which cannot be used here for {flag} {name}: {reason}; expected"
+            " auto, sdpa or eager, or its package installed"
         )
-    if "attention implementation" in text or "attn_implementation" in text or "scaled_dot_product_attention" in text:
-        return (
-            f"--attn-implementation: found one that {flag} {name} does not support: {reason}; expected auto, which takes"
-            " what it supports, or eager"
-        )
+    if any(words in text for words in ("attention implementation", "attn_implementation", "flash attention")):
+        return f"--attn-implementation: found one that {flag} {name} cannot use, expected auto, sdpa or eager: {reason}"
     if name == "tiny" or Path(name).is_dir():
         where = "the embedded model" if name == "tiny" else "the folder"
-        if "mismatch" in text:
-            reason = next((line for line in lines if "checkpoint" in line and "model" in line), reason)[:200]
-            return f"{flag} {name}: found weights of other sizes than its config.json says: {reason}"
         if part:
             return f"{flag} {name}: found no {part} that can be read in {where}: {reason}; expected what save_pretrained writes"
         return f"{flag} {name}: {where} could not be read ({type(error).__name__}): {reason}"
@@ -426,7 +437,7 @@ def weights_digest(run, model) -> str:
 
 # ---- LoRA and the reference policy ----
 def add_lora(model, args, task_type: str = "CAUSAL_LM"):
-    """LoRA on all linear layers, dropout 0. A scalar head (task_type SEQ_CLS) is trained whole.
+    """LoRA on all linear layers but those of not_adapted, dropout 0. A scalar head (task_type SEQ_CLS) is trained whole.
 
     The reference policy is then the model with its adapter switched off. A checkpoint leaves out frozen weights that still
     are as they are now.
@@ -435,13 +446,47 @@ def add_lora(model, args, task_type: str = "CAUSAL_LM"):
 
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type=task_type,
-        exclude_modules=[f"{outer}.{n}" for outer, m in other_modalities(model).items() for n, _ in m.named_modules() if n],
+        exclude_modules=not_adapted(model),
     )  # fmt: skip
     model = get_peft_model(model, config)
     for p in model.parameters():
         if not p.requires_grad and not p.is_meta:
             p.loaded = fingerprint(p)
     return model
+
+
+def not_adapted(model) -> list[str]:
+    """Names of linear layers that an adapter cannot stand in for: the rest of the model uses them in another way than calling
+    a linear map, so that its output would differ from that of the merged model, or fail.
+
+    Those with a forward of their own (a router that returns its choice of experts), those of a state-space mixer whose weights
+    are read directly, and those that text never passes through.
+    """
+    found = []
+    for name, module in model.named_modules():
+        own = isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
+        if own and type(module).__module__.startswith(("transformers.models.", "transformers_modules.")):
+            if not is_linear_map(module):
+                found.append(name)
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            found += [f"{name}.{part}" for part in ("dt_proj", "out_proj", "conv1d") if hasattr(module, part)]
+    for outer, module in other_modalities(model).items():
+        found += [f"{outer}.{name}" if name else outer for name, _ in module.named_modules()]
+    return found
+
+
+@torch.no_grad()
+def is_linear_map(module: torch.nn.Linear) -> bool:
+    """Whether a linear layer with a forward of its own still is one: a vector in, the product and nothing else out."""
+    x = module.weight.new_ones(1, 1, module.in_features)
+    try:
+        y = module(x)
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    expected = torch.nn.functional.linear(x, module.weight, module.bias)
+    if not isinstance(y, torch.Tensor) or y.shape != expected.shape:
+        return False
+    return y.is_meta or torch.allclose(y, expected, rtol=1e-2, atol=1e-4)
 
 
 def merged(args, model):

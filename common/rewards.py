@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -105,20 +104,19 @@ def load_scalar_model(
         config = models.load_config(name, args.trust_remote_code, flag)
         kind = {"attn_implementation": models.attention(args, config)}
     with models.one_line_error(name, flag), models.quiet_load():
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                models.resolve_model(name),
-                num_labels=1,
-                dtype=getattr(torch, args.dtype),
-                trust_remote_code=args.trust_remote_code,
-                output_loading_info=True,
-                key_mapping={"^score_head": "score"},  # safe-rlhf's name of the head (beaver)
-                **kind,
-            )
-        except RuntimeError as error:
-            if "mismatch" not in str(error) or not re.search(r"\b(score|score_head|classifier)\.", str(error)):
-                raise
-            raise UserError(f"{flag} {name}: found a classifier of several labels, expected one label") from error
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            models.resolve_model(name),
+            num_labels=1,
+            dtype=getattr(torch, args.dtype),
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
+            key_mapping={"^score_head": "score"},  # safe-rlhf's name of the head (beaver)
+            **kind,
+        )
+    if any(name.startswith(("score.", "classifier.")) for name, *_ in info["mismatched_keys"]):
+        raise UserError(f"{flag} {name}: found a classifier of several labels, expected one label")
+    models.refuse_mismatched(info, f"{flag} {name}")
     expected = "a model with a scalar head" if head_seed is None else "a causal model, or a classifier on one"
     missing = info["missing_keys"]
     models.refuse_missing(
@@ -191,6 +189,12 @@ def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> 
 # ---- a gold reward model: text in, since its tokenizer is its own ----
 FLAG = "--gold-reward-model"
 BEAVER = ("BEGINNING OF CONVERSATION: ", "USER: {} ", "ASSISTANT:")  # the prompt format of safe-rlhf
+
+
+def refuse_unusable(args) -> None:
+    """UserError for a --gold-reward-model that could not score: no scalar head, weights missing or cut short, no tokenizer."""
+    models.read_tokenizer(args.gold_reward_model, args.trust_remote_code, FLAG)
+    load_scalar_model(args, args.gold_reward_model, FLAG, only_check=True)
 
 
 def render_gold(name: str, tokenizer, prompt) -> str:

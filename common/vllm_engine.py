@@ -92,7 +92,7 @@ class VllmGenerator:
         if not count:
             return
         found = total / count
-        limit = LIMITS[dtype] / temperature  # by which the rounding of the logits is divided too
+        limit = LIMITS["vllm"][dtype] / temperature  # by which the rounding of the logits is divided too
         self.run.log({"sampling/vllm_logp_difference": found}, step=self.run.last_step)
         if not found <= limit:
             raise UserError(

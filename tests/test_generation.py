@@ -6,13 +6,14 @@ import importlib.util
 import sys
 from types import SimpleNamespace
 
+import architectures
 import exact
 import pytest
 import torch
 from helpers import ROOT, launcher, make_model, make_tokenizer, run
 
 import irft
-from common import UserError, vllm_engine
+from common import UserError, generation, vllm_engine
 from common.generation import Generator, inverse_cdf, make_generator
 from common.run import resolve_auto
 from common.vllm_engine import VllmGenerator, checksum, full_weights, group, write_shards
@@ -47,6 +48,29 @@ def test_a_response_does_not_depend_on_its_batch(tmp_path):
     turned = Generator(model, tokenizer, 2, 16).sample(PROMPTS[::-1], rows[::-1], seed=3)
     assert turned.response_ids == together.response_ids[::-1]
     assert Generator(model, tokenizer, 5, 16).sample(PROMPTS, rows, seed=4).response_ids != together.response_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "drops"),
+    [("gpt_neox", True), ("lfm2", True), ("qwen3_next", True), ("jamba", True), ("falcon_h1", True), ("mamba", True),
+     ("minimax", True), ("gemma3_text", True), ("deepseek_v4", False)],
+)  # fmt: skip
+def test_rows_that_end_leave_the_others_as_they_are(name, drops, monkeypatch):
+    """Attention, convolution and linear attention, both in one layer, a state alone, a cache of its own, a sliding window, and
+    layers that cannot drop rows."""
+    dropped = []
+    keep = generation.keep_rows
+    monkeypatch.setattr(generation, "keep_rows", lambda cache, index: dropped.append(len(index)) or keep(cache, index))
+    model = architectures.build(name).eval()
+    prompts = architectures.prompts()
+    samplers = [Generator(model, make_tokenizer(), size, 12) for size in (5, 1)]
+    for sampler in samplers:
+        sampler.eos_ids = set(range(5, architectures.VOCABULARY, 8))
+    together, alone = (sampler.sample(prompts, list(range(5)), seed=3) for sampler in samplers)
+    assert together.response_ids == alone.response_ids and together.finished == alone.finished
+    assert len({len(y) for y in together.response_ids}) > 2 and bool(dropped) == drops
+    for x, y in zip(together.logprobs, alone.logprobs, strict=True):
+        assert x == pytest.approx(y, abs=1e-5)
 
 
 def test_sampled_responses_have_the_models_distribution():
