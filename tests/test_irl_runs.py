@@ -81,6 +81,10 @@ def test_a_run_leaves_what_it_promises(finished):
     assert "arXiv:2503.13538" in (finished / "final" / "README.md").read_text()
     pairs = read_pairs(finished / "generations" / "iter_2.parquet")
     assert len(pairs) == 12 and all(p["prompt_text"].endswith("\n\nTL;DR:") for p in pairs)
+    given_back = irl.encode_tldr(
+        [{"row": p["row"], "prompt": p["prompt"], "response": "a"} for p in pairs], tokenizer, 96, 64
+    )
+    assert [r["prompt_ids"] for r in given_back] == [p["prompt_ids"] for p in pairs]
 
 
 def test_demonstrations_and_held_out_summaries_are_the_experts(finished, place):
