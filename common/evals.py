@@ -277,6 +277,7 @@ def prepare_held_out(
             if sampled_rows:
                 rollout = sample_rows(run, generator, sampled_rows, EVAL_SEED, temperature, advance)
                 samples = dict(zip((r["row"] for r in sampled_rows), rollout.response_ids, strict=True))
+                texts = dict(zip(samples, sampled_texts(tokenizer, rollout), strict=True))
             rejected = [r["rejected_ids"] if "rejected_ids" in r else samples[r["row"]] for r in rows]
             held = HeldOut(rows, rejected, {}, {})
             with evaluating(reference):
@@ -286,7 +287,7 @@ def prepare_held_out(
         columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
         columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
         if with_gold:
-            base = [decode(tokenizer, samples[r["row"]]) for r in rows]
+            base = [texts[r["row"]] for r in rows]
             columns |= gold_columns(run, rows, base, temperature)
         if run.is_main:
             write_pairs(
@@ -348,7 +349,7 @@ def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: fl
             for i, p in zip(indices, prompts, strict=True)
         ]
         rollout = sample_rows(run, generator, asked, EVAL_SEED, temperature, advance)
-        texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
+        texts = sampled_texts(tokenizer, rollout)
         return list(zip(texts, rollout.finished, strict=True))
 
     return work
@@ -388,6 +389,12 @@ def expert_rows(
     if len(kept) < len(rows):
         warnings.warn(f"{found}: left out", stacklevel=2)
     return kept
+
+
+def sampled_texts(tokenizer, rollout: Rollout) -> list[str]:
+    """The texts of samples, without the token that ended them, which not every tokenizer counts as special."""
+    ids = [y[:-1] if done else y for y, done in zip(rollout.response_ids, rollout.finished, strict=True)]
+    return [decode(tokenizer, y) for y in ids]
 
 
 def decode(tokenizer, ids: list[int]) -> str:
@@ -437,7 +444,7 @@ def evaluate(
             "rewards/accuracies": wins(reward["chosen"], reward["rejected"]),
             "rewards/accuracies_shuffled": wins(reward["chosen"], reward["shuffled"]),
         }
-    texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
+    texts = sampled_texts(tokenizer, rollout)
     table = {
         "nll": -logp["chosen"],
         "logps/gap": logp["chosen"] - logp["rejected"],

@@ -80,7 +80,11 @@ def test_a_run_leaves_what_it_promises(finished):
     assert reward.config.num_labels == 1
     assert "arXiv:2503.13538" in (finished / "final" / "README.md").read_text()
     pairs = read_pairs(finished / "generations" / "iter_2.parquet")
-    assert len(pairs) == 12 and all(p["prompt"].endswith("\n\nTL;DR:") for p in pairs)
+    assert len(pairs) == 12 and all(p["prompt_text"].endswith("\n\nTL;DR:") for p in pairs)
+    given_back = irl.encode_tldr(
+        [{"row": p["row"], "prompt": p["prompt"], "response": "a"} for p in pairs], tokenizer, 96, 64
+    )
+    assert [r["prompt_ids"] for r in given_back] == [p["prompt_ids"] for p in pairs]
 
 
 def test_demonstrations_and_held_out_summaries_are_the_experts(finished, place):
@@ -92,7 +96,7 @@ def test_demonstrations_and_held_out_summaries_are_the_experts(finished, place):
     eos = AutoTokenizer.from_pretrained(place / "model").eos_token_id
     ended = 0
     for p in pairs:
-        ids = theirs(p["prompt"])["input_ids"]
+        ids = theirs(p["prompt_text"])["input_ids"]
         greedy = expert.generate(
             input_ids=torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=theirs.eos_token_id,
             pad_token_id=theirs.eos_token_id,

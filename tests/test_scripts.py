@@ -180,7 +180,7 @@ def test_a_run_leaves_what_it_promises(place):
     assert measured[0]["eval/kl_k1"] == pytest.approx(0, abs=1e-5) and measured[0]["eval/rewards/accuracies"] == 0.5
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from common.data import read_pairs
+    from common.data import encode, load_rows, read_pairs
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "final"), AutoTokenizer.from_pretrained(out / "final")
     assert model.config.model_type == "gpt_neox" and tokenizer.eos_token == "</s>"
@@ -188,7 +188,11 @@ def test_a_run_leaves_what_it_promises(place):
     assert "base_model" in card and "IRFT" in card and "eval/nll" in card
     pairs = [read_pairs(out / "generations" / f"iter_{t}.parquet") for t in range(2)]
     assert not {p["row"] for p in pairs[0]} & {p["row"] for p in pairs[1]}  # chunks are disjoint
-    assert {"prompt", "chosen", "rejected", "ref_chosen", "ref_rejected"} <= pairs[0][0].keys()
+    assert {"prompt", "prompt_text", "chosen", "rejected", "ref_chosen", "ref_rejected"} <= pairs[0][0].keys()
+    given_back = encode(load_rows(str(out / "generations" / "iter_0.parquet"), "all"), tokenizer, 96, 64)
+    for kind in ("prompt", "response"):  # the file as --dataset: what was trained on, rendered once
+        stored = [p[f"{'chosen' if kind == 'response' else kind}_ids"] for p in pairs[0]]
+        assert [r[f"{kind}_ids"] for r in given_back] == stored
     assert len(list((out / "samples").glob("*.md"))) == 3
     assert list(out.rglob("events.out.tfevents*"))
     saved = json.loads((out / "args.json").read_text())
