@@ -53,17 +53,19 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
         sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, num_generations=4, total_prompts=640, rollout_batch_size=64,
         eval_updates=5, per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
-    "pythia": dict(  # AIHF paper, Sec. 5; what the paper does not give is as below
+    "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and N are ours
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="pythia-1.4b",
         reward_learning_rate=5e-6, sft_epochs=1, sft_learning_rate=2e-5, batch_size=64, num_generations=4,
         total_prompts=0, rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=4, per_device_eval_batch_size=32,
     ),
-    "other": dict(  # AIHF paper, App. A.1.4: data, rate, schedule, length; N, batch and the reward's rate are ours
+    # AIHF paper, Sec. 5 and App. A.1.4: data, length, cosine, batch 8 (eight devices with 1), and 5e-7 "for the 7B model", which
+    # is the policy and the reward; N and how many prompts are answered at a time are ours
+    "other": dict(
         dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
         eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="",
-        reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64, num_generations=4, total_prompts=0,
-        rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=2, per_device_eval_batch_size=16,
+        reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8, num_generations=4, total_prompts=0,
+        rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=1, per_device_eval_batch_size=16,
     ),
 }  # fmt: skip
 
@@ -95,7 +97,7 @@ class Args(RunArgs):
     """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
     sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
     reward_learning_rate: float | Auto = "auto"
-    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B)."""
+    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B), the one rate it names."""
     init: Literal["previous", "initial"] = "previous"
     """where the policy step starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
     ref: Literal["initial", "previous"] = "initial"

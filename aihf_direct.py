@@ -38,14 +38,14 @@ SETTINGS = {  # what auto means: the first key that begins the model's name; a f
         max_new_tokens=48, learning_rate=5e-5, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
     ),
-    "pythia": dict(  # AIHF paper, Sec. 5; rate, batch and lengths are irft.py's, the paper gives none
+    "pythia": dict(  # AIHF paper, Sec. 5: data; rate, batch, lengths and schedule are ours, the paper gives none
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64, per_device_train_batch_size=4,
         per_device_eval_batch_size=32,
     ),
-    "other": dict(  # AIHF paper, Sec. 5 and App. A.1.4; batch 64 from SPIN
+    "other": dict(  # AIHF paper, Sec. 5 and App. A.1.4: data, rate, schedule, length, batch 8 (eight devices with 1)
         dataset="ultrachat_200k", max_samples=50_000, preference_dataset="ultrafeedback_binarized", max_preferences=0,
-        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64,
+        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=8,
         per_device_train_batch_size=1, per_device_eval_batch_size=16,
     ),
 }  # fmt: skip

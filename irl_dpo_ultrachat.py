@@ -126,7 +126,7 @@ class Args(RunArgs):
     eval_updates: int | Auto = "auto"
     """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
     optimizer: Literal["rmsprop", "adamw"] = "adamw"
-    """both without weight decay. Paper: AdamW."""
+    """both without weight decay; rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
     warmup_ratio: float = 0.0
     """part of the updates in which a learning rate rises linearly; then it falls to 0. Online-RLHF, released code: 0."""
 
