@@ -7,7 +7,8 @@ iterations the policy answers the prompts of one chunk of the demonstrations, an
 demonstrations above its own answers, -log sigmoid(beta [(log pi - log pi_ref)(y) - (log pi - log pi_ref)(y~)]) (Eq. 7).
 
 Not the paper: D1 log-probs are summed over the response tokens with EOS (paper silent). D2 beta stands inside the sigmoid
-(as in the released code; Eq. 7 as printed has none). D3 one learning-rate schedule per pass over the data (paper silent).
+(as in the released code; Eq. 7 as printed has none). D3 one learning-rate schedule per pass over the data (paper silent). D4
+RMSprop has the bias correction that torch's lacks (paper silent).
 
 Dims: B pairs, T response tokens (T alone, as a flag, is the number of outer iterations).
 

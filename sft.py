@@ -5,7 +5,8 @@ Paper: Getting More Juice Out of the SFT Data, arXiv:2405.17888, Eq. 1: max_thet
 The loss is the negative log-likelihood of the response tokens, EOS included and trained exactly once; prompt tokens
 carry no loss. Flags, data, evaluation and checkpoints are those of irft.py: `diff sft.py irft.py` shows the method.
 
-Not the paper: D1 the mean is taken over the response tokens of the whole update (paper silent; --loss-reduction).
+Not the paper: D1 the mean is taken over the response tokens of the whole update (paper silent; --loss-reduction). D2 RMSprop has
+the bias correction that torch's lacks (paper silent).
 
 Dims: B demonstrations, T response tokens.
 
