@@ -12,8 +12,8 @@ answers to a prompt, the one the reward scores highest is always preferred to th
 Not the paper: D1 DPO takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size; the
 paper answers all prompts first). D2 rewards are centred so that held-out chosen responses average 0. D3 schedules and the policy
 optimizer's state start anew in every outer iteration, each of which passes over all data. D4 --sft-epochs first fine-tunes
-the model on the demonstrations. D5 an answer without EOS loses --missing-eos-penalty of its score. D6 RMSprop, of which the paper
-says nothing, with the bias correction that torch's lacks.
+the model on the demonstrations. D5 an answer without EOS loses --missing-eos-penalty of its score. D6 RMSprop (paper silent)
+has the bias correction that torch's lacks.
 
 Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number of outer iterations), N answers to a prompt.
 

@@ -9,8 +9,8 @@ y and the policy's own answer y~, which it gives anew in each of T outer iterati
 Not the paper: D1 log-probs are summed over the response tokens with EOS (paper silent). D2 beta stands inside the sigmoid, as in
 irft.py. D3 one learning-rate schedule over the whole run (paper silent). D4 an epoch passes once over both sets, a part of each
 in every update, with weights such that the updates average to w1 mean_D + mean_P (paper silent). D5 w1 is by default the balance
-of both parts: beta/2 in Eq. 10, whose -log pi is a sum over tokens and at w1 = 1 leaves DPO a twentieth of the say. D6 RMSprop, of
-which the paper says nothing, with the bias correction that torch's lacks.
+of both parts: beta/2 in Eq. 10, whose -log pi is a sum over tokens and at w1 = 1 leaves DPO a twentieth of the say. D6 RMSprop
+(paper silent) has the bias correction that torch's lacks.
 
 Dims: B pairs, T response tokens (T alone, as a flag, is the number of outer iterations).
 

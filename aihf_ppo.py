@@ -10,8 +10,8 @@ responses, and PPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 42), t
 Not the paper: D1 the policy step is written out. D2 rewards are centred so that held-out chosen responses average 0. D3 value
 model, optimizers' schedules and the PPO optimizer's state start anew in every outer iteration, each of which passes over
 all data. D4 --sft-epochs first fine-tunes the model on the demonstrations. D5 with --value-warmup-ratio the value model learns
-alone at first. D6 an answer without EOS loses --missing-eos-penalty of its score. D7 RMSprop, of which the paper says nothing, with
-the bias correction that torch's lacks.
+alone at first. D6 an answer without EOS loses --missing-eos-penalty of its score. D7 RMSprop (paper silent) has the bias
+correction that torch's lacks.
 
 Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer iterations).
 

@@ -9,8 +9,8 @@ and PPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 9), the optimum o
 Not the paper: D1 the policy step is written out (the paper calls TRL's PPO; the released code does something else). D2 rewards
 are centred so that held-out demonstrations average 0. D3 value model, optimizers' schedules and the PPO optimizer's state start
 anew in every outer iteration, each of which passes over all demonstrations (paper: T = 1). D4 --sft-epochs first fine-tunes
-the model on the demonstrations. D5 with --value-warmup-ratio the value model learns alone at first. D6 an answer without EOS loses
---missing-eos-penalty of its score. D7 RMSprop has the bias correction that torch's lacks.
+the model on the demonstrations. D5 with --value-warmup-ratio the value model learns alone at first. D6 an answer without EOS
+loses --missing-eos-penalty of its score. D7 RMSprop has the bias correction that torch's lacks.
 
 Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer iterations).
 
