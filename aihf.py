@@ -12,7 +12,8 @@ answers to a prompt, the one the reward scores highest is always preferred to th
 Not the paper: D1 DPO takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size; the
 paper answers all prompts first). D2 rewards are centred so that held-out chosen responses average 0. D3 schedules and the policy
 optimizer's state start anew in every outer iteration, each of which passes over all data. D4 --sft-epochs first fine-tunes
-the model on the demonstrations.
+the model on the demonstrations. D5 an answer without EOS loses --missing-eos-penalty of its score. D6 RMSprop (paper silent)
+has the bias correction that torch's lacks.
 
 Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number of outer iterations), N answers to a prompt.
 
@@ -58,17 +59,19 @@ SETTINGS = {  # what auto means: the row that run.settings_row finds by the mode
         sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, num_generations=4, total_prompts=640, rollout_batch_size=64,
         eval_updates=5, per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
-    "pythia": dict(  # AIHF paper, Sec. 5; what the paper does not give is as below
+    "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and N are ours
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="pythia-1.4b",
         reward_learning_rate=5e-6, sft_epochs=1, sft_learning_rate=2e-5, batch_size=64, num_generations=4,
         total_prompts=0, rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=4, per_device_eval_batch_size=32,
     ),
-    "other": dict(  # AIHF paper, App. A.1.4: data, rate, schedule, length; N, batch and the reward's rate are ours
+    # AIHF paper, Sec. 5 and App. A.1.4: data, length, cosine, batch 8 (eight devices with 1), and 5e-7 "for the 7B model", which
+    # is the policy and the reward; N and how many prompts are answered at a time are ours
+    "other": dict(
         dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
         eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="",
-        reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64, num_generations=4, total_prompts=0,
-        rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=2, per_device_eval_batch_size=16,
+        reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8, num_generations=4, total_prompts=0,
+        rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=1, per_device_eval_batch_size=16,
     ),
 }  # fmt: skip
 
@@ -108,7 +111,7 @@ class Args(RunArgs):
     """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
     sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
     reward_learning_rate: float | Auto = "auto"
-    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B)."""
+    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B), the one rate it names."""
     init: Literal["previous", "initial"] = "previous"
     """where the policy step starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
     ref: Literal["initial", "previous"] = "initial"

@@ -9,7 +9,8 @@ y and the policy's own answer y~, which it gives anew in each of T outer iterati
 Not the paper: D1 log-probs are summed over the response tokens with EOS (paper silent). D2 beta stands inside the sigmoid, as in
 irft.py. D3 one learning-rate schedule over the whole run (paper silent). D4 an epoch passes once over both sets, a part of each
 in every update, with weights such that the updates average to w1 mean_D + mean_P (paper silent). D5 w1 is by default the balance
-of both parts: beta/2 in Eq. 10, whose -log pi is a sum over tokens and at w1 = 1 leaves DPO a twentieth of the say.
+of both parts: beta/2 in Eq. 10, whose -log pi is a sum over tokens and at w1 = 1 leaves DPO a twentieth of the say. D6 RMSprop
+(paper silent) has the bias correction that torch's lacks.
 
 Dims: B pairs, T response tokens (T alone, as a flag, is the number of outer iterations).
 
@@ -43,14 +44,14 @@ SETTINGS = {  # what auto means: the row that run.settings_row finds by the mode
         max_new_tokens=48, learning_rate=5e-5, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
     ),
-    "pythia": dict(  # AIHF paper, Sec. 5; rate, batch and lengths are irft.py's, the paper gives none
+    "pythia": dict(  # AIHF paper, Sec. 5: data; rate, batch, lengths and schedule are ours, the paper gives none
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64, per_device_train_batch_size=4,
         per_device_eval_batch_size=32,
     ),
-    "other": dict(  # AIHF paper, Sec. 5 and App. A.1.4; batch 64 from SPIN
+    "other": dict(  # AIHF paper, Sec. 5 and App. A.1.4: data, rate, schedule, length, batch 8 (eight devices with 1)
         dataset="ultrachat_200k", max_samples=50_000, preference_dataset="ultrafeedback_binarized", max_preferences=0,
-        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64,
+        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=8,
         per_device_train_batch_size=1, per_device_eval_batch_size=16,
     ),
 }  # fmt: skip

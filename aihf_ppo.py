@@ -10,7 +10,8 @@ responses, and PPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 42), t
 Not the paper: D1 the policy step is written out. D2 rewards are centred so that held-out chosen responses average 0. D3 value
 model, optimizers' schedules and the PPO optimizer's state start anew in every outer iteration, each of which passes over
 all data. D4 --sft-epochs first fine-tunes the model on the demonstrations. D5 with --value-warmup-ratio the value model learns
-alone at first.
+alone at first. D6 an answer without EOS loses --missing-eos-penalty of its score. D7 RMSprop (paper silent) has the bias
+correction that torch's lacks.
 
 Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer iterations).
 
@@ -56,17 +57,19 @@ SETTINGS = {  # what auto means: the row that run.settings_row finds by the mode
         sft_learning_rate=2e-4, batch_size=32, total_episodes=960, rollout_batch_size=64, value_warmup_ratio=0.125,
         eval_updates=10, per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
-    "pythia": dict(  # AIHF paper, Sec. 5; rates, batches and episodes are ours, the paper gives none
+    "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and episodes are ours
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, reward_model="pythia-1.4b", reward_learning_rate=5e-6, sft_epochs=1,
         sft_learning_rate=2e-5, batch_size=64, total_episodes=50_000, rollout_batch_size=256, value_warmup_ratio=0.0,
         eval_updates=20, per_device_train_batch_size=4, per_device_eval_batch_size=32,
     ),
-    "other": dict(  # AIHF paper, App. A.1.4: data, rate and length; that run's policy step is aihf.py's
+    # AIHF paper, App. A.1.4: data, rate, length, batch 8 (eight devices with 1); PPO's episodes and their batch are ours, since
+    # the paper's policy step at 7B is that of aihf.py
+    "other": dict(
         dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
         eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, reward_model="", reward_learning_rate=5e-7,
-        sft_epochs=0, sft_learning_rate=2e-5, batch_size=64, total_episodes=50_000, rollout_batch_size=256,
-        value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=2, per_device_eval_batch_size=16,
+        sft_epochs=0, sft_learning_rate=2e-5, batch_size=8, total_episodes=50_000, rollout_batch_size=256,
+        value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=1, per_device_eval_batch_size=16,
     ),
 }  # fmt: skip
 
@@ -108,7 +111,7 @@ class Args(RunArgs):
     """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
     sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
     reward_learning_rate: float | Auto = "auto"
-    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B)."""
+    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B), the one rate it names."""
     init: Literal["previous", "initial"] = "previous"
     """where PPO starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
     ref: Literal["initial", "previous"] = "initial"

@@ -1,9 +1,10 @@
 """Evaluate: measure a policy, and a reward model beside it, on held-out rows.
 
-Measures (RFT paper, arXiv:2405.17888, Sec. 5, and more): log-prob gap, NLL, ROUGE-L and lengths of the policy; accuracy and
-margin of its implicit reward beta log pi/pi_ref, and KL (with --ref-model); accuracy, margin and calibration of a learned
-reward (--reward-model); gold score and win rates (--gold-reward-model, --baseline); win rate over the demonstrations by an
-LLM judge (--judge-model). They are those the training scripts log, each with a 95% bootstrap interval over the rows.
+Measures (of the RFT paper, arXiv:2405.17888, Sec. 5, without the leaderboard, and more): log-prob gap, NLL, ROUGE-L and lengths
+of the policy; accuracy and margin of its implicit reward beta log pi/pi_ref, and KL (with --ref-model); accuracy, margin and
+calibration of a learned reward (--reward-model); gold score and win rates (--gold-reward-model, --baseline); win rate over the
+demonstrations by an LLM judge (--judge-model). They are those the training scripts log, each with a 95% bootstrap interval over
+the rows.
 
 Samples are drawn from a random stream per row, the same for every policy, as in the training scripts.
 

@@ -10,7 +10,8 @@ it if it goes on for long: of N candidates, the one the reward scores highest is
 
 Not the paper: D1 rewards are centred so that held-out demonstrations average 0. D2 schedules and the policy optimizer's state
 start anew in every outer iteration. D3 --sft-epochs first fine-tunes the model on the demonstrations. D4 on small models DPO
-takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size).
+takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size). D5 an answer without EOS
+loses --missing-eos-penalty of its score.
 
 Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number of outer iterations), N candidates of a prompt.
 
@@ -140,7 +141,7 @@ class Args(RunArgs):
     eval_updates: int | Auto = "auto"
     """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
     optimizer: Literal["rmsprop", "adamw"] = "adamw"
-    """both without weight decay. Paper: AdamW."""
+    """both without weight decay; rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
     warmup_ratio: float = 0.0
     """part of the updates in which a learning rate rises linearly; then it falls to 0. Online-RLHF, released code: 0."""
 

@@ -162,7 +162,7 @@ class Args(RunArgs):
     eval_updates: int | Auto = "auto"
     """PPO updates between evaluations, > 0; one is also made at the end. N+: 100."""
     optimizer: Literal["rmsprop", "adamw"] = "adamw"
-    """Paper: AdamW."""
+    """rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
     adam_epsilon: float = 1e-5
     """of the optimizer, > 0. N+ 30: 1e-5."""
     weight_decay: float = 0.01
@@ -180,6 +180,7 @@ class Args(RunArgs):
             self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
             f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
         )  # fmt: skip
+        require(self.template == "auto", "template", self.template, "auto: the text of TL;DR is the one template here")
 
 
 SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for

@@ -9,7 +9,8 @@ and PPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 9), the optimum o
 Not the paper: D1 the policy step is written out (the paper calls TRL's PPO; the released code does something else). D2 rewards
 are centred so that held-out demonstrations average 0. D3 value model, optimizers' schedules and the PPO optimizer's state start
 anew in every outer iteration, each of which passes over all demonstrations (paper: T = 1). D4 --sft-epochs first fine-tunes
-the model on the demonstrations. D5 with --value-warmup-ratio the value model learns alone at first.
+the model on the demonstrations. D5 with --value-warmup-ratio the value model learns alone at first. D6 an answer without EOS
+loses --missing-eos-penalty of its score. D7 RMSprop has the bias correction that torch's lacks.
 
 Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer iterations).
 
@@ -57,16 +58,18 @@ SETTINGS = {  # what auto means: the row that run.settings_row finds by the mode
         rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=15, per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
     ),
-    "pythia": dict(  # RFT paper, Sec. 5.1 and App. C; episodes and their batch are ours, the paper gives none
+    # RFT paper, Sec. 5.1 and App. C: rates, window, batch 8 (two devices with 4), also of PPO; 35,000 answers are the 17,500
+    # policy steps of Fig. 2, if a step is one of the optimizer: 4 for every 8 answers. Answers up to 256, rate of SFT: ours
+    "pythia": dict(
         dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
-        reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64,
-        total_episodes=100_000, rollout_batch_size=256, value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=4,
+        reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8,
+        total_episodes=35_000, rollout_batch_size=8, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=4,
         per_device_eval_batch_size=32,
     ),
-    "other": dict(
+    "other": dict(  # ours, since the paper has Alg. 1 on pythia alone; batch 16 is that of its 7B runs, as many steps as above
         dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
-        reward_model="", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64,
-        total_episodes=100_000, rollout_batch_size=256, value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=2,
+        reward_model="", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=16,
+        total_episodes=70_000, rollout_batch_size=16, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=2,
         per_device_eval_batch_size=16,
     ),
 }  # fmt: skip
@@ -113,7 +116,7 @@ class Args(RunArgs):
     temperature: float = 1.0
     """of sampled answers, > 0; it divides the logits of every log-prob PPO uses."""
     total_episodes: int | Auto = "auto"
-    """answers PPO samples in one outer iteration, > 0."""
+    """answers PPO samples in one outer iteration, > 0. Paper: 17,500 policy steps (Fig. 2), which may be 35,000 answers."""
     rollout_batch_size: int | Auto = "auto"
     """answers per PPO update over all devices, > 0."""
     num_ppo_epochs: int = 4

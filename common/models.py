@@ -54,11 +54,13 @@ def resolve_model(name: str) -> str:
 
 
 def load_tokenizer(args, name: str = "", flag: str = "--model"):
-    """Tokenizer of that name, --model unless given. UserError in one line if it cannot be had, has no EOS token, or does
-    not fit model and window."""
+    """Tokenizer of that name, --model unless given, which --template paper takes the chat template from. UserError in one line if
+    it cannot be had, has no EOS token, or does not fit model and window."""
     name = name or args.model
     config = text_config(load_config(name, args.trust_remote_code, flag))
     tokenizer = read_tokenizer(name, args.trust_remote_code, flag)
+    if args.template == "paper" and name == args.model:
+        tokenizer.chat_template = None  # render_prompt then takes the paper's, also of the tokenizer that is saved
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {name}: found a tokenizer without an EOS token, expected one: responses could not end")
     vocabulary = getattr(config, "vocab_size", None) or len(tokenizer)

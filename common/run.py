@@ -86,11 +86,11 @@ class BaseArgs:
     eval_samples: int | Auto = "auto"
     """held-out rows to measure on, > 0."""
     max_length: int | Auto = "auto"
-    """window, prompt + response tokens. RFT paper: 1024 (1B), 2048 (7B)."""
+    """window, prompt + response tokens. RFT paper: 1024 (1B), 2048 (7B); AIHF paper: 512 (7B); N+ details: 565."""
     max_prompt_length: int | Auto = "auto"
     """longest prompt, tokens; rows above it are left out and counted. auto: --max-length minus --max-new-tokens."""
     max_new_tokens: int | Auto = "auto"
-    """longest sampled response, tokens; one cut here has no EOS. Released code: 256."""
+    """longest sampled response, tokens; one cut here has no EOS. SPIN's code: 256; N+ details: 53; papers silent."""
     cut_demonstrations: bool = False
     """cut demonstrations at --max-new-tokens too, without EOS, so that length and end do not tell them from answers."""
     gold_reward_model: str = ""
@@ -112,12 +112,15 @@ class BaseArgs:
     vllm_sleep_level: Literal[0, 1, 2] = 2
     """what vLLM does with its GPU memory between answers: 0 keeps it, 1 moves the weights to RAM, 2 gives all up. Not on CPU."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """auto: bf16 where the device multiplies it natively, else no. RFT paper: bf16."""
+    """auto: bf16 where the device multiplies it natively, else no. RFT and AIHF papers: bf16."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the stored weights."""
     attn_implementation: str = "auto"
     """attention of transformers: sdpa, eager, flash_attention_2, ...; auto: flash attention where installed, on CUDA in bf16;
     else sdpa. With flash attention batches have no padding."""
+    template: Literal["auto", "paper"] = "auto"
+    """auto: the chat template of --model's tokenizer, else the RFT paper's "### Instruction"; paper: the latter for any model, as
+    the paper does for zephyr too. Saved tokenizers then have no chat template, so that all that follows asks alike."""
     trust_remote_code: bool = False
     """run the Python code that a hub repository ships. Off unless you ask."""
     seed: int = 1
@@ -173,19 +176,20 @@ class RunArgs(BaseArgs):
     before: ClassVar[dict] = {}  # flag -> what a run did that was made before the flag was, if that is not the default
 
     max_samples: int | Auto = "auto"
-    """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper: 50,000 of UltraChat200k."""
+    """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper, as SPIN: 50,000 of UltraChat200k."""
     select_top_k: int = 0
     """keep the N demonstrations that --gold-reward-model scores highest; 0 keeps all. RFT paper, Sec. 5.2: 10,000."""
     learning_rate: float | Auto = "auto"
-    """peak learning rate of the policy, > 0. RFT paper: 5e-7."""
+    """peak learning rate of the policy, > 0. RFT paper: 5e-7; AIHF paper: 5e-7 (7B)."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
-    """both without weight decay. RFT paper: rmsprop."""
+    """both without weight decay; rmsprop with the bias correction that torch's lacks. RFT paper: rmsprop; AIHF paper: silent."""
     warmup_ratio: float = 0.1
-    """part of the updates in which the learning rate rises linearly; then it falls to 0. Released code: 0.1."""
+    """part of the updates in which the learning rate rises linearly; then it falls to 0. RFT's released code: 0.1."""
     max_grad_norm: float = 1.0
-    """gradient norm is clipped at this value, > 0; inf: not clipped."""
+    """gradient norm is clipped at this value, > 0; inf: not clipped. Default of transformers' Trainer, with which RFT's released
+    code trains: 1."""
     batch_size: int | Auto = "auto"
-    """rows (demonstrations or pairs) per optimizer step over all devices. SPIN: 64."""
+    """rows (demonstrations or pairs) per optimizer step over all devices. RFT paper: 8 or 16; AIHF: 8 (7B); IRL: 64."""
     per_device_train_batch_size: int | Auto = "auto"
     """rows per forward pass: changes memory, never the gradient; accumulation steps follow from it."""
     gradient_checkpointing: bool = False
@@ -193,7 +197,7 @@ class RunArgs(BaseArgs):
     lora_r: int = 0
     """rank of LoRA adapters on all linear layers; 0 trains all weights. RFT paper's LoRA variant: 64."""
     lora_alpha: int = 16
-    """LoRA scale numerator, > 0. Released code: 16."""
+    """LoRA scale numerator, > 0. RFT's released code: 16."""
     load_in_4bit: bool = False
     """QLoRA: the frozen base in 4 bits (nf4), with --lora-r, on a CUDA GPU with bitsandbytes; not where a reward is learned."""
     save_steps: int = 100
@@ -1197,6 +1201,15 @@ class Run:
                 os.replace(partial, path)
         self.accelerator.wait_for_everyone()
         return path
+
+    def rename(self, name: str, new: str) -> Path:
+        """Give what save_final has saved another name, on all ranks together."""
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            shutil.rmtree(self.dir / new, ignore_errors=True)
+            os.replace(self.dir / name, self.dir / new)
+        self.accelerator.wait_for_everyone()
+        return self.dir / new
 
     def end(self) -> None:
         self.accelerator.wait_for_everyone()

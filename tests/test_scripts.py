@@ -279,6 +279,8 @@ def test_sft_lowers_the_loss_and_reductions_differ(place):
                 r,
                 "--num-train-epochs",
                 "6",
+                "--learning-rate",
+                "2e-3",
                 *judged(place),
             )[1:]
         }
