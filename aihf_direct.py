@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, evals, memory, models
-from common.data import collate, read_pairs, write_pairs
+from common.data import collate, ends, read_pairs, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
@@ -284,6 +284,7 @@ def demonstration_rows(run, t: int, K: int, position, demonstrations, policy, ge
             "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
             "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
             "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+            "chosen_finished": r.get("response_finished", True),
         }
         for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
     ]  # fmt: skip
@@ -309,6 +310,7 @@ def preference_rows(run, t: int, K: int, position, preferences, policy, tokenize
             "chosen": tokenizer.decode(p["chosen_ids"], skip_special_tokens=True),
             "rejected": tokenizer.decode(p["rejected_ids"], skip_special_tokens=True),
             "prompt_ids": p["prompt_ids"], "chosen_ids": p["chosen_ids"], "rejected_ids": p["rejected_ids"],
+            "chosen_finished": ends(p["chosen_ids"], tokenizer), "finished": ends(p["rejected_ids"], tokenizer),
         }
         for p in preferences
     ]  # fmt: skip

@@ -210,6 +210,7 @@ def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, genera
             "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
             "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
             "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+            "chosen_finished": r.get("response_finished", True),
         }
         for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
     ]  # fmt: skip

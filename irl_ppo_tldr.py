@@ -256,7 +256,7 @@ def encode_tldr(
     asked, source = [], {row["row"]: row for row in rows}
     for row in rows:
         query = fit_query(row["prompt"], tokenizer, max_prompt_length, flag.removeprefix("--"))
-        texts = {k: f" {v.strip()}" for k, v in row.items() if k not in ("row", "prompt")}
+        texts = {k: f" {v.strip()}" if isinstance(v, str) else v for k, v in row.items() if k not in ("row", "prompt")}
         asked.append({"row": row["row"], "prompt": query, **texts})
     encoded = encode(asked, tokenizer, max_length, max_prompt_length, flag, render=lambda _, query: query)
     for item in encoded:
@@ -642,9 +642,10 @@ class IRL:
                 {
                     "row": r["row"], "iteration": t, "prompt": r["prompt_text"], "chosen": r["response_text"],
                     "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y,
+                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+                    "chosen_finished": r.get("response_finished", True),
                 }
-                for r, y in zip(rows, rollout.response_ids, strict=True)
+                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
             ]  # fmt: skip
             if run.is_main:
                 write_pairs(path, pairs)

@@ -66,7 +66,7 @@ def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "
     rows, unusable = [], []
     for i, r in enumerate(raw):
         try:
-            rows.append({"row": i, **parse_row(r, i, kind, f"{flag} {name}")})
+            rows.append({"row": i, **parse_row(r, i, kind, f"{flag} {name}"), **unfinished(r)})
         except UnusableRow as error:
             unusable.append(str(error))
     if not rows:
@@ -319,6 +319,18 @@ def check_text(value, name: str, where: str) -> str:
     return value
 
 
+def unfinished(raw: dict) -> dict[str, bool]:
+    """{response_finished or rejected_finished: False} for a response that a sampler was cut in, as its columns say.
+
+    Columns chosen_finished (or completion_, response_) and rejected_finished; `finished` is that of the rejected response,
+    or of the only one. Our own generations/*.parquet have them. A response that is cut gets no end when it is read again.
+    """
+    only = "rejected" if "rejected" in raw else "response"
+    columns = {f"{name}_finished": "response" for name in ("chosen", "completion", "response")}
+    columns |= {"rejected_finished": "rejected", "finished": only}
+    return {f"{name}_finished": False for column, name in columns.items() if raw.get(column) is False}
+
+
 # ---- the embedded data set ----
 def cache_folder() -> Path:
     """$CLEANIRL_CACHE, else cleanirl/ in the user's cache folder."""
@@ -452,7 +464,7 @@ def encode(
     """Rows -> dicts with row, prompt, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
     Prompt and response are tokenised apart, so that a sampled response meets the context it was sampled in. EOS ends
-    every response once; one cut at max_length has none. Rows whose prompt exceeds max_prompt_length are left out with
+    every response once; one cut at max_length, or by the sampler it is of (see `unfinished`), has none. Rows whose prompt exceeds max_prompt_length are left out with
     one warning; UserError if none is left.
     """
     longest = min(max_prompt_length, max_length - 1)  # room for one token of response
@@ -469,8 +481,10 @@ def encode(
         item = {"row": row["row"], "prompt": row["prompt"], "prompt_ids": prompt_ids, "prompt_text": texts[i]}
         for name in responses:
             if responses[name][i] is not None:
-                whole = [*ids[name][i], tokenizer.eos_token_id]
+                finished = row.get(f"{name}_finished", True)
+                whole = [*ids[name][i], *([tokenizer.eos_token_id] if finished else [])]
                 item |= {f"{name}_ids": whole[: max_length - len(prompt_ids)], f"{name}_text": responses[name][i]}
+                item |= {} if finished else {f"{name}_finished": False}
         encoded.append(item)
     if long:
         found = f"{flag}: found {len(long)} of {len(rows)} prompts longer than --max-prompt-length {longest}"
@@ -496,6 +510,11 @@ def tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
 def without_eos(text: str, tokenizer) -> str:
     """The text without EOS written out, as some data sets have it: EOS is added once, as a token, at the end."""
     return text.replace(tokenizer.eos_token, "").rstrip() if tokenizer.eos_token in text else text
+
+
+def ends(ids: list[int], tokenizer) -> bool:
+    """Whether a response has its end: one that was cut, by the window or where it was sampled, has none."""
+    return ids[-1:] == [tokenizer.eos_token_id]
 
 
 # ---- batches ----

@@ -199,9 +199,12 @@ def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
     best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
     if run.is_main:
         columns = [
-            {"row": d["row"], "prompt": d["prompt"], "completion": d["response_text"], "gold_score": scores[i]}
+            {
+                "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],
+                "finished": d.get("response_finished", True), "gold_score": scores[i],
+            }
             for i, d in ((i, demonstrations[i]) for i in best)
-        ]
+        ]  # fmt: skip
         write_pairs(path, columns)
     run.accelerator.wait_for_everyone()
     mean = sum(scores[i] for i in best) / len(best)
@@ -250,7 +253,7 @@ def prepare_held_out(
         with_gold = bool(run.args.gold_reward_model)
         sampled_rows = rows if with_gold else [r for r in rows if "rejected_ids" not in r]
         with run.phase("reference on held-out rows", len(rows) * 3 + len(sampled_rows), step=0) as advance:
-            samples = {}
+            samples, rollout = {}, None
             if sampled_rows:
                 rollout = sample_rows(run, generator, sampled_rows, EVAL_SEED, temperature, advance)
                 samples = dict(zip((r["row"] for r in sampled_rows), rollout.response_ids, strict=True))
@@ -263,8 +266,8 @@ def prepare_held_out(
         columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
         columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
         if with_gold:
-            base = [decode(tokenizer, samples[r["row"]]) for r in rows]
-            columns |= gold_columns(run, rows, base, temperature)
+            texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
+            columns |= gold_columns(run, rows, list(zip(texts, rollout.finished, strict=True)), temperature)
         if run.is_main:
             write_pairs(
                 path, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -276,24 +279,27 @@ def prepare_held_out(
     return HeldOut(rows, [s["rejected_ids"] for s in stored], ref, gold)
 
 
-def gold_columns(run, rows: list[dict], base: list[str] | None, temperature: float) -> dict[str, list]:
-    """Gold rewards of demonstrations, of the reference's samples (where there are any) and of --baseline's, with the texts."""
-    columns = {} if base is None else {"base_sample": base}
+def gold_columns(run, rows: list[dict], base: list[tuple[str, bool]] | None, temperature: float) -> dict[str, list]:
+    """Gold rewards of demonstrations, of the reference's samples (where there are any) and of --baseline's, with the texts.
+
+    base: [(text, ended in EOS)] of the reference's samples, or None.
+    """
+    samples = {} if base is None else {"base": base}
     if run.args.baseline:
-        columns["baseline_sample"] = baseline_samples(run, rows, temperature)
+        samples["baseline"] = baseline_samples(run, rows, temperature)
+    columns = {f"{name}_sample": [text for text, _ in drawn] for name, drawn in samples.items()}
     gold = rewards.GoldReward(run)
-    columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows])
-    for name in ("base", "baseline"):
-        if f"{name}_sample" in columns:
-            columns[f"gold_{name}"] = gold.score(rows, columns[f"{name}_sample"])
+    finished = [r.get("response_finished", True) for r in rows]
+    columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows], finished)
+    for name, drawn in samples.items():
+        columns[f"gold_{name}"] = gold.score(rows, *map(list, zip(*drawn, strict=True)))
     return columns
 
 
-def baseline_samples(run, rows: list[dict], temperature: float) -> list[str]:
-    """One sample of --baseline for each row, through its own tokenizer and template."""
+def baseline_samples(run, rows: list[dict], temperature: float) -> list[tuple[str, bool]]:
+    """One sample of --baseline for each row, (text, ended in EOS), through its own tokenizer and template."""
     with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
-        work = foreign_sampler(run, run.args.baseline, "--baseline", rows, temperature)
-        return [text for text, _ in work(range(len(rows)), advance)]
+        return foreign_sampler(run, run.args.baseline, "--baseline", rows, temperature)(range(len(rows)), advance)
 
 
 def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: float, render=None):
@@ -344,6 +350,7 @@ def expert_rows(run, rows: list[dict], temperature: float, encode_response, rend
     answers = run.cached(path, keys, work, "expert's answers", 1024)
     kept = [
         {**r, "response_text": a["text"], "response_ids": encode_response(a["text"], a["finished"])}
+        | {"response_finished": a["finished"]}
         for r, a in zip(rows, answers, strict=True)
         if a["text"]
     ]
@@ -416,7 +423,7 @@ def evaluate(
     if reward_model is not None:
         table["reward/samples"] = np.array(sequence_scores(run, reward_model, sequences))
     if held.gold:
-        score = np.array(rewards.GoldReward(run).score(rows, texts))
+        score = np.array(rewards.GoldReward(run).score(rows, texts, rollout.finished))
         table |= {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
         for name, values in held.gold.items():
             table[f"gold/win_rate_{name}"] = wins(score, np.array(values))
