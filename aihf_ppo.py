@@ -726,6 +726,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     aihf = AIHF(run, tokenizer, evals.select_demonstrations(run, demonstrations), preferences, held_rows)
+    evals.record_prompts(run, aihf.demonstrations, preferences)
     steps, method = aihf.steps, "AIHF" if args.demo_weight else "RLHF"
     run.say(
         f"aihf_ppo: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {steps.sft} SFT steps,"

@@ -743,6 +743,7 @@ def train(args: Args) -> None:
         return
     demonstrations = evals.select_demonstrations(run, with_expert(run, tokenizer, demonstrations))
     irl = IRL(run, tokenizer, demonstrations, with_expert(run, tokenizer, held_rows), preferences)
+    evals.record_prompts(run, demonstrations)
     steps = irl.steps
     run.say(
         f"irl_dpo_ultrachat: {len(demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K(0)},"

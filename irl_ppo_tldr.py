@@ -818,6 +818,7 @@ def train(args: Args) -> None:
     demonstrations = evals.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
     posts = demonstrations if args.prompts == "demonstrations" else prompts
     irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
+    evals.record_prompts(run, demonstrations, posts)
     steps = irl.steps
     run.say(
         f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {steps.sft} SFT steps,"

@@ -658,6 +658,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     rft = RFT(run, tokenizer, evals.select_demonstrations(run, demonstrations), held_rows)
+    evals.record_prompts(run, rft.demonstrations)
     steps = rft.steps
     run.say(
         f"rft: {len(rft.demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K},"

@@ -63,7 +63,9 @@ def make(args: Args) -> None:
     for row, x, y, won in zip(asked, *answers, first, strict=True):
         (chosen, ended), (rejected, other_ended) = (x, y) if won else (y, x)
         pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
-        pairs.append({**pair, "chosen_finished": ended, "rejected_finished": other_ended})  # one that is cut gets no EOS
+        pairs.append(
+            {**pair, "chosen_finished": ended, "rejected_finished": other_ended}
+        )  # one that is cut gets no EOS
     write_jsonl(run.dir / "preferences.jsonl", pairs)
     agree = np.mean(first == (a > b))
     run.say(

@@ -475,6 +475,91 @@ def test_responses_that_were_cut_are_read_again_without_an_end(tmp_path):
         assert tokenizer.decode(row["response_ids"], skip_special_tokens=True) == raw.get("chosen", "read")
 
 
+# ---- what the models at hand were trained on ----
+@pytest.fixture
+def trained_runs(place, tmp_path, monkeypatch):
+    """A function (name, model, rows) that makes the folder of a run on these rows, with a model in it."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def make(name: str, model: str, *rows: list[dict]) -> Path:
+        run_ = Run(RunArgs(model=model, output_dir=str(tmp_path / name), mixed_precision="no"), "test", {})
+        evals.record_prompts(run_, *rows)
+        shutil.copytree(place / "model", run_.dir / "final")
+        return run_.dir / "final"
+
+    yield make
+    signal.signal(signal.SIGTERM, handler)
+
+
+def said(recwarn, args, tokenizer) -> list[str]:
+    recwarn.clear()
+    evals.load_held_out(args, tokenizer, [])
+    return [str(w.message) for w in recwarn]
+
+
+def held_out_args(place: Path, **more) -> evaluate.Args:
+    sizes = dict(eval_samples=N, max_length=96, max_prompt_length=64, max_new_tokens=8)
+    return evaluate.Args(eval_dataset=str(place / "data.jsonl"), dataset=str(place / "data.jsonl"), **sizes, **more)
+
+
+def test_held_out_prompts_that_a_model_or_one_before_it_was_trained_on_are_counted(place, trained_runs, recwarn):
+    rows, tokenizer = held_out_rows(place)
+    others = encode([{"row": 0, "prompt": "another", "response": "a"}], tokenizer, 96, 64)
+    first = trained_runs("first", str(place / "model"), rows[:5])
+    second = trained_runs("second", str(first), others, rows[4:7])  # 4 is in both: 7 of 12 in all
+    third = trained_runs("third", str(second), others)
+    whole = f"--eval-dataset: found %d of {N} held-out prompts among those that --model {{}} was trained on,"
+    for model, count in ((first, 5), (second, 7), (third, 7)):
+        assert said(recwarn, held_out_args(place, model=str(model)), tokenizer) == [
+            f"{whole.format(model) % count} by its run or by one before it"
+        ]
+    assert (
+        said(recwarn, held_out_args(place, model=str(trained_runs("apart", str(place / "model"), others))), tokenizer)
+        == []
+    )
+    assert said(recwarn, held_out_args(place, model=str(place / "model")), tokenizer) == []  # lies in no run folder
+    found = said(
+        recwarn, held_out_args(place, ref_model=str(first), reward_model=str(second), model=str(third)), tokenizer
+    )
+    assert [line.partition("that ")[2].split()[0] for line in found] == ["--model", "--ref-model", "--reward-model"]
+
+
+def test_prompts_are_known_again_under_another_template_and_after_a_cut(place):
+    from helpers import ZEPHYR_TEMPLATE
+
+    plain, chat = make_tokenizer(), make_tokenizer(chat_template=ZEPHYR_TEMPLATE)
+    row = {"row": 0, "prompt": "Return  the list\n", "response": "a"}
+    asked = [{**row, "prompt": [{"role": "user", "content": "return the list"}]}]
+    (one,), (other,) = encode([row], plain, 96, 64), encode(asked, chat, 96, 64)
+    assert one["prompt_text"] != other["prompt_text"] and evals.prompt_keys(one) & evals.prompt_keys(other)
+    cut = [{"prompt": f"a post and its {end}", "prompt_text": "a post"} for end in ("one end", "other end")]
+    assert evals.prompt_keys(cut[0]) & evals.prompt_keys(cut[1])
+    assert not evals.prompt_keys(one) & evals.prompt_keys({"prompt": "return the lists"})
+
+
+def test_a_run_without_a_record_and_runs_that_come_from_each_other(place, trained_runs, recwarn):
+    rows, tokenizer = held_out_rows(place)
+    first = trained_runs("first", str(place / "model"), rows[:5])
+    second = trained_runs("second", str(first), rows[:1])
+    settings = json.loads((first.parent / "args.json").read_text())
+    (first.parent / "args.json").write_text(
+        json.dumps({**settings, "args": {**settings["args"], "model": str(second)}})
+    )
+    assert len(said(recwarn, held_out_args(place, model=str(second)), tokenizer)) == 1
+    (first.parent / evals.TRAINED).unlink()
+    counted, unknown = said(recwarn, held_out_args(place, model=str(second)), tokenizer)
+    assert counted.startswith(f"--eval-dataset: found 1 of {N}")
+    assert unknown.startswith(
+        f"--eval-dataset: found no trained_prompts.parquet in {first.parent}: held-out prompts may"
+    )
+
+
+def test_the_embedded_model_was_trained_on_pydocs_training_rows(monkeypatch):
+    train = [{"prompt": "seen", "response": "a"}]
+    monkeypatch.setattr(evals, "load_rows", lambda name, split: {("pydoc", "train"): train}[name, split])
+    assert evals.trained_before("tiny") == (evals.prompt_keys(train[0]), [])
+
+
 @pytest.fixture
 def selecting(place, tmp_path, monkeypatch):
     """(a function that opens a run with --select-top-k, demonstrations), with a cache folder and a gold model to change."""
@@ -539,7 +624,9 @@ def test_scores_are_kept_for_other_runs_until_the_gold_model_changes(selecting, 
     model.save_pretrained(tmp_path / "gold")
     changed = rewards.cached_gold_scores(open_run("c"), demonstrations, texts(demonstrations))
     assert changed == pytest.approx([-s for s in plain], abs=1e-5)
-    cut = [{**d, "response_finished": False} for d in demonstrations]  # other tokens: another score, with a key of its own
+    cut = [
+        {**d, "response_finished": False} for d in demonstrations
+    ]  # other tokens: another score, with a key of its own
     found = rewards.cached_gold_scores(open_run("d"), cut, texts(cut))
     assert min(abs(a - b) for a, b in zip(found, changed, strict=True)) > 1e-4
 
