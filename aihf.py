@@ -530,9 +530,10 @@ class AIHF:
                     "row": r["row"], "iteration": t, "prompt": r["prompt"],
                     "prompt_text": r["prompt_text"], "chosen": r["response_text"],
                     "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y,
+                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+                    "chosen_finished": r.get("response_finished", True),
                 }
-                for r, y in zip(rows, rollout.response_ids, strict=True)
+                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
             ]  # fmt: skip
             if run.is_main:
                 write_pairs(path, pairs)
@@ -678,6 +679,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     aihf = AIHF(run, tokenizer, evals.select_demonstrations(run, demonstrations), preferences, held_rows)
+    evals.record_prompts(run, aihf.demonstrations, preferences)
     steps, method = aihf.steps, "AIHF" if args.demo_weight else "RLHF"
     run.say(
         f"aihf: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {steps.sft} SFT steps,"

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, evals, memory, models
-from common.data import collate, read_pairs, write_pairs
+from common.data import collate, end_of_turn, read_pairs, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
@@ -305,6 +305,7 @@ def demonstration_rows(run, t: int, K: int, position, demonstrations, policy, ge
             "prompt_text": r["prompt_text"], "chosen": r["response_text"],
             "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
             "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+            "chosen_finished": r.get("response_finished", True),
         }
         for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
     ]  # fmt: skip
@@ -324,12 +325,14 @@ def preference_rows(run, t: int, K: int, position, preferences, policy, tokenize
         return read_pairs(path)
     if position["step"] > (t * K if moves else 0):
         raise UserError(f"--resume: found no {path}, expected the preferences the run was already training on")
+    end = end_of_turn(tokenizer)  # a response that was cut has none
     pairs = [
         {
             "row": p["row"], "prompt": p["prompt"], "prompt_text": p["prompt_text"],
             "chosen": tokenizer.decode(p["chosen_ids"], skip_special_tokens=True),
             "rejected": tokenizer.decode(p["rejected_ids"], skip_special_tokens=True),
             "prompt_ids": p["prompt_ids"], "chosen_ids": p["chosen_ids"], "rejected_ids": p["rejected_ids"],
+            "chosen_finished": p["chosen_ids"][-1] == end, "finished": p["rejected_ids"][-1] == end,
         }
         for p in preferences
     ]  # fmt: skip
@@ -386,6 +389,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     demonstrations = evals.select_demonstrations(run, demonstrations)
+    evals.record_prompts(run, demonstrations, preferences)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.unwrap(policy)

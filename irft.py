@@ -217,6 +217,7 @@ def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, genera
             "prompt_text": r["prompt_text"], "chosen": r["response_text"],
             "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
             "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+            "chosen_finished": r.get("response_finished", True),
         }
         for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
     ]  # fmt: skip
@@ -264,6 +265,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     demonstrations = evals.select_demonstrations(run, demonstrations)
+    evals.record_prompts(run, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.unwrap(policy)

@@ -572,9 +572,10 @@ class IRL:
                     "row": r["row"], "iteration": t, "prompt": r["prompt"],
                     "prompt_text": r["prompt_text"], "chosen": r["response_text"],
                     "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y,
+                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+                    "chosen_finished": r.get("response_finished", True),
                 }
-                for r, y in zip(rows, rollout.response_ids, strict=True)
+                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
             ]  # fmt: skip
             if run.is_main:
                 write_pairs(path, pairs)
@@ -747,6 +748,7 @@ def train(args: Args) -> None:
         return
     demonstrations = evals.select_demonstrations(run, with_expert(run, tokenizer, demonstrations))
     irl = IRL(run, tokenizer, demonstrations, with_expert(run, tokenizer, held_rows), preferences)
+    evals.record_prompts(run, demonstrations)
     steps = irl.steps
     run.say(
         f"irl_dpo_ultrachat: {len(demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K(0)},"

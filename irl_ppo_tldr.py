@@ -253,7 +253,8 @@ def encode_tldr(
 
     longest = max_length - max_prompt_length
     how["longest_response"] = min(longest, how.get("longest_response") or longest)
-    stripped = [{k: v.strip() if k not in ("row", "prompt") else v for k, v in row.items()} for row in rows]
+    texts = ("response", "chosen", "rejected")
+    stripped = [{k: v.strip() if k in texts and v else v for k, v in row.items()} for row in rows]
     return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, spaced=True, **how)
 
 
@@ -634,9 +635,10 @@ class IRL:
                     "row": r["row"], "iteration": t, "prompt": r["prompt"],
                     "prompt_text": r["prompt_text"], "chosen": r["response_text"],
                     "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y,
+                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+                    "chosen_finished": r.get("response_finished", True),
                 }
-                for r, y in zip(rows, rollout.response_ids, strict=True)
+                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
             ]  # fmt: skip
             if run.is_main:
                 write_pairs(path, pairs)
@@ -810,6 +812,7 @@ def train(args: Args) -> None:
     demonstrations = evals.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
     posts = demonstrations if args.prompts == "demonstrations" else prompts
     irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
+    evals.record_prompts(run, demonstrations, posts)
     steps = irl.steps
     run.say(
         f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {steps.sft} SFT steps,"

@@ -120,6 +120,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     demonstrations = evals.select_demonstrations(run, demonstrations)
+    evals.record_prompts(run, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.unwrap(policy)

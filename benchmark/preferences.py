@@ -50,18 +50,22 @@ def make(args: Args) -> None:
     asked = encode(asked, tokenizer, args.max_length, args.max_prompt_length)
     policy = models.for_inference(run, models.load_model(args))
     generator = make_generator(run, policy, tokenizer)
-    texts = []
+    answers = []  # two lists of (text, ended in EOS)
     for k in range(2):
         with run.phase(f"samples {k}", len(asked)) as advance:
             rollout = evals.sample_rows(run, generator, asked, args.seed * 2 + k, 1.0, advance)
-        texts.append([evals.decode(tokenizer, y) for y in rollout.response_ids])
+        texts = [evals.decode(tokenizer, y) for y in rollout.response_ids]
+        answers.append(list(zip(texts, rollout.finished, strict=True)))
     gold = rewards.GoldReward(run)
-    a, b = (np.array(gold.score(asked, t)) for t in texts)
+    a, b = (np.array(gold.score(asked, *map(list, zip(*drawn, strict=True)))) for drawn in answers)
     first = np.random.default_rng(args.seed).random(len(asked)) < 1 / (1 + np.exp(b - a))
-    pairs = [
-        {"prompt": r["prompt"], "chosen": x if won else y, "rejected": y if won else x}
-        for r, x, y, won in zip(asked, *texts, first, strict=True)
-    ]
+    pairs = []
+    for row, x, y, won in zip(asked, *answers, first, strict=True):
+        (chosen, ended), (rejected, other_ended) = (x, y) if won else (y, x)
+        pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+        pairs.append(
+            {**pair, "chosen_finished": ended, "rejected_finished": other_ended}
+        )  # one that is cut gets no EOS
     write_jsonl(run.dir / "preferences.jsonl", pairs)
     agree = np.mean(first == (a > b))
     run.say(

@@ -87,9 +87,8 @@ def load_rows(
     sources, unusable = [], []  # of every row of the source the rows it gives
     for i, r in enumerate(raw):
         try:
-            sources.append(
-                [{"row": i + k * len(raw), **row} for k, row in parse_row(r, i, kind, f"{flag} {name}", turns).items()]
-            )
+            own = parse_row(r, i, kind, f"{flag} {name}", turns)
+            sources.append([{"row": i + k * len(raw), **row, **unfinished(r)} for k, row in own.items()])
         except UnusableRow as error:
             unusable.append(str(error))
     warn_left_out(unusable, len(raw), len(sources))
@@ -382,6 +381,18 @@ def check_text(value, name: str, where: str) -> str:
     return HALF.sub("\ufffd", value)
 
 
+def unfinished(raw: dict) -> dict[str, bool]:
+    """{response_finished or rejected_finished: False} for a response that a sampler was cut in, as its columns say.
+
+    Columns chosen_finished (or completion_, response_) and rejected_finished; `finished` is that of the rejected response,
+    or of the only one. Our own generations/*.parquet have them. A response that is cut gets no end when it is read again.
+    """
+    only = "rejected" if "rejected" in raw else "response"
+    columns = {f"{name}_finished": "response" for name in ("chosen", "completion", "response")}
+    columns |= {"rejected_finished": "rejected", "finished": only}
+    return {f"{name}_finished": False for column, name in columns.items() if raw.get(column) is False}
+
+
 # ---- the embedded data set ----
 def cache_folder() -> Path:
     """$CLEANIRL_CACHE, else cleanirl/ in the user's cache folder."""
@@ -619,9 +630,9 @@ def encode(
     """Rows -> dicts with row, prompt, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
     The ids of a prompt are those of its rendered text, which the sampler sees; the ids of a response are those that
-    follow in the text of both (see `follow`). The token that ends a turn ends every response once; one cut at max_length
-    or at longest_response (0: no such limit) has none. response_text is what is learned: without an end written out, and
-    without what the prompt already says.
+    follow in the text of both (see `follow`). The token that ends a turn ends every response once; one cut at max_length,
+    at longest_response (0: no such limit), or by the sampler it is of (see `unfinished`) has none. response_text is what is
+    learned: without an end written out, and without what the prompt already says.
 
     Left out, with one warning of each kind: prompts longer than max_prompt_length; rows that the template refuses, whose
     prompt holds a control token, or whose response has no tokens of its own; with `distinct`, pairs whose responses have the
@@ -743,9 +754,11 @@ class Coder:
             texts = [next((row[c] for c in columns if row.get(c) is not None), None) for row in rows]
             chosen = [i for i, text in enumerate(texts) if text is not None]
             clean = [self.own_words(texts[i], rows[i]["prompt_text"]) for i in chosen]
-            ids = self.follow([rows[i]["prompt_text"] for i in chosen], clean)
-            for i, text, own in zip(chosen, clean, ids, strict=True):
+            ended = [rows[i].get(f"{name}_finished", True) for i in chosen]
+            ids = self.follow([rows[i]["prompt_text"] for i in chosen], clean, ended)
+            for i, text, own, whole in zip(chosen, clean, ids, ended, strict=True):
                 items[i] |= {f"{name}_text": text, f"{name}_ids": own}
+                items[i] |= {} if whole else {f"{name}_finished": False}
         kept = []
         for item in items:
             if all(item.get(f"{name}_text", "x").strip() for name in ("response", "rejected")):
@@ -774,12 +787,15 @@ class Coder:
                 return text.lstrip().removeprefix(tag).removeprefix(space)
         return text
 
-    def follow(self, prompts: list[str], texts: list[str]) -> list[list[int] | None]:
-        """`follow` of responses with the template's white space around them, and the token that ends the turn."""
+    def follow(self, prompts: list[str], texts: list[str], ended: list[bool]) -> list[list[int] | None]:
+        """`follow` of responses with the template's white space around them, and the token that ends the turn if it did end."""
         lead, trail = " " if self.spaced else self.frame.lead, self.frame.trail
-        written = [(t if t.startswith(lead) else lead + t) + trail if t else t for t in texts]
+        written = [
+            (t if t.startswith(lead) else lead + t) + trail * whole if t else t
+            for t, whole in zip(texts, ended, strict=True)
+        ]
         ids = follow(self.tokenizer, prompts, written)
-        return [None if own is None else [*own, self.frame.end] for own in ids]
+        return [None if own is None else own + [self.frame.end] * whole for own, whole in zip(ids, ended, strict=True)]
 
 
 def follow(tokenizer, prompts: list[str], texts: list[str]) -> list[list[int] | None]:

@@ -5,6 +5,7 @@ Every measure is kept per row (evals/<iteration>.parquet), so that intervals and
 
 import functools
 import hashlib
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from common.data import (
     end_of_turn,
     follow,
     load_rows,
+    plain_prompt,
     read_pairs,
     render_prompt,
     source_id,
@@ -27,7 +29,7 @@ from common.data import (
 from common.engines import evaluating
 from common.generation import Generator, Rollout, make_generator
 from common.logprobs import masked_sum, response_logprobs
-from common.run import data_order, require
+from common.run import data_order, flag, require
 
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
@@ -188,6 +190,7 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     if known := sum(r["prompt_text"] in prompts for r in rows):
         found = f"found {known} of {len(rows)} held-out prompts among those trained on"
         warnings.warn(f"--eval-dataset: {found}: what is measured on them is not held out", stacklevel=2)
+    say_known(args, rows)
     return rows
 
 
@@ -198,6 +201,74 @@ def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
         return []
     rows = load_rows(name, "all", "preferences", flag)
     return draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
+
+
+# ---- what models in run folders were trained on before ----
+TRAINED = "trained_prompts.parquet"  # of a run: prompt_keys of the rows it trains on, column key
+
+
+def prompt_keys(row: dict) -> set[int]:
+    """Two numbers of 64 bits by which a row's prompt is known again: of its own text, and of what the model sees of it.
+
+    Letter case and white space do not count. The first is the same under every template, the second for every longer
+    prompt that was cut to the same text.
+    """
+    texts = {plain_prompt(row["prompt"]), row.get("prompt_text", "")} - {""}
+    words = (" ".join(text.lower().split()).encode() for text in texts)
+    return {int.from_bytes(hashlib.sha256(w).digest()[:8], "big", signed=True) for w in words}
+
+
+def record_prompts(run, *trained: list[dict]) -> None:
+    """Keep the prompts that the run trains on in its folder, for load_held_out of runs on its models."""
+    if run.is_main:
+        keys = set().union(*(prompt_keys(row) for rows in trained for row in rows))
+        write_pairs(run.dir / TRAINED, [{"key": key} for key in sorted(keys)])
+
+
+def trained_before(name: str) -> tuple[set[int], list[Path]]:
+    """(prompt_keys of all that a model was trained on, folders of runs among these that kept no record).
+
+    Those are the run whose folder it lies in, and the runs that made the --model and --reward-model which that one began
+    with, and so on. The embedded model was trained on pydoc's training rows; of other models nothing is known.
+    """
+    keys, without_record, pending, seen = set(), [], [name], set()
+    while pending:
+        model = pending.pop()
+        if model == "tiny" and not Path(model).is_dir():
+            keys = keys.union(*map(prompt_keys, load_rows("pydoc", "train")))
+        folder = Path(model).resolve().parent
+        if folder in seen or not Path(model).is_dir():
+            continue
+        seen.add(folder)
+        try:
+            args = json.loads((folder / "args.json").read_text())["args"]
+            pending += [m for m in (args["model"], args.get("reward_model")) if m]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the folder of no run
+            continue
+        if (folder / TRAINED).is_file():
+            keys |= {row["key"] for row in read_pairs(folder / TRAINED)}
+        else:
+            without_record.append(folder)
+    return keys, without_record
+
+
+def say_known(args, rows: list[dict]) -> None:
+    """One line for each model of the settings that was trained on prompts among the held-out rows.
+
+    The rows stay: other runs are measured on the same ones.
+    """
+    without_record = {}
+    for name in ("model", "ref_model", "reward_model", "gold_reward_model", "baseline"):
+        if not (model := getattr(args, name, "")):
+            continue
+        known, unknown = trained_before(model)
+        without_record |= dict.fromkeys(map(str, unknown))
+        if n := sum(not known.isdisjoint(prompt_keys(row)) for row in rows):
+            found = f"found {n} of {len(rows)} held-out prompts among those that {flag(name)} {model} was trained on,"
+            warnings.warn(f"--eval-dataset: {found} by its run or by one before it", stacklevel=3)
+    if without_record:
+        found = f"found no {TRAINED} in {', '.join(without_record)}"
+        warnings.warn(f"--eval-dataset: {found}: held-out prompts may have been trained on there", stacklevel=3)
 
 
 def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
@@ -217,9 +288,12 @@ def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
     best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
     if run.is_main:
         columns = [
-            {"row": d["row"], "prompt": d["prompt"], "completion": d["response_text"], "gold_score": scores[i]}
+            {
+                "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],
+                "finished": d.get("response_finished", True), "gold_score": scores[i],
+            }
             for i, d in ((i, demonstrations[i]) for i in best)
-        ]
+        ]  # fmt: skip
         write_pairs(path, columns)
     run.accelerator.wait_for_everyone()
     mean = sum(scores[i] for i in best) / len(best)
@@ -273,7 +347,7 @@ def prepare_held_out(
         with_gold = bool(run.args.gold_reward_model)
         sampled_rows = rows if with_gold else [r for r in rows if "rejected_ids" not in r]
         with run.phase("reference on held-out rows", len(rows) * 3 + len(sampled_rows), step=0) as advance:
-            samples = {}
+            samples, rollout = {}, None
             if sampled_rows:
                 rollout = sample_rows(run, generator, sampled_rows, EVAL_SEED, temperature, advance)
                 samples = dict(zip((r["row"] for r in sampled_rows), rollout.response_ids, strict=True))
@@ -287,7 +361,7 @@ def prepare_held_out(
         columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
         columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
         if with_gold:
-            base = [texts[r["row"]] for r in rows]
+            base = [(texts[r["row"]], done) for r, done in zip(rows, rollout.finished, strict=True)]
             columns |= gold_columns(run, rows, base, temperature)
         if run.is_main:
             write_pairs(
@@ -300,24 +374,27 @@ def prepare_held_out(
     return HeldOut(rows, [s["rejected_ids"] for s in stored], ref, gold)
 
 
-def gold_columns(run, rows: list[dict], base: list[str] | None, temperature: float) -> dict[str, list]:
-    """Gold rewards of demonstrations, of the reference's samples (where there are any) and of --baseline's, with the texts."""
-    columns = {} if base is None else {"base_sample": base}
+def gold_columns(run, rows: list[dict], base: list[tuple[str, bool]] | None, temperature: float) -> dict[str, list]:
+    """Gold rewards of demonstrations, of the reference's samples (where there are any) and of --baseline's, with the texts.
+
+    base: [(text, ended in EOS)] of the reference's samples, or None.
+    """
+    samples = {} if base is None else {"base": base}
     if run.args.baseline:
-        columns["baseline_sample"] = baseline_samples(run, rows, temperature)
+        samples["baseline"] = baseline_samples(run, rows, temperature)
+    columns = {f"{name}_sample": [text for text, _ in drawn] for name, drawn in samples.items()}
     gold = rewards.GoldReward(run)
-    columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows])
-    for name in ("base", "baseline"):
-        if f"{name}_sample" in columns:
-            columns[f"gold_{name}"] = gold.score(rows, columns[f"{name}_sample"])
+    finished = [r.get("response_finished", True) for r in rows]
+    columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows], finished)
+    for name, drawn in samples.items():
+        columns[f"gold_{name}"] = gold.score(rows, *map(list, zip(*drawn, strict=True)))
     return columns
 
 
-def baseline_samples(run, rows: list[dict], temperature: float) -> list[str]:
-    """One sample of --baseline for each row, through its own tokenizer and template."""
+def baseline_samples(run, rows: list[dict], temperature: float) -> list[tuple[str, bool]]:
+    """One sample of --baseline for each row, (text, ended in EOS), through its own tokenizer and template."""
     with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
-        work = foreign_sampler(run, run.args.baseline, "--baseline", rows, temperature)
-        return [text for text, _ in work(range(len(rows)), advance)]
+        return foreign_sampler(run, run.args.baseline, "--baseline", rows, temperature)(range(len(rows)), advance)
 
 
 def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: float, render=None):
@@ -380,6 +457,7 @@ def expert_rows(
     end = end_of_turn(tokenizer)
     kept = [
         {**r, "response_text": a["text"], "response_ids": (own + [end] * a["finished"])[: longest(r)]}
+        | {"response_finished": a["finished"]}
         for r, a, own in zip(rows, answers, ids, strict=True)
         if a["text"] and own
     ]
@@ -458,7 +536,7 @@ def evaluate(
     if reward_model is not None:
         table["reward/samples"] = np.array(sequence_scores(run, reward_model, sequences))
     if held.gold:
-        score = np.array(rewards.GoldReward(run).score(rows, texts))
+        score = np.array(rewards.GoldReward(run).score(rows, texts, rollout.finished))
         table |= {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
         for name, values in held.gold.items():
             table[f"gold/win_rate_{name}"] = wins(score, np.array(values))

@@ -220,14 +220,21 @@ class GoldReward:
         self.run, self.name = run, run.args.gold_reward_model
         self.scalar = models.for_inference(run, load_scalar_model(run.args, self.name, FLAG))
 
-    def score(self, rows: list[dict], responses: list[str], advance=lambda n: None) -> list[float]:
-        """Score of each response to its row's prompt, shared over ranks; EOS ends every response."""
-        sequences = gold_sequences(self.run.args, rows, responses, self.scalar.model.config)
+    def score(
+        self, rows: list[dict], responses: list[str], finished: list[bool], advance=lambda n: None
+    ) -> list[float]:
+        """Score of each response to its row's prompt, shared over ranks; EOS ends those that are finished."""
+        sequences = gold_sequences(self.run.args, rows, responses, finished, self.scalar.model.config)
         return self.run.map_sequences(sequences, lambda batch: self.scalar(batch).tolist(), advance)
 
 
-def gold_sequences(args, rows: list[dict], responses: list[str], config) -> list[tuple[list[int], list[int]]]:
-    """[(prompt ids, response ids with EOS)] in the gold model's tokens, cut to its window."""
+def gold_sequences(
+    args, rows: list[dict], responses: list[str], finished: list[bool], config
+) -> list[tuple[list[int], list[int]]]:
+    """[(prompt ids, response ids)] in the gold model's tokens, cut to its window; the end of a turn after finished responses.
+
+    A response that its sampler was cut in has no end, as in the policy's own tokens; one without any text has the end alone.
+    """
     name = args.gold_reward_model
     tokenizer = models.read_tokenizer(name, args.trust_remote_code, FLAG)
     texts = []
@@ -241,23 +248,26 @@ def gold_sequences(args, rows: list[dict], responses: list[str], config) -> list
     alone = tokenise(tokenizer, bare, split_special=True)  # of an answer that no ids continue the prompt with
     window = getattr(models.text_config(config), "max_position_embeddings", None) or 4096
     end, out = end_of_turn(tokenizer), []
-    for prompt, answer, own in zip(prompts, follow(tokenizer, texts, bare), alone, strict=True):
-        answer = [*(own if answer is None else answer), end][: window - 1]
+    for prompt, answer, own, done in zip(prompts, follow(tokenizer, texts, bare), alone, finished, strict=True):
+        answer = own if answer is None else answer
+        answer = (answer + [end] * (done or not answer))[: window - 1]
         out.append((prompt[-(window - len(answer)) :], answer))
     return out
 
 
 def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int = 4096) -> list[float]:
-    """Gold scores through the user's cache folder."""
+    """Gold scores of responses to rows through the user's cache folder; a row's response_finished says if it is False."""
     config = models.load_config(run.args.gold_reward_model, run.args.trust_remote_code, FLAG)
     precision = [run.args.dtype, run.accelerator.mixed_precision]
     path = cache_file("gold", run.args.gold_reward_model, config.to_json_string(use_diff=False), precision)
-    pairs = [json.dumps([r["prompt"], t]) for r, t in zip(rows, responses, strict=True)]
+    finished = [r.get("response_finished", True) for r in rows]
+    asked = zip(rows, responses, finished, strict=True)
+    pairs = [json.dumps([r["prompt"], t] + ([] if done else ["unfinished"])) for r, t, done in asked]
     keys = [hashlib.sha256(p.encode()).hexdigest() for p in pairs]
     gold = functools.cache(lambda: GoldReward(run))  # loaded if a score is missing
 
     def work(part: list[int], advance) -> list[float]:
-        return gold().score([rows[i] for i in part], [responses[i] for i in part], advance)
+        return gold().score(*([column[i] for i in part] for column in (rows, responses, finished)), advance)
 
     return run.cached(path, keys, work, "gold scores of demonstrations", block)
 

@@ -27,7 +27,7 @@ def lines(path) -> list[dict]:
 
 
 def scores(folder, rows: list[dict], kind: str) -> np.ndarray:
-    """The classifier's output on prompt, response and EOS, a row at a time, by plain transformers."""
+    """The classifier's output on prompt and response, with EOS if it is finished, a row at a time, by plain transformers."""
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     model.config.pad_token_id = None  # else its own search takes EOS, the last token, for padding
     found = []
@@ -35,7 +35,8 @@ def scores(folder, rows: list[dict], kind: str) -> np.ndarray:
         parts = f"### Instruction: {r['prompt']}\n\n### Response: ", r[kind]
         ids = [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
-            found.append(model(torch.tensor([[*ids, tokenizer.eos_token_id]])).logits.item())
+            end = [tokenizer.eos_token_id] if r[f"{kind}_finished"] or not r[kind] else []
+            found.append(model(torch.tensor([[*ids, *end]])).logits.item())
     return np.array(found)
 
 
@@ -45,7 +46,7 @@ def place(tmp_path_factory):
     make_model(folder / "model")
     make_classifier(folder / "gold", folder / "model")
     weights = load_file(folder / "gold" / "model.safetensors")
-    weights["score.weight"] *= 10  # differences of a few units: labels that are neither coin flips nor certain
+    weights["score.weight"] *= 0.3  # differences of a few units: labels that are neither coin flips nor certain
     save_file(weights, folder / "gold" / "model.safetensors", metadata={"format": "pt"})
     rows = package_rows(80)
     jsonl(folder / "data.jsonl", rows)
@@ -168,6 +169,7 @@ def test_preferences_follow_bradley_terry_with_the_gold_reward(place):
         return (uniform < 1 / (1 + np.exp(-margin))) | (uniform >= 1 / (1 + np.exp(margin)))
 
     assert possible(margin).all() and not possible(-margin).all()
+    assert {p["chosen_finished"] for p in pairs} == {True, False}  # so the rows above are of both kinds
     assert 0.5 < (margin > 0).mean() < 1
 
 

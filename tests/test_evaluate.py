@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import make_classifier, make_data, make_model, make_tokenizer, run
+from helpers import jsonl, make_classifier, make_data, make_model, make_tokenizer, run
 
 import evaluate
 from common import UserError, evals, models, rewards
@@ -172,10 +172,11 @@ def test_rows_agree_with_transformers_one_sequence_at_a_time(full, place):
         text = f"### Instruction: {row['prompt']}\n\n### Response: "
         ends = {"gold/demonstrations": row["response_text"], "gold/score": stored["sample"]}
         for name, answer in ends.items():
+            cut = name == "gold/score" and stored["completions/clipped_ratio"]
             ids = [
                 *gold_tokenizer(text)["input_ids"],
                 *gold_tokenizer(answer)["input_ids"],
-                gold_tokenizer.eos_token_id,
+                *([] if cut else [gold_tokenizer.eos_token_id]),
             ]
             assert stored[name] == pytest.approx(score(gold, ids), abs=1e-4), name
 
@@ -437,12 +438,126 @@ def test_a_long_prompt_loses_its_beginning_not_the_response(place):
     args = evaluate.Args(gold_reward_model=str(place / "gold"))
     config = models.load_config(str(place / "gold"))
     rows = [{"prompt": "a long one " * 60}, {"prompt": "short"}]
-    (long, answer), (short, _) = rewards.gold_sequences(args, rows, ["yes", "no"], config)
-    whole, _ = rewards.gold_sequences(args, rows[:1], ["yes"], type(config)(max_position_embeddings=10_000))[0]
+    (long, answer), (short, _) = rewards.gold_sequences(args, rows, ["yes", "no"], [True, True], config)
+    whole, _ = rewards.gold_sequences(args, rows[:1], ["yes"], [True], type(config)(max_position_embeddings=10_000))[0]
     assert len(long) + len(answer) == config.max_position_embeddings < len(whole)
     assert long == whole[-len(long) :] and len(short) < len(long)
     tokenizer = make_tokenizer(270)
     assert answer == [*tokenizer("yes")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_sample_that_was_cut_gets_no_end_from_the_gold_reward(place):
+    args, tokenizer = evaluate.Args(gold_reward_model=str(place / "gold")), make_tokenizer(270)
+    config = models.load_config(str(place / "gold"))
+    found = rewards.gold_sequences(args, [{"prompt": "q"}] * 3, ["yes", "yes", ""], [True, False, False], config)
+    yes, end = tokenizer("yes")["input_ids"], tokenizer.eos_token_id
+    assert [answer for _, answer in found] == [[*yes, end], yes, [end]]  # something must be there to score
+
+
+def test_responses_that_were_cut_are_read_again_without_an_end(tmp_path):
+    """Every way in which a file of ours says so: generations/*.parquet, preferences.jsonl, selected.parquet."""
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token_id
+    pair, one = {"prompt": "p", "chosen": "return", "rejected": "read"}, {"prompt": "p", "completion": "read"}
+    for raw, kind, without in (
+        ({**pair, "finished": False}, "demonstrations", {"rejected"}),
+        ({**pair, "finished": True, "chosen_finished": False}, "demonstrations", {"response"}),
+        ({**pair, "chosen_finished": False, "rejected_finished": False}, "preferences", {"response", "rejected"}),
+        ({**pair, "chosen_finished": True, "rejected_finished": True}, "preferences", set()),
+        ({**one, "finished": False}, "demonstrations", {"response"}),
+        ({**one, "finished": "yesterday"}, "demonstrations", set()),
+        (one, "demonstrations", set()),
+    ):
+        file = jsonl(tmp_path / "data.jsonl", [raw])
+        (row,) = encode(load_rows(file, "all", kind), tokenizer, 96, 64)
+        found = {name for name in ("response", "rejected") if f"{name}_ids" in row and row[f"{name}_ids"][-1] != end}
+        assert found == without, raw
+        assert tokenizer.decode(row["response_ids"], skip_special_tokens=True) == raw.get("chosen", "read")
+
+
+# ---- what the models at hand were trained on ----
+@pytest.fixture
+def trained_runs(place, tmp_path, monkeypatch):
+    """A function (name, model, rows) that makes the folder of a run on these rows, with a model in it."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def make(name: str, model: str, *rows: list[dict]) -> Path:
+        run_ = Run(RunArgs(model=model, output_dir=str(tmp_path / name), mixed_precision="no"), "test", {})
+        evals.record_prompts(run_, *rows)
+        shutil.copytree(place / "model", run_.dir / "final")
+        return run_.dir / "final"
+
+    yield make
+    signal.signal(signal.SIGTERM, handler)
+
+
+def said(recwarn, args, tokenizer) -> list[str]:
+    recwarn.clear()
+    evals.load_held_out(args, tokenizer, [])
+    return [str(w.message) for w in recwarn]
+
+
+def held_out_args(place: Path, **more) -> evaluate.Args:
+    sizes = dict(eval_samples=N, max_length=96, max_prompt_length=64, max_new_tokens=8)
+    return evaluate.Args(eval_dataset=str(place / "data.jsonl"), dataset=str(place / "data.jsonl"), **sizes, **more)
+
+
+def test_held_out_prompts_that_a_model_or_one_before_it_was_trained_on_are_counted(place, trained_runs, recwarn):
+    rows, tokenizer = held_out_rows(place)
+    others = encode([{"row": 0, "prompt": "another", "response": "a"}], tokenizer, 96, 64)
+    first = trained_runs("first", str(place / "model"), rows[:5])
+    second = trained_runs("second", str(first), others, rows[4:7])  # 4 is in both: 7 of 12 in all
+    third = trained_runs("third", str(second), others)
+    whole = f"--eval-dataset: found %d of {N} held-out prompts among those that --model {{}} was trained on,"
+    for model, count in ((first, 5), (second, 7), (third, 7)):
+        assert said(recwarn, held_out_args(place, model=str(model)), tokenizer) == [
+            f"{whole.format(model) % count} by its run or by one before it"
+        ]
+    assert (
+        said(recwarn, held_out_args(place, model=str(trained_runs("apart", str(place / "model"), others))), tokenizer)
+        == []
+    )
+    assert said(recwarn, held_out_args(place, model=str(place / "model")), tokenizer) == []  # lies in no run folder
+    found = said(
+        recwarn, held_out_args(place, ref_model=str(first), reward_model=str(second), model=str(third)), tokenizer
+    )
+    assert [line.partition("that ")[2].split()[0] for line in found] == ["--model", "--ref-model", "--reward-model"]
+
+
+def test_prompts_are_known_again_under_another_template_and_after_a_cut(place):
+    from helpers import ZEPHYR_TEMPLATE
+
+    plain, chat = make_tokenizer(), make_tokenizer(chat_template=ZEPHYR_TEMPLATE)
+    row = {"row": 0, "prompt": "Return  the list\n", "response": "a"}
+    asked = [{**row, "prompt": [{"role": "user", "content": "return the list"}]}]
+    (one,), (other,) = encode([row], plain, 96, 64), encode(asked, chat, 96, 64)
+    assert one["prompt_text"] != other["prompt_text"] and evals.prompt_keys(one) & evals.prompt_keys(other)
+    cut = [{"prompt": f"a post and its {end}", "prompt_text": "a post"} for end in ("one end", "other end")]
+    assert evals.prompt_keys(cut[0]) & evals.prompt_keys(cut[1])
+    assert not evals.prompt_keys(one) & evals.prompt_keys({"prompt": "return the lists"})
+
+
+def test_a_run_without_a_record_and_runs_that_come_from_each_other(place, trained_runs, recwarn):
+    rows, tokenizer = held_out_rows(place)
+    first = trained_runs("first", str(place / "model"), rows[:5])
+    second = trained_runs("second", str(first), rows[:1])
+    settings = json.loads((first.parent / "args.json").read_text())
+    (first.parent / "args.json").write_text(
+        json.dumps({**settings, "args": {**settings["args"], "model": str(second)}})
+    )
+    assert len(said(recwarn, held_out_args(place, model=str(second)), tokenizer)) == 1
+    (first.parent / evals.TRAINED).unlink()
+    counted, unknown = said(recwarn, held_out_args(place, model=str(second)), tokenizer)
+    assert counted.startswith(f"--eval-dataset: found 1 of {N}")
+    assert unknown.startswith(
+        f"--eval-dataset: found no trained_prompts.parquet in {first.parent}: held-out prompts may"
+    )
+
+
+def test_the_embedded_model_was_trained_on_pydocs_training_rows(monkeypatch):
+    train = [{"prompt": "seen", "response": "a"}]
+    monkeypatch.setattr(evals, "load_rows", lambda name, split: {("pydoc", "train"): train}[name, split])
+    assert evals.trained_before("tiny") == (evals.prompt_keys(train[0]), [])
 
 
 @pytest.fixture
@@ -477,12 +592,14 @@ def test_selection_keeps_the_highest_and_ties_go_to_the_earlier_row(selecting, m
     scores = [1.0, 5.0, 2.0, 2.0, 7.0, 2.0, 0.0, 2.0, -1.0, 1.0, 2.0, 0.5]
     monkeypatch.setattr(rewards, "cached_gold_scores", lambda *_: scores)
     one = open_run("a")
+    demonstrations[2]["response_finished"] = False  # an answer of --expert-model that was cut
     kept = evals.select_demonstrations(one, demonstrations)
     assert [demonstrations.index(d) for d in kept] == [1, 2, 3, 4]  # 5.0, 7.0 and the first two of five 2.0
     stored = read_pairs(one.dir / "generations" / "selected.parquet")
     assert [r["gold_score"] for r in stored] == [5.0, 2.0, 2.0, 7.0]
     assert [r["row"] for r in stored] == [d["row"] for d in kept]
     assert [r["completion"] for r in stored] == texts(kept)
+    assert [r["finished"] for r in stored] == [True, False, True, True]
     monkeypatch.setattr(rewards, "cached_gold_scores", refuse)
     assert evals.select_demonstrations(one, demonstrations) == kept  # a resumed run reads what it kept
     assert evals.select_demonstrations(open_run("b", k=0), demonstrations) == demonstrations
@@ -494,7 +611,7 @@ def test_scores_are_kept_for_other_runs_until_the_gold_model_changes(selecting, 
     open_run, demonstrations = selecting
     first = open_run("a")
     kept = evals.select_demonstrations(first, demonstrations)
-    plain = rewards.GoldReward(first).score(demonstrations, texts(demonstrations))
+    plain = rewards.GoldReward(first).score(demonstrations, texts(demonstrations), [True] * N)
     assert {d["row"] for d in kept} == {demonstrations[i]["row"] for i in np.argsort(plain)[-4:]}
     with monkeypatch.context() as patched:
         patched.setattr(rewards, "GoldReward", refuse)
@@ -507,17 +624,22 @@ def test_scores_are_kept_for_other_runs_until_the_gold_model_changes(selecting, 
     model.save_pretrained(tmp_path / "gold")
     changed = rewards.cached_gold_scores(open_run("c"), demonstrations, texts(demonstrations))
     assert changed == pytest.approx([-s for s in plain], abs=1e-5)
+    cut = [
+        {**d, "response_finished": False} for d in demonstrations
+    ]  # other tokens: another score, with a key of its own
+    found = rewards.cached_gold_scores(open_run("d"), cut, texts(cut))
+    assert min(abs(a - b) for a, b in zip(found, changed, strict=True)) > 1e-4
 
 
 def test_an_interrupted_scoring_keeps_its_finished_blocks(selecting, monkeypatch):
     open_run, demonstrations = selecting
     one, original, scored = open_run("a"), rewards.GoldReward.score, []
 
-    def stops_in_the_third_block(self, rows, responses, advance):
+    def stops_in_the_third_block(self, rows, responses, finished, advance):
         if len(scored) == 10:
             raise KeyboardInterrupt
         scored.extend(r["row"] for r in rows)
-        return original(self, rows, responses, advance)
+        return original(self, rows, responses, finished, advance)
 
     monkeypatch.setattr(rewards.GoldReward, "score", stops_in_the_third_block)
     with pytest.raises(KeyboardInterrupt):
@@ -530,5 +652,5 @@ def test_an_interrupted_scoring_keeps_its_finished_blocks(selecting, monkeypatch
     found = rewards.cached_gold_scores(one, demonstrations, texts(demonstrations), block=5)
     assert len(scored) == 10 and sorted(scored + later) == sorted(d["row"] for d in demonstrations)
     monkeypatch.setattr(rewards.GoldReward, "score", original)
-    direct = rewards.GoldReward(one).score(demonstrations, texts(demonstrations))
+    direct = rewards.GoldReward(one).score(demonstrations, texts(demonstrations), [True] * N)
     assert found == pytest.approx(direct, abs=1e-5)
