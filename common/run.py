@@ -299,7 +299,8 @@ def report_failure(error: Exception) -> int:
     rank = os.environ["RANK"]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in str(error) for word in PEER_ENDED):
         time.sleep(1)  # a signal to all ranks may be on its way to this one
-        print(f"rank {rank} lost another rank, whose message says why", file=sys.stderr, flush=True)
+        reason = " ".join(str(error).split())[:120]
+        print(f"rank {rank} lost another rank, whose message says why ({reason})", file=sys.stderr, flush=True)
         return 1
     traceback.print_exception(error)
     print(
@@ -595,7 +596,7 @@ class Run:
             self.accelerator.log(row, step=axis.get("step"))
         if not math.isfinite(nll := row.get("eval/nll", 0.0)):
             raise UserError(
-                f"training diverged: found eval/nll {nll} on held-out rows, expected a finite number; no model was saved"
+                f"found eval/nll {nll} on held-out rows, expected a finite number: the model has diverged; it is not saved"
             )
 
     def logged(self) -> list[dict]:

@@ -1,5 +1,6 @@
 """What ends a run before its end, and what is kept: signals, divergence, full disks, closed streams, changed inputs, two at once."""
 
+import errno
 import json
 import math
 import os
@@ -342,6 +343,29 @@ def test_a_full_disk_while_the_model_is_saved_is_one_line_and_leaves_nothing_hal
     )
     assert not list(out.rglob(".partial*"))
     same_run(whole, out)
+
+
+def test_any_file_that_a_full_disk_refuses_is_one_line(monkeypatch, capsys):
+    """A row of metrics, say. Another error of the system keeps its traceback, with how to go on below it."""
+    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    monkeypatch.delenv("RANK", raising=False)
+    full = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    assert report_failure(full) == 2
+    expected = "error: [Errno 28] No space left on device: 'metrics.jsonl'; free space, then continue with --resume x\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(KeyError) as caught:
+        report_failure(KeyError("a bug"))
+    assert caught.value.__notes__ == ["What is saved is kept; continue with --resume x"]
+
+
+def test_a_model_whose_answers_are_not_finite_is_not_saved(tmp_path):
+    """Found by an evaluation; the row is kept, as valid JSON."""
+    fake = types.SimpleNamespace(
+        metrics={"eval/nll": ""}, last_step=0, is_main=True, dir=tmp_path, args=types.SimpleNamespace(report_to="none")
+    )
+    with pytest.raises(UserError, match="found eval/nll nan on held-out rows"):
+        Run.log(fake, {"eval/nll": math.nan}, step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "eval/nll": null}\n'
 
 
 def test_output_dirs_that_cannot_be_made_are_refused(place):
