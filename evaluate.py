@@ -29,7 +29,7 @@ import numpy as np
 from common import evals, models, rewards
 from common.data import write_pairs
 from common.generation import Rollout, make_generator
-from common.run import BaseArgs, Run, main, parse_args, write_json
+from common.run import BaseArgs, Run, main, parse_args, without_nan, write_json
 
 SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(dataset="pydoc", eval_samples=200, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
@@ -126,7 +126,7 @@ def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
         measures[name]["low"], measures[name]["high"] = evals.bootstrap_interval(column)
     if (win := measures.get("eval/judge/win_rate_demonstrations")) is not None:
         win["low"], win["high"] = (measures.pop(f"eval/judge/win_rate_{end}")["value"] for end in ("low", "high"))
-    result = {"rows": len(held.rows), "measures": measures}
+    result = {"rows": len(held.rows), "measures": {name: without_nan(m) for name, m in measures.items()}}
     if reward:
         margins = reward["chosen"] - reward["rejected"]
         bins = [dict(zip(("confidence", "accuracy", "pairs"), b, strict=True)) for b in evals.calibration(margins)[1]]

@@ -339,7 +339,7 @@ def prepare_held_out(
     """Rejected responses, reference log-probs and gold rewards. `reference` is the model `generator` samples from."""
     path = run.dir / "evals" / "reference.parquet"
     if not path.exists():
-        if any("eval/nll" in row for row in run.logged()):
+        if run.is_main and any("eval/nll" in row for row in run.logged()):
             raise UserError(
                 f"--resume: found no {path}, expected what the first policy said of the held-out rows; this one has been trained"
                 " since, so it cannot be made again: start a new run"

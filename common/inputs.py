@@ -25,7 +25,9 @@ def digests(args) -> dict[str, str]:
 
 def changed_inputs(args, saved: dict) -> None:
     """UserError if a flag of the run whose args.json holds `saved` names other content now."""
-    before, now = saved.get("inputs", {}), digests(args)
+    before, now = saved.get("inputs"), digests(args)
+    if not isinstance(before, dict):  # an older version's
+        return
     changed = [f"{flag(n)} {getattr(args, n)}" for n in now if before.get(n, now[n]) != now[n]]
     if changed:
         raise UserError(

@@ -518,6 +518,11 @@ def report_failure(error: Exception) -> int:
     if isinstance(error, UserError):
         print("error: " + str(error).replace("\n", " "), file=sys.stderr, flush=True)
         return 2
+    if terminal.asked:  # another rank, or vLLM's process, has followed the signal and was missed
+        name, rank = signal.Signals(terminal.asked).name, os.environ.get("RANK", "0")
+        if rank == "0":
+            terminal.tell(f"{name}: stopped ({type(error).__name__} on the way){Run.hint and f';{Run.hint}'}", 1)
+        return 128 + terminal.asked
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         after = Run.hint and f"; free space, then{Run.hint}"
         print(f"error: {error}{after}", file=sys.stderr, flush=True)
@@ -529,7 +534,8 @@ def report_failure(error: Exception) -> int:
     rank = os.environ["RANK"]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in str(error) for word in PEER_ENDED):
         time.sleep(1)  # a signal to all ranks may be on its way to this one
-        print(f"rank {rank} lost another rank, whose message says why", file=sys.stderr, flush=True)
+        reason = " ".join(str(error).split())[:120]
+        print(f"rank {rank} lost another rank, whose message says why ({reason})", file=sys.stderr, flush=True)
         return 1
     traceback.print_exception(error)
     print(
@@ -786,7 +792,8 @@ class Run:
             except UserError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"--output-dir: {self.dir} could not be made: {error}; expected a folder that can be written"
+                name = "--resume" if self.args.resume else "--output-dir"
+                problem = f"{name}: {self.dir} could not be opened: {error}; expected a folder that can be written"
         message = broadcast_object_list([problem, str(self.dir)])
         if message[0]:
             raise UserError(message[0])
@@ -823,7 +830,10 @@ class Run:
         """
         if not self.in_updates or (self.stop_requested and time.time() - self.stop_requested > 10):
             self._stop(number)
+        if not self.stop_requested and self.is_main and sys.stderr.isatty():
+            terminal.tell(f"{signal.Signals(number).name}: stopping after this update", 2)
         self.stop_requested, self.stop_signal = self.stop_requested or time.time(), self.stop_signal or number
+        terminal.asked = number
 
     def _stop(self, number: int) -> None:
         if self.is_main:
@@ -865,7 +875,7 @@ class Run:
             self.accelerator.log(row, step=axis.get("step"))
         if not math.isfinite(nll := row.get("eval/nll", 0.0)):
             raise UserError(
-                f"training diverged: found eval/nll {nll} on held-out rows, expected a finite number; no model was saved"
+                f"found eval/nll {nll} on held-out rows, expected a finite number: the model has diverged; it is not saved"
             )
 
     def logged(self) -> list[dict]:
@@ -1138,9 +1148,14 @@ class Run:
             # an adapter-only checkpoint lacks weights that are loaded already; engines keep all of them
             known = {"strict": False} if self.args.lora_r and self.engine == "plain" else {}
             engines.load_state(self.accelerator, str(path), fresh, **known)
-            if self.is_main:
-                with contextlib.suppress(FileNotFoundError), open(self.dir / "metrics.jsonl", "r+b") as f:
-                    f.truncate(size)
+            metrics = self.dir / "metrics.jsonl"
+            if self.is_main and metrics.exists():
+                if metrics.stat().st_size < size:
+                    raise UserError(
+                        f"--resume: found {metrics} of {metrics.stat().st_size} bytes, expected {size} at {path.name}: rows are"
+                        " lost; put it back, or delete it to go on without them"
+                    )
+                os.truncate(metrics, size)
             self.say(f"resumed from {path}")
             self.saved, self.last_step = str(position), position["step"]
             return position
@@ -1341,7 +1356,8 @@ def broken_seal(folder: Path) -> str | None:
     """What is wrong with a sealed folder, or None: file missing, cut short, or changed."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        manifest = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return "manifest.json missing or unreadable"
     for name, entry in manifest.items():
         path = folder / name

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+asked = 0  # the signal that a run has been asked to stop by, once it has
 PATIENCE = 5.0  # seconds in which a script that was told to stop must have ended
 
 

@@ -1,5 +1,6 @@
 """What ends a run before its end, and what is kept: signals, divergence, full disks, closed streams, changed inputs, two at once."""
 
+import errno
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, tldr_rows, weights
 
 from common import UserError, engines, inputs, terminal
-from common.run import lock, new_directory, read_metrics, untouched, without_nan
+from common.run import Run, broken_seal, lock, new_directory, read_metrics, report_failure, untouched, without_nan
 
 PPO = (
     "--total-episodes 8 --rollout-batch-size 4 --num-ppo-epochs 1 --sft-epochs 1 --num-train-epochs 1 --eval-updates 2"
@@ -158,6 +159,36 @@ def test_a_stop_that_something_holds_up_is_forced():
     code += "except BaseException:\n    time.sleep(60)\n"
     started = time.time()
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130 and time.time() - started < 20
+
+
+def test_a_signal_that_comes_again_is_the_same_one_for_ten_seconds(monkeypatch, capfd):
+    """As a launcher passes it on; later it means at once, updates or not."""
+    left = []
+    monkeypatch.setattr(terminal, "leave", left.append)
+    monkeypatch.setattr(terminal, "asked", 0)
+    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    run_ = types.SimpleNamespace(in_updates=True, stop_requested=0.0, stop_signal=0, is_main=True)
+    run_._stop = types.MethodType(Run._stop, run_)
+    Run._on_signal(run_, signal.SIGINT)
+    Run._on_signal(run_, signal.SIGTERM)
+    assert not left and run_.stop_signal == signal.SIGINT
+    run_.stop_requested -= 11
+    Run._on_signal(run_, signal.SIGINT)
+    assert left == [signal.SIGINT]
+    run_.in_updates, run_.stop_requested = False, 0.0
+    Run._on_signal(run_, signal.SIGHUP)
+    assert left == [signal.SIGINT, signal.SIGHUP]
+    said = [line for line in capfd.readouterr().out.splitlines() if ": stopped" in line]
+    assert said == [f"{name}: stopped; continue with --resume x" for name in ("SIGINT", "SIGHUP")]
+
+
+def test_an_error_on_the_way_to_a_stop_is_that_stop(monkeypatch, capfd):
+    """vLLM's process ends by Ctrl-C before the update does that would be the last."""
+    monkeypatch.setattr(terminal, "asked", int(signal.SIGINT))
+    monkeypatch.delenv("RANK", raising=False)
+    assert report_failure(RuntimeError("engine is dead")) == 130
+    assert capfd.readouterr().out.startswith("SIGINT: stopped (RuntimeError on the way)")
+    assert report_failure(UserError("no room")) == 2 and capfd.readouterr().err == "error: no room\n"
 
 
 def test_evaluate_says_one_line_too(place):
@@ -314,6 +345,29 @@ def test_a_full_disk_while_the_model_is_saved_is_one_line_and_leaves_nothing_hal
     same_run(whole, out)
 
 
+def test_any_file_that_a_full_disk_refuses_is_one_line(monkeypatch, capsys):
+    """A row of metrics, say. Another error of the system keeps its traceback, with how to go on below it."""
+    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    monkeypatch.delenv("RANK", raising=False)
+    full = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    assert report_failure(full) == 2
+    expected = "error: [Errno 28] No space left on device: 'metrics.jsonl'; free space, then continue with --resume x\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(KeyError) as caught:
+        report_failure(KeyError("a bug"))
+    assert caught.value.__notes__ == ["What is saved is kept; continue with --resume x"]
+
+
+def test_a_model_whose_answers_are_not_finite_is_not_saved(tmp_path):
+    """Found by an evaluation; the row is kept, as valid JSON."""
+    fake = types.SimpleNamespace(
+        metrics={"eval/nll": ""}, last_step=0, is_main=True, dir=tmp_path, args=types.SimpleNamespace(report_to="none")
+    )
+    with pytest.raises(UserError, match="found eval/nll nan on held-out rows"):
+        Run.log(fake, {"eval/nll": math.nan}, step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "eval/nll": null}\n'
+
+
 def test_output_dirs_that_cannot_be_made_are_refused(place):
     (place / "a_file").write_text("x")
     outs = [place / "a_file", place / "a_file" / "below", "/proc/none"]
@@ -321,7 +375,7 @@ def test_output_dirs_that_cannot_be_made_are_refused(place):
     assert statuses == [2, 2, 2], printed
     for out, part in zip(outs, parts(printed), strict=True):
         (error,) = errors(part)
-        assert error.startswith(f"error: --output-dir: {out} could not be made: "), part
+        assert error.startswith(f"error: --output-dir: {out} could not be opened: "), part
 
 
 # ---- the run directory ----
@@ -428,11 +482,8 @@ def test_a_stored_file_that_is_not_whole_or_gone_is_named(place):
     out = place / "broken"
     killed = {"argv": argv("irft.py", place, out), "at": "common.run.Run.step", "n": 3}
     assert drive([killed])[0] == [-signal.SIGKILL]
-    cases = [
-        (n, left)
-        for n in ("generations/iter_0.parquet", "evals/reference.parquet")
-        for left in ("half", "none", "gone")
-    ]
+    names = ("generations/iter_0.parquet", "evals/reference.parquet")
+    cases = [("metrics.jsonl", "half"), *((name, left) for name in names for left in ("half", "none", "gone"))]
     copies = [place / f"broken_{i}" for i in range(len(cases))]
     for (name, left), copy in zip(cases, copies, strict=True):
         shutil.copytree(out, copy)
@@ -445,7 +496,14 @@ def test_a_stored_file_that_is_not_whole_or_gone_is_named(place):
     for (name, left), copy, part in zip(cases, copies, parts(printed), strict=False):
         (error,) = errors(part)
         expected = f"found no {copy / name}" if left == "gone" else f"{copy / name}: found no readable Parquet"
-        assert expected in error and ("delete it and --resume" in error) == (left != "gone"), error
+        expected = f"found {copy / name} of " if name == "metrics.jsonl" else expected
+        assert expected in error and ("delete it" in error) == (left != "gone"), error
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", '{"model.safetensors": 3}', '{"x": {}}'])
+def test_a_manifest_of_anything_else_is_damage(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    assert "manifest.json" in broken_seal(tmp_path)
 
 
 def test_answers_that_no_update_was_made_on_are_made_again(place):
