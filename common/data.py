@@ -57,7 +57,7 @@ def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "
         raw, own_split = read_folder(path, split, flag)
     elif path.is_file():
         raw, own_split = read_file(path, flag), False
-    elif path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/")):
+    elif path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~")):
         raise UserError(f"{flag}: found no file {name}, expected a .json, .jsonl or .parquet file, a folder, or a name")
     else:
         raw, own_split = read_hub(name, split, flag)
@@ -79,7 +79,11 @@ def load_rows(name: str, split: str, kind: str = "demonstrations", flag: str = "
         return rows
     kept = [row for row in rows if held_out(row["prompt"]) == (split == "test")]
     if not kept:
-        raise UserError(f"{flag}: found {len(rows)} rows in {name}, none in its {split} part; expected more rows")
+        prompts = len({json.dumps(row["prompt"]) for row in rows})
+        raise UserError(
+            f"{flag}: found {len(rows)} rows in {name}, none in its {split} part; expected more rows with other prompts"
+            f" (here are {prompts}): a tenth of the prompts is held out, by a hash, each with all its rows"
+        )
     return kept
 
 
