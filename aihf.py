@@ -140,6 +140,10 @@ class Args(RunArgs):
     def check(self) -> None:
         super().check()
         require(
+            self.preference_dataset != "none", "preference_dataset", "none",
+            "a source of preferences: rft.py learns from demonstrations alone",
+        )  # fmt: skip
+        require(
             not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
             f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
         )  # fmt: skip

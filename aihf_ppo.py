@@ -150,6 +150,10 @@ class Args(RunArgs):
     def check(self) -> None:
         super().check()
         require(
+            self.preference_dataset != "none", "preference_dataset", "none",
+            "a source of preferences: rft.py learns from demonstrations alone",
+        )  # fmt: skip
+        require(
             self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
             f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
         )  # fmt: skip

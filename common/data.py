@@ -77,7 +77,7 @@ def load_rows(
         raw, own_split = read_folder(path, split, flag)
     elif path.is_file():
         raw, own_split = read_file(path, flag), False
-    elif path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/")):
+    elif path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~")):
         raise UserError(f"{flag}: found no file {name}, expected a .json, .jsonl or .parquet file, a folder, or a name")
     else:
         raw, own_split = read_hub(name, split, flag)
@@ -95,9 +95,11 @@ def load_rows(
     every = own_split or split == "all"
     rows = [row for own in sources if every or held_out(own[0]["prompt"]) == (split == "test") for row in own]
     if not rows:
+        prompts = len({json.dumps(own[0]["prompt"]) for own in sources})
         raise UserError(
-            f"{flag}: found {len(sources)} rows in {name}, none in its {split} part (a tenth, chosen by prompt, is test);"
-            " expected more rows, or held-out data of its own in --eval-dataset"
+            f"{flag}: found {len(sources)} rows in {name}, none in its {split} part; expected more rows with other prompts"
+            f" (here are {prompts}): a tenth of the prompts is held out, by a hash, each with all its rows; or held-out data of"
+            " its own in --eval-dataset"
         )
     return sorted(rows, key=lambda row: row["row"])
 
