@@ -180,7 +180,7 @@ def plot(args: Args, shown: np.ndarray, rewards: dict[str, np.ndarray]) -> None:
     low = min(np.min(TRUTH - TRUTH[0]), -2.0)
     top.set(ylabel="reward − reward at 0, nats", ylim=(low - 1, np.max(TRUTH - TRUTH[0]) * 1.8))
     top.text(0.01, 0.96, "compared", transform=top.transAxes, va="top", size=8, color="#555555")
-    bottom.set(xlabel="action x", ylabel="probability", xlim=(-0.5, ACTIONS - 0.5), ylim=(0, None))
+    bottom.set(xlabel="action x", ylabel="probability", xlim=(-0.5, ACTIONS - 0.5), ylim=(0, None), xticks=X[::2])
     top.set_title(
         f"{args.demonstrations} demonstrations, 200 comparisons among x < {args.compared}", loc="left", size=10
     )
