@@ -66,7 +66,7 @@ def jacobian(model, prompt: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def pair_slopes(policy: Tensor, ref: Tensor, beta: float, kind: str) -> Tensor:
-    """(Y, Y) minus the slope of the loss in the margin d of (demonstration, answer): 1 (linear), beta sigma(-beta d) (logistic)."""
+    """(Y, Y) minus the slope of irft_loss in a pair's margin d: 1 (linear), beta sigma(-beta d) (logistic)."""
     ratio = policy - ref
     d = ratio[:, None] - ratio[None, :]
     return torch.ones_like(d) if kind == "linear" else beta * torch.sigmoid(-beta * d)
