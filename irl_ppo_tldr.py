@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, engines, evals, memory, models, rewards
-from common.data import collate, encode, pad_right, read_pairs, tokenise, write_pairs
+from common.data import Frame, collate, encode, end_of_turn, pad_right, read_pairs, tokenise, write_pairs
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.run import (
@@ -239,6 +239,11 @@ def fit_query(prompt, tokenizer, longest: int, where: str = "dataset") -> str:
     return head + post + tail
 
 
+def tldr_frame(tokenizer) -> Frame:
+    """A space before the summary, and EOS after it."""
+    return Frame(lead=" ", end=end_of_turn(tokenizer))
+
+
 def encode_tldr(
     rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset", **how
 ) -> list[dict]:
@@ -255,7 +260,8 @@ def encode_tldr(
     how["longest_response"] = min(longest, how.get("longest_response") or longest)
     texts = ("response", "chosen", "rejected")
     stripped = [{k: v.strip() if k in texts and v else v for k, v in row.items()} for row in rows]
-    return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, spaced=True, **how)
+    frame = tldr_frame(tokenizer)
+    return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, frame=frame, **how)
 
 
 # ---- the maths: reward ----
@@ -786,8 +792,8 @@ def expert_rows(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
     """evals.expert_rows in the form of TL;DR: the expert reads the same query."""
     args = run.args
     return evals.expert_rows(
-        run, tokenizer, rows, args.greedy_temperature, lambda _: args.max_new_tokens, lead=" ",
-        render=lambda _, row: row["prompt_text"],
+        run, tokenizer, rows, args.greedy_temperature, lambda _: args.max_new_tokens, tldr_frame(tokenizer),
+        lambda _, row: row["prompt_text"],
     )  # fmt: skip
 
 

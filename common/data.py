@@ -175,8 +175,12 @@ def read_folder(path: Path, split: str, flag: str) -> tuple[list, bool]:
 
         loaded = load_from_disk(str(path))
         return read_splits(loaded, split) if isinstance(loaded, DatasetDict) else (loaded.to_list(), False)
-    if (path / "adapter_config.json").exists() or (path / "config.json").exists():
+    if (path / "adapter_config.json").exists() or list(path.glob("*.safetensors")):
         raise UserError(f"{flag}: found a model or an adapter in {path}, expected a data set folder")
+    if (path / "args.json").exists() and (path / "generations").exists():
+        raise UserError(
+            f"{flag}: found a run in {path}, expected a data set; its pairs are {path}/generations/*.parquet"
+        )
     files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl", ".parquet"))
     if not files:
         raise UserError(f"{flag}: found no .json, .jsonl or .parquet file in {path}, expected a data set folder")
@@ -552,7 +556,7 @@ def read_frame(tokenizer) -> Frame:
     """
     eos = tokenizer.eos_token_id
     prompt, response = "PROMPT", "RESPONSE"
-    if not tokenizer.chat_template:
+    if not getattr(tokenizer, "chat_template", None):  # stand-ins of tests and benchmarks know EOS alone
         before, _, after = PLAIN_TEMPLATE.partition("{prompt}")
         return Frame(before, after, after.lstrip(), end=eos)
     question, answer = as_messages(prompt), [{"role": "assistant", "content": response}]
@@ -566,8 +570,8 @@ def read_frame(tokenizer) -> Frame:
     bare = bare.partition(prompt)[2]
     head, _, tail = whole.rpartition(response)
     lead, trail = head.removeprefix(asked), tail[: len(tail) - len(tail.lstrip())]
-    added = {str(t): i for i, t in tokenizer.added_tokens_decoder.items()}
-    ends = [t for t in {*added, tokenizer.eos_token} if head and tail.lstrip().startswith(t)]
+    added = {str(t) for t in tokenizer.added_tokens_decoder.values()}
+    ends = [t for t in added | {tokenizer.eos_token} if head and tail.lstrip().startswith(t)]
     return Frame(
         before,
         after,
@@ -627,7 +631,7 @@ def encode(
     longest_response: int = 0,
     distinct: bool = False,
     render: Callable | None = None,
-    spaced: bool = False,
+    frame: Frame | None = None,
 ) -> list[dict]:
     """Rows -> dicts with row, prompt, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
@@ -639,10 +643,10 @@ def encode(
     Left out, with one warning of each kind: prompts longer than max_prompt_length; rows that the template refuses, whose
     prompt holds a control token, or whose response has no tokens of its own; with `distinct`, pairs whose responses have the
     same tokens. limit: stop when so many rows are kept (0: take all); later rows are not looked at. UserError if no row
-    is left. render(tokenizer, prompt) -> text, in place of render_prompt; spaced: begin every response with a space.
+    is left. render(tokenizer, prompt) -> text, in place of render_prompt, and `frame`, what it writes around a response.
     """
     longest = min(max_prompt_length, max_length - 1)  # room for one token of response
-    coder = Coder(tokenizer, flag, render, spaced)
+    coder = Coder(tokenizer, flag, render or render_prompt, frame or read_frame(tokenizer))
     kept, seen = [], 0
     long, cut, same, count = [], [], [], 0  # (row, tokens) of long prompts and cut responses; rows of equal pairs
     while seen < len(rows) and (not limit or len(kept) < limit):
@@ -693,11 +697,8 @@ def encode(
 class Coder:
     """Rows -> tokens, for `encode`. Keeps the reasons for which rows were left out."""
 
-    def __init__(self, tokenizer, flag: str, render: Callable | None, spaced: bool):
-        end = end_of_turn(tokenizer)
-        self.tokenizer, self.flag, self.spaced = tokenizer, flag, spaced
-        self.render = render or render_prompt
-        self.frame = Frame(end=end) if render else read_frame(tokenizer)
+    def __init__(self, tokenizer, flag: str, render: Callable, frame: Frame):
+        self.tokenizer, self.flag, self.render, self.frame = tokenizer, flag, render, frame
         self.ends = end_texts(tokenizer)
         self.controls = control_tokens(tokenizer)
         self.unusable: list[str] = []
@@ -757,19 +758,18 @@ class Coder:
             chosen = [i for i, text in enumerate(texts) if text is not None]
             clean = [self.own_words(texts[i], rows[i]["prompt_text"]) for i in chosen]
             ended = [rows[i].get(f"{name}_finished", True) for i in chosen]
-            ids = self.follow([rows[i]["prompt_text"] for i in chosen], clean, ended)
+            ids = respond(self.tokenizer, [rows[i]["prompt_text"] for i in chosen], clean, ended, self.frame)
             for i, text, own, whole in zip(chosen, clean, ids, ended, strict=True):
                 items[i] |= {f"{name}_text": text, f"{name}_ids": own}
                 items[i] |= {} if whole else {f"{name}_finished": False}
         kept = []
         for item in items:
-            if all(item.get(f"{name}_text", "x").strip() for name in ("response", "rejected")):
-                if all(item.get(f"{name}_ids", ()) is not None for name in ("response", "rejected")):
-                    kept.append(item)
-                else:
-                    self.leave_out(item, "found a response without tokens of its own after the prompt, expected some")
-            else:
+            if not all(text.strip() for name, text in item.items() if name in ("response_text", "rejected_text")):
                 self.leave_out(item, "found a response that holds nothing but the template's words, expected text")
+            elif None in item.values():
+                self.leave_out(item, "found a response without tokens of its own after the prompt, expected some")
+            else:
+                kept.append(item)
         return kept
 
     def own_words(self, text: str, prompt: str) -> str:
@@ -789,15 +789,21 @@ class Coder:
                 return text.lstrip().removeprefix(tag).removeprefix(space)
         return text
 
-    def follow(self, prompts: list[str], texts: list[str], ended: list[bool]) -> list[list[int] | None]:
-        """`follow` of responses with the template's white space around them, and the token that ends the turn if it did end."""
-        lead, trail = " " if self.spaced else self.frame.lead, self.frame.trail
-        written = [
-            (t if t.startswith(lead) else lead + t) + trail * whole if t else t
-            for t, whole in zip(texts, ended, strict=True)
-        ]
-        ids = follow(self.tokenizer, prompts, written)
-        return [None if own is None else own + [self.frame.end] * whole for own, whole in zip(ids, ended, strict=True)]
+
+def respond(
+    tokenizer, prompts: list[str], texts: list[str], finished: list[bool], frame: Frame
+) -> list[list[int] | None]:
+    """Token ids of responses to rendered prompts: `follow`, with what `frame` writes around a response.
+
+    Finished responses end with the token that ends a turn. One that its sampler was cut in has nothing after its text.
+    """
+    lead, trail = frame.lead, frame.trail
+    written = [
+        (t if t.startswith(lead) else lead + t) + trail * done if t else t
+        for t, done in zip(texts, finished, strict=True)
+    ]
+    ids = follow(tokenizer, prompts, written)
+    return [None if own is None else own + [frame.end] * done for own, done in zip(ids, finished, strict=True)]
 
 
 def follow(tokenizer, prompts: list[str], texts: list[str]) -> list[list[int] | None]:
@@ -814,7 +820,7 @@ def follow(tokenizer, prompts: list[str], texts: list[str]) -> list[list[int] | 
     out: list[list[int] | None] = [None] * len(texts)
     left, written = [], []
     for i, (mine, both) in enumerate(zip(bare, whole, strict=True)):
-        if controls.search(texts[i]):
+        if controls.search(texts[i]) or (tokenizer.unk_token and tokenizer.unk_token in texts[i]):
             written.append(i)
         elif both[: len(mine)] == mine and len(both) > len(mine):
             out[i] = both[len(mine) :]

@@ -15,13 +15,14 @@ import numpy as np
 
 from common import UserError, judge, models, rewards
 from common.data import (
+    Frame,
     encode,
-    end_of_turn,
-    follow,
     load_rows,
     plain_prompt,
+    read_frame,
     read_pairs,
     render_prompt,
+    respond,
     source_id,
     tokenise_prompts,
     write_pairs,
@@ -433,12 +434,19 @@ def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: fl
 
 
 def expert_rows(
-    run, tokenizer, rows: list[dict], temperature: float, longest: Callable[[dict], int], lead: str = "", render=None
+    run,
+    tokenizer,
+    rows: list[dict],
+    temperature: float,
+    longest: Callable[[dict], int],
+    frame: Frame | None = None,
+    render=None,
 ) -> list[dict]:
     """The rows with the answers of --expert-model as demonstrations, kept in the user's cache folder; without it the rows.
 
-    The answers' tokens are those of data.follow after `lead`, with the end of a turn where the expert ended, cut at
-    longest(row) tokens. render: as in foreign_sampler. Rows with an empty answer are left out.
+    The answers' tokens are those of data.respond with `frame`, the tokenizer's own unless given, without the end of a
+    turn where the expert was cut, and up to longest(row) of them. render: as in foreign_sampler. Rows with an empty answer
+    are left out.
     """
     args = run.args
     if not args.expert_model:
@@ -453,11 +461,10 @@ def expert_rows(
 
     answers = run.cached(path, keys, work, "expert's answers", 1024)
     texts = [r["prompt_text"] for r in rows]
-    ids = follow(tokenizer, texts, [lead + a["text"] for a in answers])
-    end = end_of_turn(tokenizer)
+    written, finished = [a["text"] for a in answers], [a["finished"] for a in answers]
+    ids = respond(tokenizer, texts, written, finished, frame or read_frame(tokenizer))
     kept = [
-        {**r, "response_text": a["text"], "response_ids": (own + [end] * a["finished"])[: longest(r)]}
-        | {"response_finished": a["finished"]}
+        {**r, "response_text": a["text"], "response_ids": own[: longest(r)], "response_finished": a["finished"]}
         for r, a, own in zip(rows, answers, ids, strict=True)
         if a["text"] and own
     ]

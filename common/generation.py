@@ -85,13 +85,13 @@ def stop_tokens(model, tokenizer) -> set[int]:
     eos = model.generation_config.eos_token_id
     known = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     end = end_of_turn(tokenizer)
-    if end not in known:
+    if end not in known | {None}:
         words = [tokenizer.convert_ids_to_tokens(i) for i in (end, *sorted(known))]
         found = (
             f"found {words[0]} as the end of a turn in the chat template, but {', '.join(words[1:])} as the model's EOS"
         )
         warnings.warn(f"--model: {found}: {words[0]} ends every demonstration, and either ends an answer", stacklevel=2)
-    return known | {end}
+    return (known | {end}) - {None}
 
 
 class Generator:
@@ -231,7 +231,9 @@ def keep_rows(cache, index: torch.Tensor) -> None:
         cache.batch_select_indices(index)
         return
     for layer in cache.layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):  # convolution and linear attention, alone or beside attention
+        if isinstance(
+            layer, LinearAttentionCacheLayerMixin
+        ):  # convolution and linear attention, alone or beside attention
             layer.reorder_cache(index)
         else:
             layer.batch_select_indices(index)

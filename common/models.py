@@ -339,7 +339,9 @@ def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
             return f"{flag} {name}: found no {part} that can be read in {where}: {reason}; expected what save_pretrained writes"
         return f"{flag} {name}: {where} could not be read ({type(error).__name__}): {reason}"
     if is_path(name):
-        return f"{flag} {name}: found no such folder, expected a folder made by save_pretrained, a short name or a hub id"
+        return (
+            f"{flag} {name}: found no such folder, expected a folder made by save_pretrained, a short name or a hub id"
+        )
     target = resolve_model(name)
     return (
         f"{flag} {name}: found no local folder ./{name} and the hub ({target}) could not provide it; expected a folder made by"
@@ -360,7 +362,9 @@ def wrong_folder(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         with contextlib.suppress(OSError, ValueError, AttributeError):
             base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-            expected = f"expected the whole model: merge the adapter into its base ({base}) with peft's merge_and_unload first"
+            expected = (
+                f"expected the whole model: merge the adapter into its base ({base}) with peft's merge_and_unload first"
+            )
         return f"found a LoRA adapter without its base model, {expected}"
     inside = [name for name in ("final", "sft", "reward") if (folder / name / "config.json").is_file()]
     if inside:

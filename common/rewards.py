@@ -16,11 +16,13 @@ from torch import Tensor
 from common import UserError, logprobs, models
 from common.data import (
     Batch,
+    Frame,
     cache_folder,
     end_of_turn,
     end_texts,
-    follow,
+    read_frame,
     render_prompt,
+    respond,
     tokenise,
     tokenise_prompts,
     without_end,
@@ -197,9 +199,13 @@ def refuse_unusable(args) -> None:
     load_scalar_model(args, args.gold_reward_model, FLAG, only_check=True)
 
 
+def is_beaver(name: str) -> bool:
+    return Path(name).name.startswith("beaver")
+
+
 def render_gold(name: str, tokenizer, prompt) -> str:
     """The prompt as the gold model expects it: safe-rlhf's format for beaver, else chat template or plain template."""
-    if not Path(name).name.startswith("beaver"):
+    if not is_beaver(name):
         return render_prompt(tokenizer, prompt)
     begin, user, assistant = BEAVER
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -245,12 +251,12 @@ def gold_sequences(
             raise UserError(f"{FLAG} {name}: row {row['row']}: {error}") from None
     prompts, ends = tokenise_prompts(tokenizer, texts), end_texts(tokenizer)
     bare = [without_end(t, ends) for t in responses]
-    alone = tokenise(tokenizer, bare, split_special=True)  # of an answer that no ids continue the prompt with
+    frame = Frame(end=tokenizer.eos_token_id) if is_beaver(name) else read_frame(tokenizer)
+    alone = tokenise(tokenizer, bare, split_special=True)  # for an answer, such as an empty one, that none follow
     window = getattr(models.text_config(config), "max_position_embeddings", None) or 4096
-    end, out = end_of_turn(tokenizer), []
-    for prompt, answer, own, done in zip(prompts, follow(tokenizer, texts, bare), alone, finished, strict=True):
-        answer = own if answer is None else answer
-        answer = (answer + [end] * (done or not answer))[: window - 1]
+    out, answers = [], respond(tokenizer, texts, bare, finished, frame)
+    for prompt, answer, own, done in zip(prompts, answers, alone, finished, strict=True):
+        answer = (own + [frame.end] * (done or not own) if answer is None else answer)[: window - 1]
         out.append((prompt[-(window - len(answer)) :], answer))
     return out
 

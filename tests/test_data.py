@@ -1274,10 +1274,17 @@ def test_brackets_nested_too_deeply_are_broken_json(tmp_path, suffix):
     assert "found broken JSON (" in error_of(tmp_path / f"a.{suffix}")
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "model.safetensors"])
 def test_a_models_folder_is_no_data_set(tmp_path, name):
     (tmp_path / name).write_text("{}")
     assert "found a model or an adapter in" in error_of(tmp_path)
+
+
+def test_a_run_folder_is_no_data_set(tmp_path):
+    (tmp_path / "args.json").write_text("{}")
+    write(tmp_path / "generations" / "iter_0.parquet", pairs(2))
+    assert "found a run in" in (message := error_of(tmp_path)) and f"{tmp_path}/generations/*.parquet" in message
+    assert len(load_rows(str(tmp_path / "generations"), "all")) == 2
 
 
 def test_an_adapter_is_no_model(tmp_path):

@@ -100,7 +100,7 @@ def test_demonstrations_average_zero_on_held_out_data(finished, place):
     """As docs/rft.md says to score: plain transformers on the texts of the held-out rows, minus reward_center."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from common.data import end_of_turn, follow, load_rows, render_prompt, tokenise_prompts
+    from common.data import load_rows, read_frame, render_prompt, respond, tokenise_prompts
 
     folder = finished / "reward"
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -111,8 +111,8 @@ def test_demonstrations_average_zero_on_held_out_data(finished, place):
     stored = read_pairs(finished / "evals" / "reward_0001.parquet")  # with the centre of the iteration before
     scores = []
     for prompt, response in (texts[r["row"]] for r in stored):
-        ids = tokenise_prompts(tokenizer, [prompt])[0] + follow(tokenizer, [prompt], [response])[0]
-        ids += [end_of_turn(tokenizer)]
+        ids = tokenise_prompts(tokenizer, [prompt])[0]
+        ids += respond(tokenizer, [prompt], [response], read_frame(tokenizer))[0]
         scores.append(model(input_ids=torch.tensor([ids])).logits[0, 0].item() - model.config.reward_center)
     first, center = (r["eval/reward/center"] for r in metrics(finished) if "eval/reward/center" in r)
     assert model.config.reward_center == pytest.approx(center)
