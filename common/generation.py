@@ -219,7 +219,9 @@ def keep_rows(cache, index: torch.Tensor) -> None:
         cache.batch_select_indices(index)
         return
     for layer in cache.layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):  # convolution and linear attention, alone or beside attention
+        if isinstance(
+            layer, LinearAttentionCacheLayerMixin
+        ):  # convolution and linear attention, alone or beside attention
             layer.reorder_cache(index)
         else:
             layer.batch_select_indices(index)

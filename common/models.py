@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -320,7 +322,7 @@ def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator
     """
     offline_if_unreachable(name)
     if Path(name).is_dir() and (problem := wrong_folder(Path(name))):
-        raise UserError(f"{flag} {name}: {problem}")
+        raise UserError(f"{flag} {name}: the folder could not be read: {problem}")
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -346,7 +348,9 @@ def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
             return f"{flag} {name}: found no {part} that can be read in {where}: {reason}; expected what save_pretrained writes"
         return f"{flag} {name}: {where} could not be read ({type(error).__name__}): {reason}"
     if is_path(name):
-        return f"{flag} {name}: found no such folder, expected a folder made by save_pretrained, a short name or a hub id"
+        return (
+            f"{flag} {name}: found no such folder, expected a folder made by save_pretrained, a short name or a hub id"
+        )
     target = resolve_model(name)
     return (
         f"{flag} {name}: found no local folder ./{name} and the hub ({target}) could not provide it; expected a folder made by"
@@ -367,7 +371,9 @@ def wrong_folder(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         with contextlib.suppress(OSError, ValueError, AttributeError):
             base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-            expected = f"expected the whole model: merge the adapter into its base ({base}) with peft's merge_and_unload first"
+            expected = (
+                f"expected the whole model: merge the adapter into its base ({base}) with peft's merge_and_unload first"
+            )
         return f"found a LoRA adapter without its base model, {expected}"
     inside = [name for name in ("final", "sft", "reward") if (folder / name / "config.json").is_file()]
     if inside:
@@ -468,20 +474,33 @@ def not_adapted(model) -> list[str]:
     """Names of linear layers that an adapter cannot stand in for: the rest of the model uses them in another way than calling
     a linear map, so that its output would differ from that of the merged model, or fail.
 
-    Those with a forward of their own (a router that returns its choice of experts), those of a state-space mixer whose weights
-    are read directly, and those that text never passes through.
+    Those with a forward of their own (a router that returns its choice of experts), those whose weight is read directly (in
+    state-space mixers and some routers), and those that text never passes through.
     """
     found = []
     for name, module in model.named_modules():
         own = isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
-        if own and type(module).__module__.startswith(("transformers.models.", "transformers_modules.")):
-            if not is_linear_map(module):
-                found.append(name)
-        if hasattr(module, "A_log") and hasattr(module, "D"):
-            found += [f"{name}.{part}" for part in ("dt_proj", "out_proj", "conv1d") if hasattr(module, part)]
+        if own and model_code(type(module)) and not is_linear_map(module):
+            found.append(name)
+        found += [f"{name}.{part}".lstrip(".") for part in read_directly(type(module)) if hasattr(module, part)]
     for outer, module in other_modalities(model).items():
         found += [f"{outer}.{name}" if name else outer for name, _ in module.named_modules()]
     return found
+
+
+def model_code(kind: type) -> bool:
+    """Whether a class belongs to one architecture, in transformers or in a hub repository."""
+    return kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+
+
+@functools.cache
+def read_directly(kind: type) -> list[str]:
+    """Attributes whose `.weight` the code of a module reads, for more than its type or device."""
+    source = ""
+    for base in kind.__mro__:
+        with contextlib.suppress(OSError, TypeError):  # no source at hand
+            source += inspect.getsource(base) if model_code(base) else ""
+    return sorted(set(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device))", source)))
 
 
 @torch.no_grad()
@@ -490,7 +509,7 @@ def is_linear_map(module: torch.nn.Linear) -> bool:
     x = module.weight.new_ones(1, 1, module.in_features)
     try:
         y = module(x)
-    except (IndexError, RuntimeError, ValueError):
+    except (IndexError, RuntimeError, TypeError, ValueError):
         return False
     expected = torch.nn.functional.linear(x, module.weight, module.bias)
     if not isinstance(y, torch.Tensor) or y.shape != expected.shape:

@@ -152,7 +152,7 @@ def pad_for_readers(config, tokenizer) -> str:
 
     Returns a sentence for the model card, empty if all is well.
     """
-    vocabulary = tokenizer.get_vocab()
+    config, vocabulary = models.text_config(config), tokenizer.get_vocab()
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         free = next((t for t in ("<|padding|>", "<pad>", "[PAD]", "<unk>") if t in vocabulary), None)
         if free is None and len(tokenizer) < config.vocab_size:
