@@ -32,6 +32,7 @@ from common.logprobs import response_logprobs  # noqa: E402
 VOCABULARY, WINDOW = 320, 64
 SMALL = {  # field of a configuration -> its value where the architecture has the field
     "vocab_size": VOCABULARY, "hidden_size": 32, "d_model": 32, "n_embd": 32, "emb_dim": 32, "embedding_size": 32,
+    "output_embedding_size": 32, "input_embedding_size": 32,
     "word_embed_proj_dim": 32, "embedding_dim": 32, "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2,
     "decoder_layers": 2, "encoder_layers": 1, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
     "decoder_attention_heads": 4, "encoder_attention_heads": 4, "attention_heads": 4, "num_decoder_attention_heads": 4,
@@ -202,7 +203,7 @@ def examine(name: str, folder: Path) -> dict[str, float]:
 
     asked = prompts()
     generator = Generator(model, own, 3, STEPS)
-    generator.eos_ids = set(range(5, VOCABULARY, 8))  # rows end at different steps
+    generator.eos_ids = set(range(5, VOCABULARY, 6))  # rows end at different steps
     said = []
     run = type("Run", (), {"args": args, "say": staticmethod(said.append)})
     generator.check = functools.partial(check_agreement, run, model)
