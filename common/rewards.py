@@ -171,7 +171,7 @@ def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> 
     centred_on: the responses whose mean score is 0.
     """
     args, scalar = run.args, run.unwrap(reward_model)
-    tokenizer = models.load_tokenizer(args)
+    tokenizer = models.read_tokenizer(args.model, args.trust_remote_code, "--model")
     note = pad_for_readers(scalar.model.config, tokenizer)
     scalar.model.config.reward_center = scalar.center.item()
     note += (

@@ -72,7 +72,7 @@ class BaseArgs:
     """type of the stored weights."""
     attn_implementation: str = "auto"
     """attention of transformers: sdpa, eager, flash_attention_2, ...; auto: flash attention where installed, on CUDA in bf16;
-    else sdpa. With flash attention batches have no padding."""
+    else sdpa, or eager where a model has none. With flash attention batches have no padding."""
     trust_remote_code: bool = False
     """run the Python code that a hub repository ships. Off unless you ask."""
     seed: int = 1
