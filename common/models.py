@@ -69,25 +69,26 @@ def load_tokenizer(args, name: str = "", flag: str = "--model"):
             f"{flag} {name}: found a tokenizer of {len(tokenizer)} tokens but {vocabulary} embeddings in the model;"
             " expected a tokenizer made for this model"
         )
-    check_window(args, config, f"{flag} {name}")
+    window = getattr(config, "max_position_embeddings", None)
+    if isinstance(window, int) and 0 < window < args.max_length:
+        raise UserError(
+            f"--max-length: found {args.max_length}, expected at most {window}, the window of {flag} {name}"
+        )
     return tokenizer
 
 
-def check_window(args, config, owner: str) -> None:
-    """UserError where a row, or a prompt with its answer, would be longer than the model's window.
+def check_window(args, name: str = "", flag: str = "--model") -> None:
+    """UserError where a prompt with its answer would be longer than the window of that model, --model unless given.
 
     Absolute positions do not exist beyond it. Rotary ones do, but the model was never trained on them.
     """
-    window = getattr(config, "max_position_embeddings", None)
-    if not isinstance(window, int) or window <= 0:
-        return
-    if args.max_length > window:
-        raise UserError(f"--max-length: found {args.max_length}, expected at most {window}, the window of {owner}")
-    prompt, answer = getattr(args, "max_prompt_length", 0), getattr(args, "max_new_tokens", 0)  # of what samples
-    if prompt + answer > window:
+    name = name or args.model
+    window = getattr(text_config(load_config(name, args.trust_remote_code, flag)), "max_position_embeddings", None)
+    length = args.max_prompt_length + args.max_new_tokens
+    if isinstance(window, int) and 0 < window < length:
         raise UserError(
-            f"--max-new-tokens: found {answer}, {prompt + answer} tokens with --max-prompt-length {prompt}; expected at most"
-            f" {window} in all, the window of {owner}"
+            f"--max-new-tokens: found {args.max_new_tokens}, {length} tokens with --max-prompt-length {args.max_prompt_length};"
+            f" expected at most {window} in all, the window of {flag} {name}"
         )
 
 
@@ -348,9 +349,7 @@ def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
             return f"{flag} {name}: found no {part} that can be read in {where}: {reason}; expected what save_pretrained writes"
         return f"{flag} {name}: {where} could not be read ({type(error).__name__}): {reason}"
     if is_path(name):
-        return (
-            f"{flag} {name}: found no such folder, expected a folder made by save_pretrained, a short name or a hub id"
-        )
+        return f"{flag} {name}: found no local folder of that name, expected one made by save_pretrained, a short name or a hub id"
     target = resolve_model(name)
     return (
         f"{flag} {name}: found no local folder ./{name} and the hub ({target}) could not provide it; expected a folder made by"

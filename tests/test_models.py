@@ -157,9 +157,9 @@ def test_bert_is_a_policy_only_as_a_decoder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("/nowhere/x", "--model /nowhere/x: found no such folder"),
-        ("./x", "--model ./x: found no such folder"),
-        ("a/b/c", "--model a/b/c: found no such folder"),
+        ("/nowhere/x", "--model /nowhere/x: found no local folder of that name"),
+        ("./x", "--model ./x: found no local folder of that name"),
+        ("a/b/c", "--model a/b/c: found no local folder of that name"),
         (
             "nobody/nothing",
             r"--model nobody/nothing: found no local folder ./nobody/nothing and the hub \(nobody/nothing\)",
@@ -233,12 +233,19 @@ def test_an_unusable_gold_model_is_refused_before_sampling(tmp_path, good, class
 
 
 # ---- windows ----
-def test_answers_must_fit_the_window(good):
-    models.load_tokenizer(arguments(good, max_length=128, max_prompt_length=112, max_new_tokens=16))
-    with pytest.raises(
-        UserError, match="--max-new-tokens: found 17, 129 tokens with --max-prompt-length 112; expected at most 128"
-    ):
-        models.load_tokenizer(arguments(good, max_length=128, max_prompt_length=112, max_new_tokens=17))
+def test_answers_must_fit_the_window(good, tmp_path):
+    """Said before anything is sampled, whatever the positions."""
+    data = str(make_data(tmp_path / "data.jsonl"))
+    sizes = dict(dataset=data, eval_dataset=data, eval_samples=4, max_length=128, max_prompt_length=112)
+    for new in (16, 17):
+        args = arguments(good, max_new_tokens=new, **sizes)
+        tokenizer = models.load_tokenizer(args)
+        if new == 16:
+            evals.load_held_out(args, tokenizer, [])
+            continue
+        line = "--max-new-tokens: found 17, 129 tokens with --max-prompt-length 112; expected at most 128"
+        with pytest.raises(UserError, match=line):
+            evals.load_held_out(args, tokenizer, [])
     with pytest.raises(UserError, match="--max-length: found 129, expected at most 128"):
         models.load_tokenizer(arguments(good, max_length=129))
 
