@@ -349,7 +349,7 @@ def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
             return f"{flag} {name}: found no {part} that can be read in {where}: {reason}; expected what save_pretrained writes"
         return f"{flag} {name}: {where} could not be read ({type(error).__name__}): {reason}"
     if is_path(name):
-        return f"{flag} {name}: found no local folder of that name, expected one made by save_pretrained, a short name or a hub id"
+        return f"{flag} {name}: found no local folder of that name, expected one, a short name or a hub id"
     target = resolve_model(name)
     return (
         f"{flag} {name}: found no local folder ./{name} and the hub ({target}) could not provide it; expected a folder made by"
