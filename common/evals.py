@@ -178,6 +178,8 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     if args.baseline:
         models.load_tokenizer(args, args.baseline, "--baseline")
         models.load_model(args, args.baseline, "--baseline", only_check=True)
+        models.check_window(args, args.baseline, "--baseline")
+    models.check_window(args)
     judge.refuse_unusable(args)
     if args.eval_dataset != "auto":
         rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns)
@@ -410,6 +412,7 @@ def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: fl
     @functools.cache
     def load():
         tokenizer = models.load_tokenizer(args, name, flag)
+        models.check_window(args, name, flag)
         model = models.for_inference(run, models.load_model(args, name, flag))
         return tokenizer, make_generator(run, model, tokenizer)
 

@@ -167,30 +167,39 @@ def known_changes(config) -> list[Callable[[Tensor], Tensor]]:
     return found
 
 
-@torch.no_grad()
-def see_head(inner, head, inputs: dict, where: Tensor) -> Head:
-    """What a model makes of its head's logits, from a forward pass that keeps those of a few positions.
+def first_scores(model, inner, head, inputs: dict, where: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
+    """The first pass through a head: score_positions' scores if the model returns its head's logits as they are, else None.
 
-    UserError on a model whose logits are not made from its head's, position by position.
+    What the model makes of them is kept in HEADS. To see it, the head returns the logits of a few positions, and below them
+    the scores in rows of the same length. UserError on a model whose logits are not made from its head's, row by row.
     """
-    make_logits, made, few = head.forward, [], where[:PROBED]
+    make_logits, made, n = head.forward, [], len(where)
 
-    def record(hidden: Tensor) -> Tensor:
-        made.append(make_logits(hidden.flatten(0, 1).index_select(0, few))[None])
-        return made[-1].clone()
+    def probe(hidden: Tensor) -> Tensor:
+        kept = hidden.flatten(0, 1).index_select(0, where)
+        few = make_logits(kept[:PROBED].detach()).detach()  # (few, V)
+        scores = score_hidden(make_logits, kept, targets, few.shape[-1], temperature).flatten()
+        rows = F.pad(scores, (0, -len(scores) % few.shape[-1])).view(-1, few.shape[-1])
+        made.append((few.to(rows.dtype), torch.cat([few.to(rows.dtype), rows])[None]))
+        return made[0][1]
 
-    with replaced_forward(head, record):
-        found = inner(**inputs, use_cache=False).logits
-    if len(made) != 1 or found.shape[:-1] != made[0].shape[:-1]:
+    with replaced_forward(head, probe):
+        found = model(**inputs, use_cache=False).logits
+    if len(made) != 1 or found.shape[:-1] != made[0][1].shape[:-1]:
         raise UserError(
             f"--model: found {type(inner).__name__}, whose logits are not made by its language-model head position by position;"
             " expected a causal model that makes them so"
         )
-    vocabulary = made[0].shape[-1]
-    for change in known_changes(inner.config) if found.shape == made[0].shape else ():
-        if torch.equal(change(made[0]).to(found.dtype).nan_to_num(), found.nan_to_num()):
-            return Head(vocabulary, change)
-    return Head(vocabulary, None)
+    few, given = made[0]
+    seen = found[0, : len(few)].detach().nan_to_num()
+    same_shape = found.shape == given.shape and found.dtype == given.dtype
+    changes = [c for c in known_changes(inner.config) if same_shape and torch.equal(c(few).nan_to_num(), seen)]
+    change, plain = changes[0] if changes else None, False
+    if change is unchanged:
+        plain = torch.equal(found.nan_to_num(), given.nan_to_num())
+        change = unchanged if plain else None
+    HEADS[head] = Head(few.shape[-1], change)
+    return found[0, len(few) :].flatten()[: 3 * n].view(3, n) if plain else None
 
 
 def score_positions(model, inputs: dict, where: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -206,7 +215,9 @@ def score_positions(model, inputs: dict, where: Tensor, targets: Tensor, tempera
     if head is None:
         raise UserError(f"--model: found {type(inner).__name__} without a language-model head, expected a causal model")
     if head not in HEADS:
-        HEADS[head] = see_head(inner, head, inputs, where)
+        scores = first_scores(model, inner, head, inputs, where, targets, temperature)
+        if scores is not None:
+            return scores
     make_logits, (vocabulary, change), made = head.forward, HEADS[head], []
 
     def score(hidden: Tensor) -> Tensor:  # (B, L, H), or (1, sum of lengths, H)

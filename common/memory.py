@@ -193,8 +193,9 @@ def generation_costs(args, config) -> dict[str, int]:
         with counted(args, model, models.text_config(config).vocab_size) as memory, torch.no_grad():
             cache = DynamicCache(config=model.config)
             for moment, (length, new) in moments.items():
+                grows = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
                 if length > prompt + 1:  # what the steps between leave in the cache
-                    for layer in cache.layers:
+                    for layer in grows:
                         part = layer.keys[:, :, :1].expand(-1, -1, length - prompt - 1, -1)
                         layer.update(part.clone(), part.clone())
                 memory.peak = 0
@@ -206,7 +207,8 @@ def generation_costs(args, config) -> dict[str, int]:
                 scored = temper(logits, 1.0)
                 inverse_cdf(scored, torch.zeros(rows, device=device()))
                 scored.log_softmax(-1)
-                kv_cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+                states = [x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
+                kv_cache = sum(x.nbytes for x in states)
                 found = {"peak": memory.peak, "logits": memory.peak_logits, "kv_cache": kv_cache}
                 out |= {f"{moment} {name}": size for name, size in found.items()}
         return out
@@ -365,9 +367,17 @@ class Plan:
 
 def print_memory_plan(args) -> None:
     """The memory plan on the console: a line for each phase, training with and without --gradient-checkpointing."""
-    plan, gib = Plan(args), 2**30
-    other = plan.training(not args.gradient_checkpointing)
-    for phase, parts in {**plan.training(args.gradient_checkpointing), **plan.answering()}.items():
+    try:
+        plan, gib = Plan(args), 2**30
+        other = plan.training(not args.gradient_checkpointing)
+        phases = {**plan.training(args.gradient_checkpointing), **plan.answering()}
+    except UserError:
+        raise
+    except Exception as error:  # code of a model that decides by values, which a plan without data does not have
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        print(f"  memory per device: no estimate for this architecture ({type(error).__name__}: {reason})")
+        return
+    for phase, parts in phases.items():
         detail = ", ".join(f"{part} {size / gib:.3f}" for part, size in parts.items() if size)
         print(f"  memory per device, {phase}: about {sum(parts.values()) / gib:.2f} GiB ({detail})")
         if phase in other:

@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -69,25 +71,26 @@ def load_tokenizer(args, name: str = "", flag: str = "--model"):
             f"{flag} {name}: found a tokenizer of {len(tokenizer)} tokens but {vocabulary} embeddings in the model;"
             " expected a tokenizer made for this model"
         )
-    check_window(args, config, f"{flag} {name}")
+    window = getattr(config, "max_position_embeddings", None)
+    if isinstance(window, int) and 0 < window < args.max_length:
+        raise UserError(
+            f"--max-length: found {args.max_length}, expected at most {window}, the window of {flag} {name}"
+        )
     return tokenizer
 
 
-def check_window(args, config, owner: str) -> None:
-    """UserError where a row, or a prompt with its answer, would be longer than the model's window.
+def check_window(args, name: str = "", flag: str = "--model") -> None:
+    """UserError where a prompt with its answer would be longer than the window of that model, --model unless given.
 
     Absolute positions do not exist beyond it. Rotary ones do, but the model was never trained on them.
     """
-    window = getattr(config, "max_position_embeddings", None)
-    if not isinstance(window, int) or window <= 0:
-        return
-    if args.max_length > window:
-        raise UserError(f"--max-length: found {args.max_length}, expected at most {window}, the window of {owner}")
-    prompt, answer = getattr(args, "max_prompt_length", 0), getattr(args, "max_new_tokens", 0)  # of what samples
-    if prompt + answer > window:
+    name = name or args.model
+    window = getattr(text_config(load_config(name, args.trust_remote_code, flag)), "max_position_embeddings", None)
+    length = args.max_prompt_length + args.max_new_tokens
+    if isinstance(window, int) and 0 < window < length:
         raise UserError(
-            f"--max-new-tokens: found {answer}, {prompt + answer} tokens with --max-prompt-length {prompt}; expected at most"
-            f" {window} in all, the window of {owner}"
+            f"--max-new-tokens: found {args.max_new_tokens}, {length} tokens with --max-prompt-length {args.max_prompt_length};"
+            f" expected at most {window} in all, the window of {flag} {name}"
         )
 
 
@@ -313,7 +316,7 @@ def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator
     """
     offline_if_unreachable(name)
     if Path(name).is_dir() and (problem := wrong_folder(Path(name))):
-        raise UserError(f"{flag} {name}: {problem}")
+        raise UserError(f"{flag} {name}: the folder could not be read: {problem}")
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -339,9 +342,7 @@ def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
             return f"{flag} {name}: found no {part} that can be read in {where}: {reason}; expected what save_pretrained writes"
         return f"{flag} {name}: {where} could not be read ({type(error).__name__}): {reason}"
     if is_path(name):
-        return (
-            f"{flag} {name}: found no such folder, expected a folder made by save_pretrained, a short name or a hub id"
-        )
+        return f"{flag} {name}: found no local folder of that name, expected one, a short name or a hub id"
     target = resolve_model(name)
     return (
         f"{flag} {name}: found no local folder ./{name} and the hub ({target}) could not provide it; expected a folder made by"
@@ -465,20 +466,33 @@ def not_adapted(model) -> list[str]:
     """Names of linear layers that an adapter cannot stand in for: the rest of the model uses them in another way than calling
     a linear map, so that its output would differ from that of the merged model, or fail.
 
-    Those with a forward of their own (a router that returns its choice of experts), those of a state-space mixer whose weights
-    are read directly, and those that text never passes through.
+    Those with a forward of their own (a router that returns its choice of experts), those whose weight is read directly (in
+    state-space mixers and some routers), and those that text never passes through.
     """
     found = []
     for name, module in model.named_modules():
         own = isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
-        if own and type(module).__module__.startswith(("transformers.models.", "transformers_modules.")):
-            if not is_linear_map(module):
-                found.append(name)
-        if hasattr(module, "A_log") and hasattr(module, "D"):
-            found += [f"{name}.{part}" for part in ("dt_proj", "out_proj", "conv1d") if hasattr(module, part)]
+        if own and model_code(type(module)) and not is_linear_map(module):
+            found.append(name)
+        found += [f"{name}.{part}".lstrip(".") for part in read_directly(type(module)) if hasattr(module, part)]
     for outer, module in other_modalities(model).items():
         found += [f"{outer}.{name}" if name else outer for name, _ in module.named_modules()]
     return found
+
+
+def model_code(kind: type) -> bool:
+    """Whether a class belongs to one architecture, in transformers or in a hub repository."""
+    return kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+
+
+@functools.cache
+def read_directly(kind: type) -> list[str]:
+    """Attributes whose `.weight` the code of a module reads, for more than its type or device."""
+    source = ""
+    for base in kind.__mro__:
+        with contextlib.suppress(OSError, TypeError):  # no source at hand
+            source += inspect.getsource(base) if model_code(base) else ""
+    return sorted(set(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device))", source)))
 
 
 @torch.no_grad()
@@ -487,7 +501,7 @@ def is_linear_map(module: torch.nn.Linear) -> bool:
     x = module.weight.new_ones(1, 1, module.in_features)
     try:
         y = module(x)
-    except (IndexError, RuntimeError, ValueError):
+    except (IndexError, RuntimeError, TypeError, ValueError):
         return False
     expected = torch.nn.functional.linear(x, module.weight, module.bias)
     if not isinstance(y, torch.Tensor) or y.shape != expected.shape:

@@ -158,7 +158,7 @@ def pad_for_readers(config, tokenizer) -> str:
 
     Returns a sentence for the model card, empty if all is well.
     """
-    vocabulary = tokenizer.get_vocab()
+    config, vocabulary = models.text_config(config), tokenizer.get_vocab()
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, end_of_turn(tokenizer)):
         free = next((t for t in ("<|padding|>", "<pad>", "[PAD]", "<unk>") if t in vocabulary), None)
         if free is None and len(tokenizer) < config.vocab_size:
@@ -177,7 +177,7 @@ def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> 
     centred_on: the responses whose mean score is 0.
     """
     args, scalar = run.args, run.unwrap(reward_model)
-    tokenizer = models.load_tokenizer(args)
+    tokenizer = models.read_tokenizer(args.model, args.trust_remote_code, "--model")
     note = pad_for_readers(scalar.model.config, tokenizer)
     scalar.model.config.reward_center = scalar.center.item()
     note += (

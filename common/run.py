@@ -117,7 +117,7 @@ class BaseArgs:
     """type of the stored weights."""
     attn_implementation: str = "auto"
     """attention of transformers: sdpa, eager, flash_attention_2, ...; auto: flash attention where installed, on CUDA in bf16;
-    else sdpa. With flash attention batches have no padding."""
+    else sdpa, or eager where a model has none. With flash attention batches have no padding."""
     template: Literal["auto", "paper"] = "auto"
     """auto: the chat template of --model's tokenizer, else the RFT paper's "### Instruction"; paper: the latter for any model, as
     the paper does for zephyr too. Saved tokenizers then have no chat template, so that all that follows asks alike."""

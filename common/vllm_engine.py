@@ -280,6 +280,7 @@ class Engine:
 
 def check_fits(config, length: int, on_cpu: bool) -> None:
     """UserError for a model that vLLM would refuse, or fail on, less clearly."""
+    config = config.get_text_config(decoder=True)
     window = getattr(config, "max_position_embeddings", None) or length
     expected = (
         f"--max-prompt-length plus --max-new-tokens of at most {window}, the model's window, with --generation vllm"

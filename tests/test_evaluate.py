@@ -290,8 +290,8 @@ def test_table_and_files_of_a_run(place, capsys):
 BAD = {  # name -> (flags, what the one line says, whether it is said before anything is written)
     "baseline alone": (["--baseline", "other"], "--baseline: found", "--gold-reward-model beside it", True),
     "beta": (["--beta", "0"], "--beta: found 0.0, expected a number above 0", "", True),
-    "gold without head": (["--gold-reward-model", "base"], "found no weights for score.weight", "scalar head", False),
-    "gold of two labels": (["--gold-reward-model", "two_labels"], "several labels, expected one label", "", False),
+    "gold without head": (["--gold-reward-model", "base"], "found no weights for score.weight", "scalar head", True),
+    "gold of two labels": (["--gold-reward-model", "two_labels"], "several labels, expected one label", "", True),
     "gold missing": (["--gold-reward-model", "nowhere"], "--gold-reward-model", "found no local folder", True),
     "baseline missing": (
         ["--gold-reward-model", "gold", "--baseline", "nowhere"], "--baseline", "found no local folder", True,

@@ -68,7 +68,7 @@ def test_rows_that_end_leave_the_others_as_they_are(name, drops, monkeypatch):
         sampler.eos_ids = set(range(5, architectures.VOCABULARY, 8))
     together, alone = (sampler.sample(prompts, list(range(5)), seed=3) for sampler in samplers)
     assert together.response_ids == alone.response_ids and together.finished == alone.finished
-    assert len({len(y) for y in together.response_ids}) > 2 and bool(dropped) == drops
+    assert len({len(y) for y in together.response_ids}) > 1 and bool(dropped) == drops
     for x, y in zip(together.logprobs, alone.logprobs, strict=True):
         assert x == pytest.approx(y, abs=1e-5)
 

@@ -86,7 +86,10 @@ def run_directory(folder):
 
 BAD = {  # case -> how a good folder is spoilt, what the line says
     "more layers than weights": (edit_config(num_hidden_layers=4), r"no weights for model\.layers\.2\..* and \d+ more"),
-    "other sizes": (edit_config(intermediate_size=32), r"weights \S+ of size \(.*\), expected \(.*\), which its config.json says"),
+    "other sizes": (
+        edit_config(intermediate_size=32),
+        r"weights \S+ of size \(.*\), expected \(.*\), which its config.json says",
+    ),
     "weights cut short": (cut_weights(0.5), r"the folder could not be read \(SafetensorError\)"),
     "empty weights": (cut_weights(0), r"the folder could not be read \(SafetensorError\)"),
     "no weights": (remove("*.safetensors"), "no file named model.safetensors"),
@@ -99,11 +102,20 @@ BAD = {  # case -> how a good folder is spoilt, what the line says
     "no vocabulary": (remove("tokenizer.json"), "tokenizer"),
     "broken tokenizer": (write("tokenizer.json", "{"), "found no tokenizer that can be read"),
     "empty tokenizer": (write("tokenizer.json", ""), "found no tokenizer that can be read"),
-    "broken template": (write("chat_template.jinja", "{% for m in messages %}\n{{ m "), "chat template with an error in line 2"),
-    "wrong type in generation config": (write("generation_config.json", '{"max_new_tokens": "many"}'), "could not be read"),
+    "broken template": (
+        write("chat_template.jinja", "{% for m in messages %}\n{{ m "),
+        "chat template with an error in line 2",
+    ),
+    "wrong type in generation config": (
+        write("generation_config.json", '{"max_new_tokens": "many"}'),
+        "could not be read",
+    ),
     "adapter": (only_adapter, "found a LoRA adapter without its base model, .*owner/base.*merge_and_unload"),
     "run directory": (run_directory, r"found a run directory, expected a model: did you mean \S+/bad/final\?"),
-    "unfinished run": (lambda f: (remove("*")(f), write("args.json", "{}")(f)), "found a run directory without a final model"),
+    "unfinished run": (
+        lambda f: (remove("*")(f), write("args.json", "{}")(f)),
+        "found a run directory without a final model",
+    ),
     "empty folder": (remove("*"), "found an empty folder"),
 }
 
@@ -132,7 +144,9 @@ def test_classifiers_are_no_policies(good, classifier):
 
 
 def test_bert_is_a_policy_only_as_a_decoder(tmp_path):
-    config = AutoConfig.for_model("bert", vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = AutoConfig.for_model(
+        "bert", vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="found BertLMHeadModel with is_decoder false"):
         models.load_model(arguments(tmp_path))
@@ -143,10 +157,13 @@ def test_bert_is_a_policy_only_as_a_decoder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("/nowhere/x", "--model /nowhere/x: found no such folder"),
-        ("./x", "--model ./x: found no such folder"),
-        ("a/b/c", "--model a/b/c: found no such folder"),
-        ("nobody/nothing", r"--model nobody/nothing: found no local folder ./nobody/nothing and the hub \(nobody/nothing\)"),
+        ("/nowhere/x", "--model /nowhere/x: found no local folder of that name"),
+        ("./x", "--model ./x: found no local folder of that name"),
+        ("a/b/c", "--model a/b/c: found no local folder of that name"),
+        (
+            "nobody/nothing",
+            r"--model nobody/nothing: found no local folder ./nobody/nothing and the hub \(nobody/nothing\)",
+        ),
     ],
 )
 def test_a_name_that_leads_nowhere_is_one_line(name, line):
@@ -199,7 +216,11 @@ def test_an_unusable_gold_model_is_refused_before_sampling(tmp_path, good, class
     data = str(make_data(tmp_path / "data.jsonl"))
     cut = shutil.copytree(classifier, tmp_path / "cut")
     cut_weights(0.5)(cut)
-    for gold, line in ((good, "found no weights for score.weight"), (cut, "SafetensorError"), ("nobody/x", "reachable hub")):
+    for gold, line in (
+        (good, "found no weights for score.weight"),
+        (cut, "SafetensorError"),
+        ("nobody/x", "reachable hub"),
+    ):
         args = arguments(good, dataset=data, eval_dataset=data, gold_reward_model=str(gold), eval_samples=4)
         with pytest.raises(UserError, match=f"--gold-reward-model {gold}: .*{line}"):
             evals.load_held_out(args, models.load_tokenizer(args), [])
@@ -212,10 +233,19 @@ def test_an_unusable_gold_model_is_refused_before_sampling(tmp_path, good, class
 
 
 # ---- windows ----
-def test_answers_must_fit_the_window(good):
-    models.load_tokenizer(arguments(good, max_length=128, max_prompt_length=112, max_new_tokens=16))
-    with pytest.raises(UserError, match="--max-new-tokens: found 17, 129 tokens with --max-prompt-length 112; expected at most 128"):
-        models.load_tokenizer(arguments(good, max_length=128, max_prompt_length=112, max_new_tokens=17))
+def test_answers_must_fit_the_window(good, tmp_path):
+    """Said before anything is sampled, whatever the positions."""
+    data = str(make_data(tmp_path / "data.jsonl"))
+    sizes = dict(dataset=data, eval_dataset=data, eval_samples=4, max_length=128, max_prompt_length=112)
+    for new in (16, 17):
+        args = arguments(good, max_new_tokens=new, **sizes)
+        tokenizer = models.load_tokenizer(args)
+        if new == 16:
+            evals.load_held_out(args, tokenizer, [])
+            continue
+        line = "--max-new-tokens: found 17, 129 tokens with --max-prompt-length 112; expected at most 128"
+        with pytest.raises(UserError, match=line):
+            evals.load_held_out(args, tokenizer, [])
     with pytest.raises(UserError, match="--max-length: found 129, expected at most 128"):
         models.load_tokenizer(arguments(good, max_length=129))
 
@@ -223,7 +253,13 @@ def test_answers_must_fit_the_window(good):
 # ---- architectures whose parts differ ----
 def test_auto_takes_the_attention_that_a_model_has():
     args = arguments("x")
-    for name, expected in {"llama": "sdpa", "gpt_neox": "sdpa", "gptj": "eager", "bloom": "eager", "gpt_oss": "eager"}.items():
+    for name, expected in {
+        "llama": "sdpa",
+        "gpt_neox": "sdpa",
+        "gptj": "eager",
+        "bloom": "eager",
+        "gpt_oss": "eager",
+    }.items():
         assert models.attention(args, AutoConfig.for_model(name)) == expected
     assert models.attention(arguments("x", attn_implementation="sdpa"), AutoConfig.for_model("gptj")) == "sdpa"
 
@@ -245,11 +281,11 @@ def test_training_mode_is_the_same_function(tmp_path):
 
 def test_gradient_checkpointing_recomputes_all_the_same(good):
     """A layer's forward runs again in the backward pass."""
-    calls, layers = {}, []
+    calls = {}
     for checkpointing in (False, True):
         model = models.prepare_policy(arguments(good, gradient_checkpointing=checkpointing)).train()
         layers = []
-        model.model.layers[0].mlp.register_forward_hook(lambda *_, seen=layers: seen.append(1))
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=layers: seen.append(1))
         response_logprobs(model, collate(SEQUENCES, 0))  # the first pass sees what follows the head
         layers.clear()
         response_logprobs(model, collate(SEQUENCES, 0))[0].sum().backward()
@@ -273,7 +309,14 @@ def test_parts_that_text_never_passes_through_stay_as_they_are(tmp_path):
 def test_an_invalid_generation_config_can_be_saved(tmp_path, good):
     """That of Llama 2 chat, and one whose PAD is -1: what generate() does is kept."""
     folder = shutil.copytree(good, tmp_path / "model")
-    given = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "pad_token_id": -1, "eos_token_id": [0, 3], "max_length": 99}
+    given = {
+        "do_sample": False,
+        "temperature": 0.9,
+        "top_p": 0.6,
+        "pad_token_id": -1,
+        "eos_token_id": [0, 3],
+        "max_length": 99,
+    }
     write("generation_config.json", json.dumps(given))(folder)
     with pytest.warns(UserWarning, match="contradicts itself, left out .*temperature 0.9"):
         model = models.load_model(arguments(folder))
@@ -300,7 +343,9 @@ def test_the_first_answers_are_compared_once(good):
     assert len(said) == 1 and "largest difference" in said[0]
 
 
-@pytest.mark.parametrize(("name", "line"), [("roberta", "nats per token apart"), ("openai-gpt", "keeps no KV cache"), ("xmod", "cannot run")])
+@pytest.mark.parametrize(
+    ("name", "line"), [("roberta", "nats per token apart"), ("openai-gpt", "keeps no KV cache"), ("xmod", "cannot run")]
+)
 def test_a_sampler_that_is_not_the_scorer_stops_the_run(tmp_path, name, line):
     architectures.build(name).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
