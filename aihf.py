@@ -55,8 +55,8 @@ from common.run import (
 SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
-        max_new_tokens=48, learning_rate=1e-4, lr_scheduler_type="linear", reward_model="", reward_learning_rate=5e-4,
-        sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, num_generations=4, total_prompts=640, rollout_batch_size=64,
+        max_new_tokens=48, learning_rate=2e-4, lr_scheduler_type="linear", reward_model="", reward_learning_rate=1e-3,
+        sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, num_generations=4, total_prompts=640, rollout_batch_size=64,
         eval_updates=5, per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and N are ours

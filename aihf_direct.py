@@ -41,7 +41,7 @@ from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, m
 SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
-        max_new_tokens=48, learning_rate=5e-5, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
+        max_new_tokens=48, learning_rate=1e-4, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # AIHF paper, Sec. 5: data; rate, batch, lengths and schedule are ours, the paper gives none

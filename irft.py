@@ -38,8 +38,8 @@ from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, m
 
 SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
-        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=3e-5,
-        later_learning_rate=6e-6, batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
+        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=6e-5,
+        later_learning_rate=1.2e-5, batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # RFT paper, Sec. 5.1 and App. C, pythia-1.4b: batch 16 is two devices with 8; answers up to 256: ours
         dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,

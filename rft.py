@@ -53,8 +53,8 @@ from common.run import (
 
 SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
-        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
-        reward_model="", reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=2e-4, batch_size=32, total_episodes=1920,
+        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=2e-4,
+        reward_model="", reward_learning_rate=1e-3, sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, total_episodes=1920,
         rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=15, per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
     ),

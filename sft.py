@@ -34,7 +34,7 @@ from common.run import Run, RunArgs, learning_rate_at, main, make_optimizer, par
 
 SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
-        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=2e-4, batch_size=32,
+        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=4e-4, batch_size=32,
         per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
     "pythia": dict(  # RFT paper, Table 3 beside irft.py: data, batch 16, window; the rate is ours, from alignment-handbook

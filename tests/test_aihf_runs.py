@@ -29,7 +29,7 @@ from common.data import load_rows, read_pairs
 from common.run import learning_rate_at
 
 SCRIPTS = {"aihf.py": aihf, "aihf_ppo.py": aihf_ppo}
-SHARED = "--sft-epochs 1 --reward-learning-rate 1e-3 --eval-updates 1 --rollout-batch-size 4".split()
+SHARED = "--sft-epochs 1 --sft-learning-rate 1e-4 --reward-learning-rate 1e-3 --eval-updates 1 --rollout-batch-size 4".split()
 SMALL = {
     "aihf.py": [*SHARED, "--num-generations", "3", "--total-prompts", "8"],
     "aihf_ppo.py": [*SHARED, "--total-episodes", "8", "--num-ppo-epochs", "2"],
