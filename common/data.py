@@ -464,8 +464,8 @@ def encode(
     """Rows -> dicts with row, prompt, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
     Prompt and response are tokenised apart, so that a sampled response meets the context it was sampled in. EOS ends
-    every response once; one cut at max_length, or by the sampler it is of (see `unfinished`), has none. Rows whose prompt exceeds max_prompt_length are left out with
-    one warning; UserError if none is left.
+    every response once; one cut at max_length, or by the sampler it is of (see `unfinished`), has none. Rows whose prompt
+    exceeds max_prompt_length are left out with one warning; UserError if none is left.
     """
     longest = min(max_prompt_length, max_length - 1)  # room for one token of response
     texts = [render(tokenizer, row["prompt"]) for row in rows]
