@@ -1,16 +1,10 @@
 """Tables and figures of benchmark/aihf_small.sh: every method with a gold reward, over seeds and ratios.
 
-Intervals are 95% bootstrap over held-out rows of the mean over seeds.
+Intervals are 95%: a hierarchical bootstrap over seeds and held-out rows, over rows alone where there is one seed.
 
     python benchmark/aihf_table.py --runs runs/aihf_small --output runs/aihf_small
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
-
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +13,19 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.tables import mean_and_interval  # noqa: E402
+from benchmark.tables import (  # noqa: E402
+    about_intervals,
+    evaluations,
+    mean_and_interval,
+    of_seeds,
+    read_json,
+    read_log,
+    require_measures,
+    require_same_rows,
+)
 from common import UserError  # noqa: E402
-from common.evals import bootstrap_interval, read_columns, wins  # noqa: E402
-from common.run import main, read_metrics  # noqa: E402
+from common.evals import wins  # noqa: E402
+from common.run import main  # noqa: E402
 
 METHODS = {  # folder -> label
     "sft": "SFT", "dpo": "DPO", "ipo": "IPO", "spin": "SPIN", "rlhf": "RLHF (online DPO)", "rlhf_ppo": "RLHF (PPO)",
@@ -48,6 +51,7 @@ COLORS = {
     "direct": "#aa3377", "self_play": "#332288", "aihf": "#228833", "aihf_ppo": "#228833",
 }  # fmt: skip
 DASHED = {"rlhf_ppo", "aihf_ppo"}
+LEARNED = ("rlhf", "rlhf_ppo", "aihf", "aihf_ppo")  # those with a reward model
 
 
 @dataclass
@@ -68,13 +72,14 @@ def load(directory: Path) -> Run:
     """Evaluations of a run, by the optimizer steps done. UserError if it has not finished."""
     if not (directory / "final" / "manifest.json").is_file():
         raise UserError(f"--runs: found no finished run in {directory}, expected one of every method, seed and ratio")
-    rows = read_metrics(directory / "metrics.jsonl")
-    steps = [r["step"] for r in rows if "eval/nll" in r]
-    found = {}
-    for step, path in zip(steps, sorted((directory / "evals").glob("[0-9]*.parquet")), strict=True):
-        found[step] = read_columns(path)
-    for evaluation in found.values():
-        evaluation["gold/gain"] = evaluation["gold/score"] - found[steps[0]]["gold/score"]
+    found = {e.step: e.columns for e in evaluations(directory)}
+    needed = ["row", "gold/demonstrations", *(m for m, _ in COLUMNS.values())]
+    start = next(iter(found.values()))
+    for step, evaluation in found.items():
+        require_measures(evaluation, ["gold/score"], directory, hint=", with --gold-reward-model")
+        evaluation["gold/gain"] = evaluation["gold/score"] - start["gold/score"]
+        evaluation.setdefault("gold/win_rate_sft", np.full(len(evaluation["gold/score"]), np.nan))  # filled in later
+        require_measures(evaluation, needed, f"{directory} after {step} steps", hint=", with --gold-reward-model")
     return found
 
 
@@ -83,26 +88,21 @@ def at(runs: list[Run], point: int) -> list[dict[str, np.ndarray]]:
     return [run[sorted(run)[point]] for run in runs]
 
 
-def cell(evaluations: list[dict], metric: str, digits: int) -> str:
-    mean, low, high = mean_and_interval([e[metric] for e in evaluations])
-    spread = np.std([e[metric].mean() for e in evaluations], ddof=1) if len(evaluations) > 1 else 0.0
-    return f"{mean:.{digits}f} ±{spread:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def cell(seeds: list[dict], metric: str, digits: int) -> str:
+    mean, low, high = mean_and_interval([e[metric] for e in seeds])
+    spread = f" ±{np.std([e[metric].mean() for e in seeds], ddof=1):.{digits}f}" if len(seeds) > 1 else ""
+    return f"{mean:.{digits}f}{spread} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def method_table(runs: dict[str, list[Run]]) -> str:
     """Last evaluation of every method at 1:1. All are made on the same prompts with the same random streams."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     start, sft = at(runs["sft"], 0), at(runs["sft"], -1)
-    demonstrations = bootstrap_interval(start[0]["gold/demonstrations"])
-    mean = start[0]["gold/demonstrations"].mean()
-    lines.append(
-        f"| demonstrations | {mean:.2f} [{demonstrations[0]:.2f}, {demonstrations[1]:.2f}] |"
-        + " |" * (len(COLUMNS) - 1)
-    )
-    for label, evaluations in [("base", start), *((METHODS[m], at(r, -1)) for m, r in runs.items())]:
-        for own, other in zip(evaluations, sft, strict=True):
+    lines.append(f"| demonstrations | {cell(start[:1], 'gold/demonstrations', 2)} |" + " |" * (len(COLUMNS) - 1))
+    for label, found in [("base", start), *((METHODS[m], at(r, -1)) for m, r in runs.items())]:
+        for own, other in zip(found, sft, strict=True):
             own["gold/win_rate_sft"] = wins(own["gold/score"], other["gold/score"])
-        lines.append(f"| {label} | " + " | ".join(cell(evaluations, *c) for c in COLUMNS.values()) + " |")
+        lines.append(f"| {label} | " + " | ".join(cell(found, *c) for c in COLUMNS.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -126,7 +126,9 @@ def ratio_table(runs: dict[str, dict[str, list[Run]]]) -> str:
         "| demonstrations : preferences | " + " | ".join(METHODS[m] for m in names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
+    usual = len(runs["1_1"]["sft"])
     for ratio, label in RATIOS.items():
+        label = of_seeds(label, len(runs[ratio][names[0]]), usual)
         lines.append(f"| {label} | " + " | ".join(cell(at(runs[ratio][m], -1), "gold/gain", 2) for m in names) + " |")
     return "\n".join(lines) + "\n"
 
@@ -139,7 +141,7 @@ def reward_table(runs: dict[str, list[Run]], folders: dict[str, list[Path]]) -> 
     )  # fmt: skip
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method, directories in folders.items():
-        judged = [json.loads((d / "eval" / "evaluation.json").read_text())["measures"] for d in directories]
+        judged = [read_json(d / "eval" / "evaluation.json", "--runs").get("measures", {}) for d in directories]
         implicit, learned = (
             [j[name]["value"] for j in judged if name in j]
             for name in ("eval/rewards/accuracies", "eval/reward/accuracy")
@@ -154,8 +156,12 @@ def reward_table(runs: dict[str, list[Run]], folders: dict[str, list[Path]]) -> 
 
 
 def last_logged(directory: Path, name: str) -> float:
-    rows = read_metrics(directory / "metrics.jsonl")
-    return [r[name] for r in rows if name in r][-1]
+    values = [row[name] for row in read_log(directory / "metrics.jsonl", "--runs") if name in row]
+    if not values:
+        raise UserError(
+            f"--runs: found no {name} in {directory / 'metrics.jsonl'}, expected a run that learned a reward"
+        )
+    return values[-1]
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -217,6 +223,25 @@ def figure(runs: dict[str, dict[str, list[Run]]], path: Path) -> None:
     fig.savefig(path, dpi=130)
 
 
+def check_folders(root: Path, folders: dict[str, dict[str, list[Path]]]) -> None:
+    """UserError unless every run that the tables show is there, by its folder."""
+    shown = {"sft", *(method for claim in CLAIMS for method in claim)}
+    if missing := sorted(shown - folders["1_1"].keys()):
+        raise UserError(
+            f"--runs: found no run of {', '.join(missing)} under {root / '1_1'}, expected every method there"
+        )
+    for ratio in RATIOS:
+        if folders[ratio].keys() != folders["10_1"].keys() and ratio != "1_1":
+            raise UserError(
+                f"--runs: found other methods under {root / ratio} than under {root / '10_1'}, expected the same"
+            )
+    if not folders["10_1"]:
+        raise UserError(f"--runs: found no runs under {root / '10_1'}, expected those of other ratios")
+    for directories in folders["1_1"].values():
+        if len(set(directories)) < len(directories):
+            raise UserError("--seeds: found a seed twice, expected each once")
+
+
 def show(args: Args) -> None:
     root, out = Path(args.runs), Path(args.output)
     folders: dict[str, dict[str, list[Path]]] = {}
@@ -224,8 +249,21 @@ def show(args: Args) -> None:
         seeds = args.seeds if ratio == "1_1" else args.ratio_seeds or args.seeds
         found = {m: [root / ratio / str(s) / m for s in seeds] for m in METHODS}
         folders[ratio] = {m: directories for m, directories in found.items() if directories[0].is_dir()}
+    check_folders(root, folders)
     runs = {ratio: {m: [load(d) for d in dirs] for m, dirs in methods.items()} for ratio, methods in folders.items()}
+    require_same_rows({
+        f"{directory} after {step} steps": columns
+        for ratio, methods in runs.items() for m, seeds in methods.items()
+        for directory, run in zip(folders[ratio][m], seeds, strict=True) for step, columns in run.items()
+    })  # fmt: skip
+    for m, seeds in runs["1_1"].items():
+        if len(counts := {len(run) for run in seeds}) > 1:
+            raise UserError(f"--runs: found {sorted(counts)} evaluations in the runs of {m}, expected the same number")
+        if m in LEARNED:
+            for directory, last in zip(folders["1_1"][m], at(seeds, -1), strict=True):
+                require_measures(last, ["reward/samples"], directory)
     parts = [
+        f"{about_intervals(len(args.seeds))}\n",
         method_table(runs["1_1"]),
         contrast_table(runs["1_1"]),
         ratio_table(runs),

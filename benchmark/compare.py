@@ -1,16 +1,13 @@
 """Compare runs on the same held-out rows: a table with intervals (console, Markdown, JSON) and a figure.
 
-Rows of the table: the base model (iteration 0), then the last evaluation of each method. The interval is a 95% bootstrap
-over held-out rows of the mean over seeds; with two seeds or more the standard deviation over seeds stands beside it.
+Rows of the table: the base model (the first run's first evaluation), then the last evaluation of each method. Intervals are 95%:
+a hierarchical bootstrap over seeds and held-out rows, over rows alone where there is one seed. The standard deviation over seeds
+stands beside the mean. Measures that a run lacks are left out of the table. Runs of every script that trains can be compared.
 
     python benchmark/compare.py --runs SFT=runs/a,runs/b SPIN=runs/c,runs/d --output runs/table
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
-
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -20,10 +17,18 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.tables import (  # noqa: E402
+    about_intervals,
+    evaluations,
+    markdown,
+    mean_and_interval,
+    of_seeds,
+    require_measures,
+    require_same_rows,
+)
 from common import UserError  # noqa: E402
-from common.data import read_pairs  # noqa: E402
-from common.evals import TABLE, bootstrap_interval  # noqa: E402
-from common.run import main, read_metrics  # noqa: E402
+from common.evals import TABLE  # noqa: E402
+from common.run import main  # noqa: E402
 
 COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee"]
 BETTER = {"eval/nll": "lower is better", "eval/rouge_l": "higher is better", "eval/logps/gap": "higher is better"}
@@ -39,53 +44,46 @@ class Args:
     """title of the figure."""
 
 
-def load(directory: Path) -> dict[int, dict[str, np.ndarray]]:
-    """{iteration: {metric: (rows,)}} of one run. UserError if it was never evaluated."""
-    found = {}
-    for path in sorted((directory / "evals").glob("[0-9]*.parquet")):
-        rows = read_pairs(path)
-        columns = {f"eval/{k}": np.array([r[k] for r in rows]) for k in rows[0] if k not in ("row", "sample")}
-        found[int(path.stem)] = {"row": np.array([r["row"] for r in rows]), **columns}
-    if len(found) < 2:
-        raise UserError(f"--runs: found {len(found)} evaluations in {directory}, expected a finished run")
+Columns = dict[str, np.ndarray]  # measure -> (rows,)
+
+
+def load(directory: Path) -> list[tuple[int, Columns]]:
+    """[(optimizer steps done, {measure: (rows,)})] of one run. UserError if it is not the run of a script that trains."""
+    found = []
+    for evaluation in evaluations(directory):
+        require_measures(evaluation.columns, ["row", "nll"], directory)
+        found.append((evaluation.step, {n if n == "row" else f"eval/{n}": v for n, v in evaluation.columns.items()}))
     return found
 
 
-def steps_of(directory: Path) -> dict[int, int]:
-    """{iteration: optimizer steps done} at each evaluation."""
-    rows = read_metrics(directory / "metrics.jsonl")
-    return {r["outer_iteration"]: r["step"] for r in rows if "eval/nll" in r}
-
-
-def summarise(seeds: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
-    """{metric: mean, low, high, sd over seeds} of per-row values, one evaluation a seed."""
+def summarise(seeds: list[Columns], measures: dict) -> dict[str, dict[str, float]]:
+    """{measure: mean, low, high, sd over seeds, number of seeds} of per-row values, one evaluation a seed."""
     out = {}
-    for name, _ in TABLE.values():
-        values = np.stack([s[name] for s in seeds])  # (seeds, rows)
-        low, high = bootstrap_interval(values.mean(0))
-        spread = float(values.mean(1).std(ddof=1)) if len(seeds) > 1 else float("nan")
-        out[name] = {"mean": float(values.mean()), "low": low, "high": high, "seed_sd": spread}
+    for name, _ in measures.values():
+        mean, low, high = mean_and_interval([s[name] for s in seeds])
+        spread = float(np.std([s[name].mean() for s in seeds], ddof=1)) if len(seeds) > 1 else float("nan")
+        out[name] = {"mean": mean, "low": low, "high": high, "seed_sd": spread, "seeds": len(seeds)}
     return out
 
 
-def differences(seeds: list[dict[str, np.ndarray]], base: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def differences(seeds: list[Columns], base: Columns, measures: dict) -> dict[str, dict[str, float]]:
     """The same of value minus base, row by row: what changed, without the spread between rows."""
-    return summarise([{name: s[name] - base[name] for name, _ in TABLE.values()} for s in seeds])
+    return summarise([{name: s[name] - base[name] for name, _ in measures.values()} for s in seeds], measures)
 
 
-def markdown(table: dict[str, dict], seeds: int) -> str:
-    lines = ["| | " + " | ".join(TABLE) + " |", "|---" * (len(TABLE) + 1) + "|"]
-    for label, row in table.items():
+def table_of(rows: dict[str, dict], measures: dict) -> str:
+    lines = []
+    for label, row in rows.items():
         cells = []
-        for name, digits in TABLE.values():
+        for name, digits in measures.values():
             r = row[name]
-            spread = f" ±{r['seed_sd']:.{digits}f}" if seeds > 1 and not np.isnan(r["seed_sd"]) else ""
+            spread = "" if np.isnan(r["seed_sd"]) else f" ±{r['seed_sd']:.{digits}f}"
             cells.append(f"{r['mean']:.{digits}f}{spread} [{r['low']:.{digits}f}, {r['high']:.{digits}f}]")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([label, *cells])
+    return markdown(["", *measures], lines)
 
 
-def figure(methods: dict[str, list[Path]], path: Path, title: str) -> None:
+def figure(methods: dict[str, list[list]], measures: dict, path: Path, title: str) -> None:
     """Each measure against optimizer steps: the mean over seeds, and every seed thin."""
     import matplotlib
 
@@ -94,17 +92,19 @@ def figure(methods: dict[str, list[Path]], path: Path, title: str) -> None:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     fig, axes = plt.subplots(2, 4, figsize=(13, 5.6), sharex=True, layout="constrained")
-    for ax, (column, (name, _)) in zip(axes.flat, TABLE.items(), strict=True):
-        for color, (label, directories) in zip(COLORS, methods.items(), strict=False):
+    for ax in axes.flat[len(measures) :]:
+        ax.set_axis_off()
+    for ax, (column, (name, _)) in zip(axes.flat, measures.items(), strict=False):
+        for color, (label, runs) in zip(itertools.cycle(COLORS), methods.items(), strict=False):
             curves = []
-            for directory in directories:
-                steps, found = steps_of(directory), load(directory)
-                curves.append(([steps[i] for i in found], [found[i][name].mean() for i in found]))
-                ax.plot(*curves[-1], color=color, alpha=0.25 if len(directories) > 1 else 1.0, marker="o", ms=3, lw=1.2)
+            for run in runs:
+                curves.append(([step for step, _ in run], [values[name].mean() for _, values in run]))
+                ax.plot(*curves[-1], color=color, alpha=0.25 if len(runs) > 1 else 1.0, marker="o", ms=3, lw=1.2)
             x = curves[0][0]
             ax.plot(x, np.mean([y for _, y in curves], 0), color=color, marker="o", ms=4, lw=2, label=label)
-        if name == "eval/completions/mean_length":
-            truth = load(next(iter(methods.values()))[0])[0]["eval/lengths/demonstrations"].mean()
+        first = next(iter(methods.values()))[0][0][1]
+        if name == "eval/completions/mean_length" and "eval/lengths/demonstrations" in first:
+            truth = first["eval/lengths/demonstrations"].mean()
             ax.axhline(truth, color="#888888", ls="--", lw=1)
             ax.text(
                 0.02, truth, "demonstrations", transform=ax.get_yaxis_transform(), color="#666666", va="bottom", size=8
@@ -121,44 +121,67 @@ def figure(methods: dict[str, list[Path]], path: Path, title: str) -> None:
     fig.savefig(path, dpi=130)
 
 
-def compare(args: Args) -> None:
-    methods = {}
-    for word in args.runs:
+def read_methods(words: tuple[str, ...]) -> dict[str, list[list]]:
+    """{label: the evaluations of its runs, one a seed} of --runs. UserError, in one line, for runs that cannot be compared."""
+    folders: dict[str, list[str]] = {}
+    for word in words:
         label, sep, directories = word.partition("=")
-        if not sep:
+        if not sep or not label or not all(directories.split(",")):
             raise UserError(f"--runs: found {word}, expected LABEL=DIR[,DIR...]")
-        methods[label] = [Path(d) for d in directories.split(",")]
-    loaded = {label: [load(d) for d in directories] for label, directories in methods.items()}
-    reference = next(iter(loaded.values()))[0][0]["row"]
-    for label, runs in loaded.items():
-        if any(not np.array_equal(run[max(run)]["row"], reference) for run in runs):
-            raise UserError(f"--runs: {label} was evaluated on other rows than the first run; expected the same ones")
-    table = {"base": summarise([next(iter(loaded.values()))[0][0]])}
-    table |= {label: summarise([run[max(run)] for run in runs]) for label, runs in loaded.items()}
-    base = next(iter(loaded.values()))[0][0]
-    change = {f"{label} - base": differences([run[max(run)] for run in runs], base) for label, runs in loaded.items()}
-    seeds = max(map(len, methods.values()))
+        if label in folders:
+            raise UserError(f"--runs: found {label} twice, expected one LABEL=DIR[,DIR...] for each method")
+        folders[label] = directories.split(",")
+        if len({Path(d).resolve() for d in folders[label]}) < len(folders[label]):
+            raise UserError(f"--runs: found a directory twice in {word}, expected one for each seed")
+    methods = {label: [load(Path(d)) for d in directories] for label, directories in folders.items()}
+    require_same_rows({
+        f"{folders[label][i]}, evaluation {k}": values
+        for label, runs in methods.items() for i, run in enumerate(runs) for k, (_, values) in enumerate(run)
+    })  # fmt: skip
+    for label, runs in methods.items():
+        if len(counts := {len(run) for run in runs}) > 1:
+            raise UserError(
+                f"--runs: found {sorted(counts)} evaluations in the runs of {label}, expected the same number"
+            )
+    return methods
+
+
+def compare(args: Args) -> None:
+    methods = read_methods(args.runs)
+    every = [values for runs in methods.values() for run in runs for _, values in run]
+    measures = {column: v for column, v in TABLE.items() if all(v[0] in values for values in every)}
+    base, seeds = next(iter(methods.values()))[0][0][1], max(map(len, methods.values()))
+    names = {label: of_seeds(label, len(runs), seeds) for label, runs in methods.items()}
+    last = {label: [run[-1][1] for run in runs] for label, runs in methods.items()}
+    table = {"base": summarise([base], measures)} | {names[m]: summarise(v, measures) for m, v in last.items()}
+    change = {f"{names[m]} - base": differences(v, base, measures) for m, v in last.items()}
+    notes = [about_intervals(seeds)]
+    for label, runs in methods.items():
+        starts = [run[0][1]["eval/nll"].mean() for run in runs]
+        if any(abs(s - base["eval/nll"].mean()) > 0.01 * abs(base["eval/nll"].mean()) for s in starts):
+            found = ", ".join(f"{s:.2f}" for s in starts)
+            notes.append(
+                f"{label} starts from another policy than base, with NLL {found}: its difference to base is no gain."
+            )
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(markdown(table, seeds) + "\n" + markdown(change, seeds))
+    (out / "table.md").write_text("\n".join([*notes, "", table_of(table, measures), table_of(change, measures)]))
     (out / "table.json").write_text(json.dumps(table | change, indent=2) + "\n")
-    figure(methods, out / "figure.png", args.title)
-    show(table | change, len(reference), seeds)
+    figure(methods, measures, out / "figure.png", args.title)
+    show(table | change, measures, len(base["row"]), notes)
     print(f"table: {out / 'table.md'}   figure: {out / 'figure.png'}")
 
 
-def show(table: dict, rows: int, seeds: int) -> None:
+def show(table: dict, measures: dict, rows: int, notes: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    view = Table(
-        title=f"{rows} held-out rows, {seeds} seed(s); mean and 95% bootstrap interval over rows", show_lines=True
-    )
+    view = Table(title=f"{rows} held-out rows. " + " ".join(notes), show_lines=True)
     view.add_column("")
-    for column in TABLE:
+    for column in measures:
         view.add_column(column, justify="right")
     for label, row in table.items():
-        cells = [f"{row[n]['mean']:.{d}f}\n{row[n]['low']:.{d}f}..{row[n]['high']:.{d}f}" for n, d in TABLE.values()]
+        cells = [f"{row[n]['mean']:.{d}f}\n{row[n]['low']:.{d}f}..{row[n]['high']:.{d}f}" for n, d in measures.values()]
         view.add_row(label, *cells)
     Console(width=160).print(view)
 

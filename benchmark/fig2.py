@@ -1,14 +1,10 @@
 """The RFT paper's Fig. 2 from runs of rft.py with a gold reward and a baseline: score and win rate against policy updates.
 
-Intervals are 95% bootstrap over held-out rows of the mean over seeds; thin lines are single seeds.
+Intervals are 95%: a hierarchical bootstrap over seeds and held-out rows, over rows alone where there is one seed. Thin lines are
+single seeds.
 
     python benchmark/fig2.py --runs runs/1/rft runs/2/rft --output runs/fig2
 """
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
 
 import json
 import sys
@@ -19,10 +15,17 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.tables import mean_and_interval  # noqa: E402
+from benchmark.tables import (  # noqa: E402
+    about_intervals,
+    columns_of,
+    evaluations,
+    mean_and_interval,
+    require_measures,
+    require_same_rows,
+    script_of,
+)
 from common import UserError  # noqa: E402
-from common.data import read_pairs  # noqa: E402
-from common.evals import read_columns, wins  # noqa: E402
+from common.evals import wins  # noqa: E402
 from common.run import main  # noqa: E402
 
 MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
@@ -48,19 +51,27 @@ class Args:
 
 
 def load(directory: Path) -> dict[int, dict[str, np.ndarray]]:
-    """{updates: {metric: (rows,)}}."""
-    found = {}
-    for path in sorted((directory / "evals").glob("[0-9]*.parquet")):
-        found[int(path.stem)] = read_columns(path)
-    if len(found) < 2 or "gold/win_rate_baseline" not in found[max(found)]:
-        raise UserError(
-            f"--runs: found no evaluations with gold score and baseline in {directory}, expected a run with both"
-        )
+    """{updates: {metric: (rows,)}} of a run of rft.py. UserError if it is of another script, or lacks a measure."""
+    if (script := script_of(directory, "--runs")) != "rft":
+        raise UserError(f"--runs: found a run of {script}.py in {directory}, expected runs of rft.py")
+    found = {e.number: e.columns for e in evaluations(directory)}
+    needed = ["gold/score", "gold/win_rate_base", "gold/win_rate_baseline"]  # the figure's
+    for number, columns in found.items():
+        hint = ", with --gold-reward-model and --baseline"
+        require_measures(columns, ["row", *needed], f"{directory}, evaluation {number}", hint=hint)
     return found
 
 
+def load_levels(directory: Path) -> dict[str, np.ndarray]:
+    """Gold scores of demonstrations, base and baseline, (rows,) each."""
+    path = directory / "evals" / "reference.parquet"
+    columns, names = columns_of(path, "--runs"), ("demonstrations", "base", "baseline")
+    require_measures(columns, [f"gold_{name}" for name in names], path)
+    return {name: columns[f"gold_{name}"] for name in names}
+
+
 def with_seeds(values: list[np.ndarray]) -> dict[str, float]:
-    """Mean over seeds and rows, interval over rows, and each seed's mean."""
+    """Mean over seeds and rows, its interval, and each seed's mean."""
     mean, low, high = mean_and_interval(values)
     return {"mean": mean, "low": low, "high": high, "seeds": [float(v.mean()) for v in values]}
 
@@ -82,7 +93,9 @@ def summarise(runs: list[dict], levels: list[dict]) -> dict[str, dict]:
             for run, level in zip(runs, levels, strict=True)
         ]
         table[f"RFT, {updates} updates"] = {
-            metric: with_seeds([r[metric] for r in rows]) for metric, _ in MEASURES.values() if metric in rows[0]
+            metric: with_seeds([r[metric] for r in rows])
+            for metric, _ in MEASURES.values()
+            if all(metric in r for r in rows)
         }
     return table
 
@@ -134,22 +147,21 @@ def figure(runs: list[dict], table: dict[str, dict], path: Path) -> None:
 
 def fig2(args: Args) -> None:
     folders = [Path(d) for d in args.runs]
+    if len({d.resolve() for d in folders}) < len(folders):
+        raise UserError("--runs: found a directory twice, expected one for each seed")
     runs = [load(d) for d in folders]
-    levels = []
-    for directory in folders:
-        rows = read_pairs(directory / "evals" / "reference.parquet")
-        levels.append(
-            {name: np.array([r[f"gold_{name}"] for r in rows]) for name in ("demonstrations", "base", "baseline")}
-        )
-    if any(not np.array_equal(run[0]["row"], runs[0][0]["row"]) or run.keys() != runs[0].keys() for run in runs):
-        raise UserError("--runs: found runs with other held-out rows or evaluations, expected the same ones")
+    levels = [load_levels(d) for d in folders]
+    if any(run.keys() != runs[0].keys() for run in runs):
+        raise UserError("--runs: found runs with evaluations at other updates, expected the same ones")
+    require_same_rows({f"{d}, {u} updates": c for d, run in zip(folders, runs, strict=True) for u, c in run.items()})
     table = summarise(runs, levels)
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "fig2.md").write_text(markdown(table))
+    text = f"{about_intervals(len(runs))}\n\n{markdown(table)}"
+    (out / "fig2.md").write_text(text)
     (out / "fig2.json").write_text(json.dumps(table, indent=2) + "\n")
     figure(runs, table, out / "fig2.png")
-    print(markdown(table))
+    print(text)
     print(f"table: {out / 'fig2.md'}   figure: {out / 'fig2.png'}")
 
 

@@ -9,11 +9,6 @@ language-model head for response tokens alone, and attention's; recomputation is
 large bf16 product, measured in the same process.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
-
 import dataclasses
 import importlib.util
 import json

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The demo over several seeds; its tables stand in docs/irft.md. About 5 minutes a seed and data set on 2 cores.
 #   SEEDS="1 2 3" bash benchmark/irft_small.sh [OUT [DATA]]
-# DATA, a file of demonstrations, is learned from instead of pydoc, after a warm start of the embedded model on it by SFT.
+# DATA, a file of demonstrations, is learned from instead of pydoc, after a warm start of the embedded model on it by SFT. Prompts are
+# cut, and families of them split, as in the other benchmarks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source benchmark/lib.sh
@@ -11,8 +12,10 @@ seeds=${SEEDS:-1 2 3}
 start=()
 python irft.py --dry-run
 if [ -n "$data" ]; then
-  once "$out" warm sft.py --dataset "$data" --max-samples 6400 --num-train-epochs 1 --learning-rate 5e-4
-  start=(--model "$out/warm/final" --dataset "$data" --max-samples 1600 --eval-samples 200 --max-length 256
+  [ -f "$out/split/held_out.jsonl" ] || python benchmark/gold.py --dataset "$data" --split-only --output-dir "$out/split"
+  split=(--dataset "$out/split/demonstrations.jsonl" --eval-dataset "$out/split/held_out.jsonl")
+  once "$out" warm sft.py "${split[@]}" --max-samples 6400 --num-train-epochs 1 --learning-rate 5e-4
+  start=(--model "$out/warm/final" "${split[@]}" --max-samples 1600 --eval-samples 200 --max-length 256
     --max-new-tokens 48 --batch-size 32 --per-device-train-batch-size 16 --per-device-eval-batch-size 64)
 fi
 sft= spin= irft=

@@ -1,16 +1,11 @@
 """Table and figure of benchmark/irl_small.sh, the IRL paper's Fig. 2 at small scale: SFT, IRL and SPIN by outer iteration.
 
-Intervals are 95% bootstrap over held-out rows of the mean over seeds; thin lines are single seeds.
+Intervals are 95%: a hierarchical bootstrap over seeds and held-out rows, over rows alone where there is one seed. Thin lines are
+single seeds.
 
     python benchmark/irl_table.py --runs runs/irl_small --output runs/irl_small
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
-
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +14,17 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.tables import cell, markdown, mean_and_interval  # noqa: E402
+from benchmark.tables import (  # noqa: E402
+    about_intervals,
+    cell,
+    columns_of,
+    markdown,
+    mean_and_interval,
+    read_json,
+    require_measures,
+)
 from common import UserError  # noqa: E402
-from common.evals import read_columns, wins  # noqa: E402
+from common.evals import wins  # noqa: E402
 from common.run import main  # noqa: E402
 
 COLUMNS = {  # column -> measure, digits
@@ -51,16 +54,20 @@ class Args:
 def load_irl(folder: Path) -> list[Point]:
     """SFT and the policy after each outer iteration, with the reward that iteration learned."""
     files = sorted((folder / "evals").glob("[0-9]*.parquet"), key=lambda p: int(p.stem))
-    T = json.loads((folder / "args.json").read_text())["args"]["T"]
-    evaluations = [read_columns(p) for p in files]
+    settings = read_json(folder / "args.json", "--runs").get("args", {})
+    if "T" not in settings:
+        raise UserError(f"--runs: found no T in {folder / 'args.json'}, expected a run of irl_ppo_tldr.py")
+    T = settings["T"]
+    evaluations = [columns_of(p, "--runs") for p in files]
     if len(evaluations) != T + 1 or "gold/score" not in evaluations[0]:
         raise UserError(
             f"--runs: found {len(evaluations)} evaluations in {folder}, expected {T + 1} with gold scores: one before"
             " and one after each outer iteration"
         )
     for t, point in enumerate(evaluations[1:]):
-        pairs = read_columns(folder / "evals" / f"preferences_{t:04d}.parquet")
-        held = read_columns(folder / "evals" / f"reward_{t:04d}.parquet")
+        pairs, held = (
+            columns_of(folder / "evals" / f"{k}_{t:04d}.parquet", "--runs") for k in ("preferences", "reward")
+        )
         point["pair"], point["accuracy"] = pairs["row"], wins(pairs["chosen"], pairs["rejected"])
         point["accuracy_sft"] = wins(held["chosen"], held["rejected"])
         point["accuracy_shuffled"] = wins(held["chosen"], held["shuffled"])
@@ -71,11 +78,13 @@ def load_spin(folder: Path) -> list[Point]:
     """The policy after each iteration of SPIN, with its implicit reward."""
     points = []
     while (path := folder / f"spin_{len(points) + 1}_held_out").is_dir():
-        point = read_columns(path / "evals" / "0000.parquet")
-        point["accuracy_sft"], point["accuracy_shuffled"] = (
-            point[f"rewards/accuracies{kind}"] for kind in ("", "_shuffled")
-        )
-        pairs = read_columns(folder / f"spin_{len(points) + 1}_preferences" / "evals" / "0000.parquet")
+        point = columns_of(path / "evals" / "0000.parquet", "--runs")
+        implicit = ["rewards/accuracies", "rewards/accuracies_shuffled"]
+        require_measures(point, ["row", "gold/score", *implicit], path, hint=", with --ref-model")
+        point["accuracy_sft"], point["accuracy_shuffled"] = (point[name] for name in implicit)
+        path = folder / f"spin_{len(points) + 1}_preferences"
+        pairs = columns_of(path / "evals" / "0000.parquet", "--runs")
+        require_measures(pairs, ["row", implicit[0]], path, hint=", with --ref-model")
         point["pair"], point["accuracy"] = pairs["row"], pairs["rewards/accuracies"]
         points.append(point)
     return points
@@ -89,6 +98,10 @@ def on_shared_rows(points: list[Point]) -> None:
     for ids, measures in (("pair", {"accuracy"}), ("row", set().union(*points) - {"accuracy", "pair", "row"})):
         having = [p for p in points if ids in p]
         shared = sorted(set.intersection(*(set(p[ids].tolist()) for p in having)))
+        if not shared:
+            raise UserError(
+                f"--runs: found no {ids} that all evaluations have, expected runs on the same held-out data"
+            )
         for point in having:
             place = {row: i for i, row in enumerate(point[ids].tolist())}
             for name in measures & point.keys():
@@ -96,6 +109,8 @@ def on_shared_rows(points: list[Point]) -> None:
 
 
 def show(args: Args) -> None:
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds: found {' '.join(map(str, args.seeds))}, expected each once")
     folders = [Path(args.runs) / str(seed) for seed in args.seeds]
     irl = [load_irl(f / "irl") for f in folders]
     spin = [load_spin(f) for f in folders]
@@ -115,7 +130,7 @@ def show(args: Args) -> None:
     for name, points in named.items():
         cells = [cell([p[m] for p in points], digits) if m in points[0] else "" for m, digits in COLUMNS.values()]
         rows.append([name, *cells])
-    text = markdown(["", *COLUMNS], rows)
+    text = f"{about_intervals(len(args.seeds))}\n\n{markdown(['', *COLUMNS], rows)}"
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     (out / "irl.md").write_text(text)

@@ -8,11 +8,6 @@ are random.
     python benchmark/memory.py --plan 100m         # plan and measurement of every phase, of a model of that shape
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
-
 import json
 import resource
 import subprocess

@@ -3,12 +3,6 @@
 python benchmark/phases.py --run runs/rft
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, during the imports too, without a traceback
-
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -17,6 +11,7 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.tables import read_log  # noqa: E402
 from common import UserError  # noqa: E402
 from common.run import main  # noqa: E402
 
@@ -31,15 +26,17 @@ class Args:
 
 def phases(path: Path) -> dict[str, tuple[int, float]]:
     """{phase or part: (items, seconds)}, summed over iterations; a phase with parts is given by its parts and the rest."""
-    if not path.is_file():
-        raise UserError(f"--run: found no {path}, expected the directory of a run")
     out: dict[str, tuple[int, float]] = {}
 
     def add(name: str, items: int, seconds: float) -> None:
         before = out.get(name, (0, 0.0))
         out[name] = (before[0] + items, before[1] + seconds)
 
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_log(path, "--run")
+    if not all({"phase", "items", "seconds"} <= row.keys() for row in rows):
+        raise UserError(
+            f"--run: found rows without phase, items and seconds in {path}, expected the directory of a run"
+        )
     inside = any("evaluate" in r for r in rows)  # evaluations within PPO are also phases of their own
     for r in rows:
         name = re.sub(r"(iteration|evaluation|reward|epoch) \d+", r"\1", r["phase"]).removeprefix("iteration: ")
@@ -57,7 +54,7 @@ def show(args: Args) -> None:
     total = sum(seconds for _, seconds in found.values())
     print("| phase | items | seconds | share |\n|---|---|---|---|")
     for name, (items, seconds) in found.items():
-        print(f"| {name} | {items} | {seconds:.1f} | {seconds / total:.0%} |")
+        print(f"| {name} | {items} | {seconds:.1f} | {seconds / (total or 1):.0%} |")
     print(f"| all | | {total:.1f} | |")
 
 

@@ -15,9 +15,13 @@ from common.evals import bootstrap_interval
 
 sys.path.append(str(ROOT / "benchmark"))
 import aihf_table
+import compare
 import families
+import fig2
 import gold
 import irl_table
+import phases
+import tables
 
 SMALL = "--max-length 96 --max-new-tokens 8 --per-device-eval-batch-size 16 --mixed-precision no".split()
 
@@ -187,10 +191,10 @@ def make_run(folder, gold_scores: list[list[float]]) -> None:
     for k, values in enumerate(gold_scores):
         rows = [
             {
-                "gold/score": v, "gold/demonstrations": 9.0, "gold/win_rate_base": 0.5, "kl_k1": float(k), "nll": 3.0, "rouge_l": 0.1,
+                "row": i, "gold/score": v, "gold/demonstrations": 9.0, "gold/win_rate_base": 0.5, "kl_k1": float(k), "nll": 3.0, "rouge_l": 0.1,
                 "completions/mean_length": 4.0, "reward/samples": -v,
             }
-            for v in values
+            for i, v in enumerate(values)
         ]  # fmt: skip
         write_pairs(folder / "evals" / f"{k:04}.parquet", rows)
         logged.append({"step": 5 + k, "eval/nll": 3.0, "eval/reward/accuracy": 0.5 + 0.1 * k})
@@ -209,17 +213,20 @@ def test_tables_are_means_over_seeds_paired_with_base_and_sft(tmp_path, capsys):
     assert (tmp_path / "out" / "aihf.png").stat().st_size > 10_000
     tables = (
         {r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in part.splitlines()}
-        for part in text.split("\n\n")
+        for part in text.split("\n\n")[1:]
     )
+    assert text.startswith("2 seeds: 95% hierarchical bootstrap intervals, over seeds and held-out rows.\n\n")
     first, contrasts, second, third = tables
     columns = dict(zip(aihf_table.COLUMNS, first["AIHF (PPO)"], strict=True))
-    low, high = bootstrap_interval(np.array([2.0, 2.0, 3.0]))
+    low, high = bootstrap_interval(np.array([[2.0, 2.0, 2.5], [2.0, 2.0, 3.5]]))
+    assert low < 2 and high > 3  # the two seeds differ
     assert columns["gold score"] == f"2.33 ±0.24 [{low:.2f}, {high:.2f}]" == columns["less the base's"]
     assert columns["win rate over SFT"].startswith("0.667 ±0.236")  # seed 1: 1, 1/2, 0; seed 2: 1, 1/2, 1
     sft = dict(zip(aihf_table.COLUMNS, first["SFT"], strict=True))
     assert sft["win rate over SFT"] == "0.500 ±0.000 [0.500, 0.500]"
     assert first["demonstrations"][0] == "9.00 [9.00, 9.00]"
-    assert contrasts["AIHF (PPO) less SFT"][:2] == ["+0.33 [0.00, 1.00]", "+0.17, +0.50"]
+    low, high = bootstrap_interval(np.array([[1.0, 0.0, -0.5], [1.0, 0.0, 0.5]]))
+    assert contrasts["AIHF (PPO) less SFT"][:2] == [f"+0.33 [{low:.2f}, {high:.2f}]", "+0.17, +0.50"]
     assert contrasts["Direct AIHF less RLHF (online DPO)"] == [
         "+0.00 [0.00, 0.00]",
         "+0.00, +0.00",
@@ -228,6 +235,9 @@ def test_tables_are_means_over_seeds_paired_with_base_and_sft(tmp_path, capsys):
     assert second["10:1"][0].startswith("2.00 ±0.00") and second["1:10"][3].startswith("2.33 ±0.24")
     assert third["AIHF (PPO)"] == [f"{v} ({v}, {v})" for v in ("0.700", "0.800", "0.600", "-1.000")]
     assert third["DPO"] == ["0.700 (0.700, 0.700)", "", "", ""]
+    aihf_table.show(aihf_table.Args(runs=str(tmp_path), seeds=(1, 2), ratio_seeds=(2,), output=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "aihf.md").read_text()
+    assert "| 10:1 (1 seed) | " in text and "| 1:1 | " in text and "| 1:10 (1 seed) | " in text
 
 
 def test_an_unfinished_run_is_named(tmp_path):
@@ -272,13 +282,19 @@ def test_irl_table_has_each_methods_iterations_paired_with_sft(tmp_path):
     irl_table.show(irl_table.Args(runs=str(tmp_path), seeds=(0, 2), output=str(tmp_path / "out")))
     assert (tmp_path / "out" / "irl.png").stat().st_size > 10_000
     lines_ = (tmp_path / "out" / "irl.md").read_text().splitlines()
-    table = {r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in lines_[2:]}
+    assert lines_[0].startswith("2 seeds: 95% hierarchical bootstrap")
+    table = {r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in lines_[4:]}
     assert list(table) == ["SFT", "IRL, iteration 1", "IRL, iteration 2", "SPIN, iteration 1", "people"]
     found = {name: dict(zip(irl_table.COLUMNS, cells, strict=True)) for name, cells in table.items()}
     accuracy, gold_score, gain = "(a) accuracy, labelled pairs", "(b) gold score", "less SFT's"
     assert [found[n][accuracy][:5] for n in table] == ["", "0.750", "0.250", "0.500", ""]
     assert [found[n][gold_score][:4] for n in table] == ["0.00", "0.50", "1.50", "-0.5", "3.00"]
-    assert found["IRL, iteration 2"][gain] == "1.50 [0.00, 3.00]" and found["people"][gain] == "3.00 [3.00, 3.00]"
+    low, high = bootstrap_interval(np.array([[2.0, 0.0], [4.0, 0.0]]))
+    assert (
+        found["IRL, iteration 2"][gain] == f"1.50 [{low:.2f}, {high:.2f}]"
+        and high > 3
+        and found["people"][gain] == "3.00 [3.00, 3.00]"
+    )
     assert found["IRL, iteration 1"]["accuracy, person over SFT's sample"] == "1.000 [1.000, 1.000]"
     assert found["IRL, iteration 1"]["accuracy, own over another's"][:5] == "0.500"
     assert found["SPIN, iteration 1"]["accuracy, own over another's"][:5] == "0.000"
@@ -289,3 +305,161 @@ def test_irl_runs_with_other_evaluations_are_refused(tmp_path):
     (tmp_path / "1" / "irl" / "evals" / "0005.parquet").unlink()
     with pytest.raises(irl_table.UserError, match="found 2 evaluations in .*, expected 3 with gold scores"):
         irl_table.load_irl(tmp_path / "1" / "irl")
+
+
+# ---- intervals over seeds and rows ----
+def test_interval_of_seeds_that_differ_is_wide_and_includes_what_they_include():
+    """Seeds -0.19, +0.10, -0.52, each exact: rows alone would give -0.20 with no doubt at all."""
+    values = np.array([-0.19, 0.10, -0.52])[:, None] + np.zeros((3, 50))
+    low, high = bootstrap_interval(values)
+    assert low < -0.52 and 0.10 < high < 1.5  # Student's t interval: -0.97 to 0.57
+    assert low == pytest.approx(-0.97, abs=0.15) and high == pytest.approx(0.57, abs=0.15)
+
+
+def test_interval_of_seeds_that_agree_is_that_of_the_rows():
+    rows = np.random.default_rng(0).normal(size=40)
+    alone = bootstrap_interval(rows)
+    assert bootstrap_interval(rows[None]) == alone
+    assert bootstrap_interval(np.stack([rows] * 3)) == pytest.approx(alone, abs=1e-12)
+    picks = np.random.default_rng(0).integers(0, 40, (2000, 40))  # and that one is the plain bootstrap
+    assert alone == pytest.approx(np.quantile(rows[picks].mean(1), [0.025, 0.975]))
+
+
+@pytest.mark.parametrize(("seeds", "of_seeds", "of_rows"), [(2, 1.0, 0.5), (3, 1.0, 0.5), (3, 0.0, 1.0), (5, 0.3, 1.0)])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds, of_seeds, of_rows):
+    """95% of 300 experiments, within chance: seeds of their own effect, rows that are the same for all, and noise."""
+    stream, held = np.random.default_rng(1), 0
+    for _ in range(300):
+        effects = of_seeds * stream.normal(size=(seeds, 1)) + of_rows * stream.normal(size=(1, 40))
+        low, high = bootstrap_interval(effects + 0.5 * stream.normal(size=(seeds, 40)), draws=500)
+        held += low <= 0 <= high
+    assert 0.91 * 300 <= held
+
+
+# ---- runs of every kind, and what is none ----
+def make_script_run(folder, script: str, numbers=(0, 10, 20), start: float = 5.0, **measures) -> str:
+    """The folder of a run of a script that evaluated after these iterations or updates, with three rows."""
+    (folder / "evals").mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"script": script, "args": {}}))
+    logged = [{"step": 1, "loss": 1.0, "outer_iteration": 0}]
+    for k, number in enumerate(numbers):
+        values = {"nll": start - k, "logps/gap": 1.0, "rouge_l": 0.1, "completions/mean_length": 4.0, **measures}
+        rows = [{"row": i, "sample": "x", **values, "nll": values["nll"] + i} for i in range(3)]
+        write_pairs(folder / "evals" / f"{number:04}.parquet", rows)
+        logged.append({"step": 7 * k, "outer_iteration": 0, "updates": number, "eval/nll": 0.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in logged))
+    return str(folder)
+
+
+def test_compare_takes_runs_of_every_script_and_marks_other_numbers_of_seeds(tmp_path, capsys):
+    """Files named by updates; measures that one run lacks are left out for all; the second method has one seed of two."""
+    implicit = {"rewards/accuracies": 0.5, "rewards/accuracies_shuffled": 0.5, "kl_k1": 0.0, "kl_k3": 0.0}
+    one, two = (make_script_run(tmp_path / f"rft{i}", "rft", start=5.0 + 4 * i, **implicit) for i in range(2))
+    other = make_script_run(tmp_path / "irft", "irft", numbers=(0, 1), **implicit | {"kl_k1": 1.0})
+    cold = make_script_run(tmp_path / "cold", "irl_ppo_tldr", start=9.0)  # other temperature: no KL
+    compare.compare(compare.Args(runs=(f"RFT={one},{two}", f"IRFT={other}"), output=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "2 seeds: 95% hierarchical" in text and "| IRFT (1 seed) | " in text and "| IRFT (1 seed) - base | " in text
+    assert "RFT starts from another policy than base, with NLL 6.00, 10.00: its difference to base is no gain." in text
+    stored = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [stored[m]["eval/nll"]["mean"] for m in ("base", "RFT", "IRFT (1 seed)")] == [6.0, 6.0, 5.0]
+    nll = stored["RFT"]["eval/nll"]
+    assert nll["low"] < 4 and nll["high"] > 8 and nll["seeds"] == 2 and stored["RFT - base"]["eval/kl_k3"]["mean"] == 0
+    assert (tmp_path / "out" / "figure.png").stat().st_size > 10_000
+    compare.compare(compare.Args(runs=(f"A={one}", f"B={cold}"), output=str(tmp_path / "cold_out")))
+    text = (tmp_path / "cold_out" / "table.md").read_text()
+    assert (
+        "KL" not in text
+        and "| NLL | " in text
+        and text.startswith("One seed: 95% bootstrap intervals over held-out rows;")
+    )
+
+
+def test_fig2_is_means_over_seeds(tmp_path):
+    names = ("win_rate_base", "win_rate_baseline")
+    for seed in range(2):
+        gold_values = {f"gold/{name}": 0.25 for name in names} | {"gold/score": 1.0 + 2 * seed, "reward/samples": 0.0}
+        folder = tmp_path / str(seed)
+        make_script_run(folder, "rft", **gold_values)
+        levels = {"gold_demonstrations": 3.0, "gold_base": 0.0, "gold_baseline": 1.0}
+        write_pairs(folder / "evals" / "reference.parquet", [{"row": i, **levels} for i in range(3)])
+    fig2.fig2(fig2.Args(runs=(str(tmp_path / "0"), str(tmp_path / "1")), output=str(tmp_path / "out")))
+    table = json.loads((tmp_path / "out" / "fig2.json").read_text())
+    found = table["RFT, 20 updates"]["gold/score"]
+    assert found["mean"] == 2.0 and found["seeds"] == [1.0, 3.0] and found["low"] < 1 and found["high"] > 3
+    assert table["SFT, selected"]["gold/gain"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "seeds": [1.0, 1.0]}
+    assert (tmp_path / "out" / "fig2.md").read_text().startswith("2 seeds: 95% hierarchical")
+
+
+def broken_runs(place) -> dict[str, tuple]:
+    """{case: (what is called, words of its error)}: every script that reads runs, with folders that are none of its own."""
+    good = make_script_run(place / "good", "rft")
+    gold_run = make_script_run(place / "gold_run", "gold", numbers=())
+    once = make_script_run(place / "once", "evaluate", numbers=(0,))
+    torn = make_script_run(place / "torn", "rft")
+    (place / "torn" / "evals" / "0010.parquet").write_bytes(b"PAR1 torn")
+    emptied = make_script_run(place / "emptied", "rft")
+    write_pairs(place / "emptied" / "evals" / "0020.parquet", [])
+    silent, half = make_script_run(place / "silent", "rft"), make_script_run(place / "half", "rft")
+    (place / "silent" / "metrics.jsonl").unlink()
+    (place / "half" / "metrics.jsonl").write_text('{"step": 1, "eval/nll": 2.0}\n{"step": ')
+    fewer = make_script_run(place / "fewer", "rft", numbers=(0, 10))
+    (place / "fewer" / "evals" / "0030.parquet").write_bytes((place / "good" / "evals" / "0000.parquet").read_bytes())
+    short = make_script_run(place / "short", "rft", numbers=(0, 10))
+    others = make_script_run(place / "others", "rft")
+    rows = read_pairs(place / "others" / "evals" / "0020.parquet")
+    write_pairs(place / "others" / "evals" / "0020.parquet", [{**r, "row": r["row"] + 5} for r in rows])
+    bare = make_script_run(place / "bare", "rft")
+    for path in (place / "bare" / "evals").iterdir():
+        write_pairs(path, [{"row": 0, "sample": "x"}])
+    (place / "nothing").mkdir()
+
+    def compared(*words):
+        return lambda: compare.compare(compare.Args(runs=words, output=str(place / "out")))
+
+    def drawn(*words):
+        return lambda: fig2.fig2(fig2.Args(runs=words, output=str(place / "out")))
+
+    def timed(folder):
+        return lambda: phases.phases(place / folder / "timing.jsonl")
+
+    (place / "bare" / "timing.jsonl").write_text('{"loss": 1.0}\n')
+    (place / "half" / "timing.jsonl").write_text("[1, 2]\n{")
+    irl = place / "irl_runs" / "1" / "irl"
+    irl.mkdir(parents=True)
+    listed = lambda: irl_table.load_irl(place / "irl_runs" / "1" / "irl")  # noqa: E731
+    aihf = aihf_table.Args(runs=str(place / "irl_runs"), seeds=(1,), output=str(place / "out"))
+    return {
+        "no folder": (compared("A=no/such"), "--runs: found no folder no/such"),
+        "empty folder": (compared(f"A={place / 'nothing'}"), "found 0 evaluations in .*nothing, expected 2 or more"),
+        "a gold reward": (compared(f"A={gold_run}"), "found 0 evaluations in .*gold_run"),
+        "one evaluation": (compared(f"A={once}"), "found 1 evaluations in .*once"),
+        "torn parquet": (compared(f"A={torn}"), "found no readable rows in .*0010.parquet"),
+        "no rows": (compared(f"A={emptied}"), "found no readable rows in .*0020.parquet"),
+        "no metrics": (compared(f"A={silent}"), "found no readable .*metrics.jsonl"),
+        "torn metrics": (compared(f"A={half}"), "found no readable .*metrics.jsonl"),
+        "a file too many": (compared(f"A={fewer}"), "found 3 evaluations in .* but 2 in its metrics.jsonl"),
+        "seeds that differ": (compared(f"A={good},{short}"), r"found \[2, 3\] evaluations in the runs of A"),
+        "other rows": (compared(f"A={good}", f"B={others}"), "found other held-out rows in .*others"),
+        "no measures": (compared(f"A={bare}"), "found no nll in .*bare"),
+        "one label twice": (compared(f"A={good}", f"A={good}"), "found A twice"),
+        "one run twice": (compared(f"A={good},{good}"), "found a directory twice"),
+        "no label": (compared(good), "expected LABEL=DIR"),
+        "no directory": (compared(f"A={good},"), "expected LABEL=DIR"),
+        "fig2 without gold": (drawn(good), "found no gold/score, .* in .*good, evaluation 0"),
+        "fig2 of another script": (drawn(once), "found a run of evaluate.py in .*once, expected runs of rft.py"),
+        "fig2 of nothing": (drawn(str(place / "nothing")), "found no readable .*nothing/args.json"),
+        "phases of nothing": (timed("nothing"), "--run: found no readable .*timing.jsonl"),
+        "phases torn": (timed("half"), "--run: found no readable .*timing.jsonl"),
+        "phases of other rows": (timed("bare"), "--run: found rows without phase"),
+        "irl without args": (listed, "--runs: found no readable .*args.json"),
+        "aihf without runs": (lambda: aihf_table.show(aihf), "--runs: found no run of aihf, .* under .*1_1"),
+    }
+
+
+def test_what_is_no_run_of_the_right_kind_is_one_clear_line(tmp_path):
+    cases = broken_runs(tmp_path)
+    for name, (call, words) in cases.items():
+        with pytest.raises(tables.UserError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value), name
