@@ -14,6 +14,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ SETTINGS = {
 
 @dataclass
 class Args(BaseArgs):
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {"a number above 0": ("max_preferences",)}
+
     max_preferences: int = 1000
     """prompts to make a pair for, > 0."""
 
