@@ -16,6 +16,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -36,6 +37,13 @@ SETTINGS = {
 
 @dataclass
 class Args(BaseArgs):
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "0 or more": ("max_samples",),
+        "a number above 0": (
+            "prompt_chars", "num_train_epochs", "learning_rate", "batch_size", "per_device_train_batch_size", "max_grad_norm",
+        ),
+    }  # fmt: skip
+
     max_samples: int = 0
     """training rows of --dataset to use, the first N in a seeded order; 0 means all."""
     prompt_chars: int = 160

@@ -12,6 +12,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ SETTINGS = {
 
 @dataclass
 class Args(BaseArgs):
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {"a number above 0": ("max_preferences",)}
+
     max_preferences: int = 1000
     """prompts to make a pair for, > 0."""
 

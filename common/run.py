@@ -232,15 +232,13 @@ def require(ok: bool, name: str, found, expected: str) -> None:
 
 
 def check_values(args: BaseArgs) -> None:
-    """UserError for a number outside the range that its class declares, one that is not finite, and an empty text."""
+    """UserError for a number outside the range that its class declares, and for one that is not finite."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and field.name not in args.may_be_infinite:
             require(math.isfinite(value), field.name, value, "a finite number")
         elif isinstance(value, int):
             require(value <= LARGEST, field.name, value, f"at most {LARGEST}")
-        elif isinstance(value, str) and field.default != "" and field.name not in args.may_be_empty:
-            require(bool(value.strip()), field.name, "an empty text", "a value")
     for cls in reversed(type(args).__mro__):
         for expected, names in vars(cls).get("ranges", {}).items():
             for name in names:
@@ -340,6 +338,11 @@ def parse_args(cls, description: str, settings: dict[str, dict]):
         args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run)
     elif any(word.partition("=")[0] == "--resume" for word in sys.argv[1:]):  # such as --resume "$RUN" of a shell
         require(False, "resume", "an empty text", "a run directory")
+    for field in dataclasses.fields(cls):  # before a name is looked up: "" would be the current folder
+        empty = (
+            field.default != "" and field.name not in cls.may_be_empty and not str(getattr(args, field.name)).strip()
+        )
+        require(not empty, field.name, "an empty text", "a value")
     row = settings_row(args.model, settings)
     filled = any(getattr(args, name) == "auto" for name in settings[row])
     resolve_auto(args, settings)

@@ -51,7 +51,8 @@ def flags_table(module) -> str:
 
 def settings_table(module) -> str:
     names = list(dict.fromkeys(k for row in module.SETTINGS.values() for k in row))
-    lines = ["| flag | " + " | ".join(f"`{k}*`" if k != "other" else "any other" for k in module.SETTINGS) + " |"]
+    models = {"other": "any other", "pythia": "`pythia-14m` to `pythia-2.8b`"}
+    lines = ["| flag | " + " | ".join(models.get(k, f"`{k}`") for k in module.SETTINGS) + " |"]
     lines.append("|---" * (len(module.SETTINGS) + 1) + "|")
     for name in names:
         cells = [str(row.get(name, "")) for row in module.SETTINGS.values()]
