@@ -278,7 +278,7 @@ def test_table_and_files_of_a_run(place, capsys):
     assert "if calibrated" in line and "eval/nll" in out and ".." in out
     made = {str(p.relative_to(place / "files")) for p in (place / "files").rglob("*") if p.is_file()}
     assert made == {
-        "args.json", "evaluation.json", "figure.png", "metrics.jsonl", "timing.jsonl", "samples/0000.md",
+        ".lock", "args.json", "evaluation.json", "figure.png", "metrics.jsonl", "timing.jsonl", "samples/0000.md",
         "evals/0000.parquet", "evals/reference.parquet", "evals/reward_0000.parquet",
     }  # fmt: skip
     assert {p.name for p in (place / "files").iterdir() if p.is_dir()} == {"evals", "samples"}
