@@ -242,3 +242,18 @@ def launch(config: str, processes: int = 2) -> list[str]:
     """accelerate's command with a file of configs/."""
     start = [launcher("accelerate"), "launch", "--config_file", str(ROOT / "configs" / config)]
     return [*start, "--num_processes", str(processes)]
+
+
+def assert_data_can_be_given_back(folder: Path, end: int) -> None:
+    """Of a run: its pairs say which answers were cut, and are read again so; the prompts trained on are on record."""
+    from common.data import load_rows, read_pairs
+    from common.evals import TRAINED
+
+    pairs = read_pairs(folder / "generations" / "iter_0.parquet")
+    assert [p["finished"] for p in pairs] == [p["rejected_ids"][-1] == end for p in pairs] and pairs
+    again = load_rows(str(folder / "generations" / "iter_0.parquet"), "all")
+    ended = {row["row"]: row.get("rejected_finished", True) for row in again}  # rows without text are left out
+    assert ended and all(pairs[i]["finished"] == done for i, done in ended.items())
+    assert len(read_pairs(folder / TRAINED)) >= len(
+        pairs
+    )  # keys of each prompt's text, and of what the model saw of it

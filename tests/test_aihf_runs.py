@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
+    assert_data_can_be_given_back,
     assert_same_metrics,
     command,
     drive,
@@ -181,6 +182,7 @@ def finished(place):
 def test_a_run_leaves_what_it_promises(finished, place, script):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    assert_data_can_be_given_back(finished[0][script], make_tokenizer().eos_token_id)
     out, printed = finished[0][script], finished[1][script]
     rows, module = metrics(out), SCRIPTS[script]
     names = set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"}

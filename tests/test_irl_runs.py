@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import (
+    assert_data_can_be_given_back,
     assert_same_metrics,
     command,
     drive,
@@ -64,6 +65,7 @@ def finished(place):
 def test_a_run_leaves_what_it_promises(finished):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    assert_data_can_be_given_back(finished, make_tokenizer().eos_token_id)
     rows = metrics(finished)
     unseen = {"eval/kl_k1", "eval/kl_k3", *evals.JUDGE_METRICS}  # KL is of samples at temperature 1; there is no judge
     assert set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"} == set(irl.METRICS) - unseen

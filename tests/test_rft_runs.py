@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import (
+    assert_data_can_be_given_back,
     assert_same_metrics,
     command,
     drive,
@@ -55,6 +56,7 @@ def finished(place):
 def test_a_run_leaves_what_it_promises(finished, place):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    assert_data_can_be_given_back(finished, make_tokenizer().eos_token_id)
     rows = metrics(finished)
     names = set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"}
     assert names == set(rft.METRICS) - set(JUDGE_METRICS)
