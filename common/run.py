@@ -738,7 +738,8 @@ class Run:
         self.args, self.script, self.metrics = args, script, metrics
         self.can_resume = any(field.name == "resume" for field in dataclasses.fields(args))
         expected = expected_processes()
-        precision = "bf16" if mixes_bf16(args) else "no"
+        # decided here once: args.json says it, so that a run goes on in its precision on whatever machine resumes it
+        precision = args.mixed_precision = "bf16" if mixes_bf16(args) else "no"
         log_with = None if args.report_to == "none" else args.report_to
         self.dir = Path(args.resume or args.output_dir)
         project = ProjectConfiguration(logging_dir=str(self.dir))  # the directory is settled below, by rank 0
