@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import fork_server
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -139,10 +143,61 @@ def child_environment(**env: str) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
+class ForkServer:
+    """The process of fork_server.py that this test process starts scripts from; made at its first use."""
+
+    def __init__(self):
+        self.process, self.env, self.lock = None, {}, threading.Lock()
+
+    def can_run(self, words: list[str], env: dict[str, str]) -> bool:
+        """True for `python script.py ...` in an environment like that of the server."""
+        if words[0] != sys.executable or not str(words[1]).endswith(".py"):
+            return False
+        with self.lock:
+            if self.process is None:
+                self.env = fork_server.at_import(env)
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+                start = [sys.executable, fork_server.__file__]
+                self.process = subprocess.Popen(start, **pipes, text=True, bufsize=1, env=env)
+        return fork_server.at_import(env) == self.env
+
+    def run(self, words: list[str], cwd: Path, timeout: float, env: dict[str, str]) -> subprocess.CompletedProcess:
+        """What subprocess.run gives for the command, its output captured. TimeoutExpired after `timeout` seconds."""
+        words = [str(word) for word in words]
+        with self.lock, tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            out.touch(), err.touch()
+            request = {"argv": words[1:], "cwd": str(cwd), "env": env, "stdout": str(out), "stderr": str(err)}
+            self.process.stdin.write(json.dumps(request) + "\n")
+            pid = int(self.process.stdout.readline())
+            killed = []
+
+            def kill() -> None:
+                killed.append(pid)
+                os.kill(pid, signal.SIGKILL)
+
+            late = threading.Timer(timeout, kill)
+            late.start()
+            status = int(self.process.stdout.readline())
+            late.cancel()
+            texts = [path.read_text(errors="replace") for path in (out, err)]
+        if killed:
+            raise subprocess.TimeoutExpired(words, timeout, *texts)
+        return subprocess.CompletedProcess(words, status, *texts)
+
+
+SERVER = ForkServer()
+
+
 def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float = 240, **env: str):
-    """Run a command offline with one thread; returns the finished process."""
+    """Run a command offline with one thread; returns the finished process. Python scripts are forked from SERVER."""
     environment = child_environment(**env)
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    if SERVER.can_run(words, environment):
+        done = SERVER.run(words, cwd, timeout, environment)
+    else:
+        done = subprocess.run(
+            words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+        )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(map(str, words))}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

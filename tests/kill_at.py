@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from fork_server import import_libraries  # noqa: E402
 
 
 def resolve(name: str):
@@ -94,24 +95,7 @@ def child(scenario: dict) -> int:
 
 
 def main() -> None:
-    import accelerate  # noqa: F401
-    import pandas  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import rouge_score.rouge_scorer  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import transformers
-    import tyro  # noqa: F401
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    get_checkpoint_conversion_mapping("gpt_neox")  # fills a cache
-    for name in (
-        "AutoModelForCausalLM",
-        "AutoModelForSequenceClassification",
-        "AutoTokenizer",
-        "GPTNeoXForCausalLM",
-        "DynamicCache",
-    ):
-        getattr(transformers, name)
+    import_libraries()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed  # noqa: F401
     scenarios, statuses = json.loads(sys.argv[1]), []
