@@ -197,12 +197,14 @@ def measure(device: str, case: Case) -> dict[str, float]:
     seconds = time.perf_counter() - started
     sequences = shape.steps * (shape.prompts if case.step == "generate" else shape.sequences)
     tokens = sequences * (shape.response if case.step == "generate" else shape.length)
-    return {
+    found = {
         "tokens": run.world * tokens / seconds,
         "bytes": peak(device),
         "fraction": work * sequences / seconds / rate,
         "rate": rate,
     }
+    run.end()  # together: a process that leaves early takes its connections from one that still waits for the last sum
+    return found
 
 
 # ---- the table ----

@@ -370,6 +370,51 @@ def test_the_gpu_benchmark_prints_a_row_for_every_step():
         assert re.fullmatch(r"\d+% of [\d.]+ T/s", row[5])
 
 
+TORCHRUN = """Traceback (most recent call last):
+  File "run.py", line 1, in main
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============
+gpu.py FAILED
+------------
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : 1 (pid: 7)
+  traceback : To enable traceback see: https://pytorch.org
+============
+"""
+CHAINED = """[rank1]: Traceback (most recent call last):
+[rank1]: KeyError: 'a'
+
+[rank1]: During handling of the above exception, another exception occurred:
+
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "x.py", line 2, in f
+[rank1]: RuntimeError: the cause
+[rank1]: in two lines
+"""
+PEER = """[rank0]: Traceback (most recent call last):
+[rank0]:   File "y.py", line 3, in g
+[rank0]: RuntimeError: Connection closed by peer
+"""
+
+
+@pytest.mark.parametrize(
+    "stderr, expected",
+    [
+        (CHAINED + PEER + TORCHRUN, "RuntimeError: the cause"),
+        ("W1 a warning\nerror: --x: found 1, expected 2\n" + PEER + TORCHRUN, "error: --x: found 1, expected 2"),
+        (PEER + TORCHRUN.replace("To enable", "Signal 9 (SIGKILL) received by PID 7; to enable"), "Signal 9 (SIGKILL)"),
+        (CHAINED.replace("[rank1]: ", ""), "RuntimeError: the cause"),
+        ("a warning\nKilled\n=====\n", "Killed"),
+        ("", ""),
+    ],
+)
+def test_the_gpu_benchmark_names_the_cause_of_a_failure(stderr, expected):
+    found = gpu.cause(stderr)
+    assert found.startswith(expected) and (expected or not found)
+
+
 def test_a_models_operations_are_those_that_torch_counts():
     """Forward and backward, against torch's own counter, for a model whose every position is a response token's."""
     from torch.utils.flop_counter import FlopCounterMode

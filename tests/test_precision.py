@@ -78,14 +78,20 @@ def test_the_first_loss_is_log_2(place, name):
     assert rows[-1]["loss"] < 0.65
 
 
-@pytest.mark.parametrize("script, name", [(irft, "loss"), (aihf_direct, "demonstrations/loss")])
-def test_the_check_of_the_first_loss_leaves_room_for_rounding_alone(script, name):
-    shared = dict(accelerator=SimpleNamespace(mixed_precision="bf16"))
-    run = SimpleNamespace(args=script.Args(beta=0.1, mixed_precision="bf16"), **shared)
-    script.check_first_loss(run, {name: math.log(2) + 0.04})
+@pytest.mark.parametrize(
+    "script, check, name",
+    [
+        (irft, irft.check_first_loss, "loss"),
+        (aihf_direct, aihf_direct.check_first_losses, "demonstrations/loss"),
+        (aihf_direct, aihf_direct.check_first_losses, "preferences/loss"),
+    ],
+)
+def test_the_check_of_the_first_loss_leaves_room_for_rounding_alone(script, check, name):
+    run = SimpleNamespace(args=script.Args(beta=0.1), accelerator=SimpleNamespace(mixed_precision="bf16"))
+    check(run, {name: math.log(2) + 0.04})
     for wrong in (math.log(2) - 0.06, math.log(2) + 0.06, float("nan")):
-        with pytest.raises(UserError, match="first loss"):
-            script.check_first_loss(run, {name: wrong})
+        with pytest.raises(UserError, match=f"first {name}"):
+            check(run, {name: wrong})
 
 
 def test_the_reference_is_the_policy_of_the_start(place):
