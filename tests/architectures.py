@@ -87,6 +87,7 @@ SPECIAL: dict[str, dict] = {  # what an architecture needs besides, so that ever
     "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"]},
     "ministral": {"head_dim": 8},
+    "minicpm3": {"head_dim": 4, "num_key_value_heads": 4, "dim_model_base": 32},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "n_mamba_heads": 4},
     **dict.fromkeys(
@@ -98,7 +99,6 @@ SPECIAL: dict[str, dict] = {  # what an architecture needs besides, so that ever
             "glm4_moe_lite",
             "glm_moe_dsa",
             "longcat_flash",
-            "minicpm3",
             "youtu",
         ),
         {"head_dim": 4, "num_key_value_heads": 4},
@@ -152,7 +152,7 @@ def build(name: str):
         if (head := model.get_output_embeddings()) is not None and not getattr(
             model.config, "tie_word_embeddings", False
         ):
-            head.weight.add_(torch.randn(head.weight.shape, generator=stream) * 0.2)  # far from uniform
+            head.weight.add_(torch.randn(head.weight.shape, generator=stream) * 0.1)  # far from uniform
     return model
 
 
@@ -236,7 +236,7 @@ def examine(name: str, folder: Path) -> dict[str, float]:
     with torch.no_grad():
         for p in lora.parameters():
             if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=stream) * 0.1)
+                p.copy_(torch.randn(p.shape, generator=stream) * 0.05)
     adapted = scored(lora.eval(), sequences)
     assert furthest(adapted, batch) > 1e-3, "the adapter changes nothing"
     found["lora"] = furthest(adapted, scored(models.merged(args, lora).eval(), sequences))
