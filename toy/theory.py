@@ -273,7 +273,7 @@ def gradients(args: Args, checks: dict) -> None:
         ax.semilogx(betas, [sum(v) / len(v) for v in found], marker="o", ms=4, lw=1.8, color=color, label=f"{s} nats")
         ax.fill_between(betas, list(map(min, found)), list(map(max, found)), color=color, alpha=0.15, lw=0)
     ax.axhline(1, color="#888888", lw=1, ls=":")
-    ax.set(xlabel=r"$\beta$, reward units per nat", ylabel="cosine with the SFT gradient", ylim=(-0.4, 1.05))
+    ax.set(xlabel=r"$\beta$, reward units per nat", ylabel="cosine with the SFT gradient", ylim=(-0.8, 1.05))
     ax.set_title(
         f"Logistic IRFT against SFT (line: mean, band: range of {len(models['gpt_neox'])})", loc="left", size=9.5
     )
