@@ -462,7 +462,7 @@ def saved_args(cls, folder: str):
     if unknown := ", ".join(flag(str(name)) for name in saved if name not in default):
         raise UserError(f"--resume: {path}: found {unknown}, which this version does not know; expected {made_at}")
     newer = {name: cls.before.get(name, value) for name, value in default.items() if name not in saved}
-    if unclear := ", ".join(flag(name) for name, value in newer.items() if value == "auto"):
+    if unclear := ", ".join(flag(name) for name in newer if name not in cls.before and default[name] == "auto"):
         raise UserError(
             f"--resume: {path}: found no {unclear}, whose value depends on the model in this version; expected {made_at}"
         )

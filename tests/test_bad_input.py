@@ -457,6 +457,9 @@ def test_a_run_older_than_a_flag_goes_on_as_before_and_says_so(tmp_path, monkeyp
         module.Args, "before", {"judge_task": "summary"}
     )  # had such runs asked otherwise than the default
     assert parse_args(module.Args, "", module.SETTINGS).judge_task == "summary"
+    (tmp_path / "args.json").write_text(stored(attn_implementation=None))  # an auto that meant what it means
+    monkeypatch.setattr(module.Args, "before", {"attn_implementation": "auto"})
+    assert parse_args(module.Args, "", module.SETTINGS).attn_implementation == "auto"
 
 
 def test_a_resumed_run_takes_its_own_settings_given_again(tmp_path, monkeypatch):
