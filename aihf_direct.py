@@ -92,7 +92,7 @@ class Args(RunArgs):
     """how the learning rate falls to 0 after its warm-up. Paper: cosine (A.1.4)."""
 
     def check(self) -> None:
-        if self.demo_weight == "auto" and self.beta > 0:  # another beta is refused below
+        if self.demo_weight == "auto" and 0 < self.beta < math.inf:  # another beta is refused below
             self.demo_weight = 1.0 if self.preference_dataset == "none" else balance(self)
         super().check()
         require(

@@ -272,7 +272,7 @@ def not_finite(model: nn.Module) -> str:
     found = {}
     for name, p in model.named_parameters():
         part = p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if is_dtensor(p) else p
-        if part.is_floating_point() and part.numel():
+        if part.is_floating_point() and part.numel() and not part.is_meta:
             found[name] = torch.linalg.vector_norm(part, torch.inf).float()  # no copy of the weights, unlike isfinite
     sizes = torch.stack(list(found.values())).tolist() if found else []
     return next((name for name, size in zip(found, sizes, strict=True) if not math.isfinite(size)), "")

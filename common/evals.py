@@ -173,12 +173,12 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     preferences: the source to take held-out preferences from where --eval-dataset is auto; their chosen responses stand
     as demonstrations beside their rejected ones. encode: as in load_demonstrations.
     """
-    if args.gold_reward_model:
-        rewards.refuse_unusable(args)
     if args.baseline:
         models.load_tokenizer(args, args.baseline, "--baseline")
         models.load_model(args, args.baseline, "--baseline", only_check=True)
         models.check_window(args, args.baseline, "--baseline")
+    if args.gold_reward_model:
+        rewards.refuse_unusable(args)
     models.check_window(args)
     judge.refuse_unusable(args)
     if args.eval_dataset != "auto":

@@ -584,7 +584,7 @@ def bad_inputs(place) -> dict[str, tuple[list[str], str]]:
     other = lambda name: ["--preference-dataset", str(place / name)]  # noqa: E731
     return {
         "negative weight": (flags("--demo-weight", "-0.5"), "--demo-weight: found -0.5, expected 0 or more"),
-        "weight not a number": (flags("--demo-weight", "nan"), "--demo-weight: found nan, expected 0 or more"),
+        "weight not a number": (flags("--demo-weight", "nan"), "--demo-weight: found nan, expected a finite number"),
         "zero beta": (flags("--beta", "0"), "--beta: found 0.0, expected a number above 0"),
         "negative beta": (flags("--beta", "-1", "--preference-loss", "ipo"), "--beta: found -1.0, expected a number above 0"),
         "T zero": (flags("--T", "0"), "--T: found 0, expected 1 or more"),

@@ -129,7 +129,7 @@ def test_held_out_prompts_that_are_trained_on_are_counted(place):
     name = jsonl(place / "messages.jsonl", as_messages)
     assert len(load_rows(name, "train")) == len(rows)
     args = SimpleNamespace(
-        dataset=name, eval_dataset=name, eval_samples=99, max_samples=0, seed=1, max_length=96, max_prompt_length=64, select_top_k=0,
+        model=str(place / "model"), trust_remote_code=False, dataset=name, eval_dataset=name, eval_samples=99, max_samples=0, seed=1, max_length=96, max_prompt_length=64, select_top_k=0,
         gold_reward_model="", baseline="", judge_model="", turns="auto", max_new_tokens=32, cut_demonstrations=False,
     )  # fmt: skip
     tokenizer, everything = make_tokenizer(), len(load_rows(name, "all"))

@@ -468,7 +468,9 @@ def test_a_resumed_run_takes_its_own_settings_given_again(tmp_path, monkeypatch)
     words = ["--beta", "0.3", "--learning-rate", "auto", "--gradient-checkpointing", "--dry-run"]
     monkeypatch.setattr(sys, "argv", ["irft.py", "--resume", str(tmp_path), *words])
     args = parse_args(module.Args, "", module.SETTINGS)
-    assert args.gradient_checkpointing and args.dry_run and args.learning_rate == 3e-5
+    assert (
+        args.gradient_checkpointing and args.dry_run and args.learning_rate == module.SETTINGS["tiny"]["learning_rate"]
+    )
 
 
 # ---- warnings ----

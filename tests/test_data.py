@@ -1292,7 +1292,8 @@ def test_an_adapter_is_no_model(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     for load in (models.load_tokenizer, models.load_model):
         with pytest.raises(
-            UserError, match=r"^--model .*: found a LoRA adapter, .*merge it first.*merge_and_unload"
+            UserError,
+            match=r"^--model .*: found a LoRA adapter without its base model, .*merge the adapter .*merge_and_unload",
         ) as error:
             load(sft.Args(model=str(tmp_path)))
         assert "\n" not in str(error.value)
@@ -1327,12 +1328,12 @@ def test_gold_model_reads_answers_as_its_template_writes_them(tmp_path):
     exchange = turns("q", "Answer it")
     rows = [{"row": 3, "prompt": "q"}, {"row": 4, "prompt": "q"}]
     answers = ["Answer it", "Answer it</s><end_of_turn>"]
-    config = SimpleNamespace(max_position_embeddings=128)
+    config = models.load_config(str(folder))
     whole = tokenizer(tokenizer.apply_chat_template(exchange, tokenize=False).rstrip(), add_special_tokens=False)[
         "input_ids"
     ]
-    assert [p + y for p, y in rewards.gold_sequences(args, rows, answers, config)] == [whole] * 2
+    assert [p + y for p, y in rewards.gold_sequences(args, rows, answers, [True, True], config)] == [whole] * 2
     rows[1]["prompt"] = turns("a", "b")
     with pytest.raises(UserError, match="--gold-reward-model .*row 4: found a prompt that the chat template refuses"):
         rows[1]["prompt"] = [exchange[0], exchange[0]]
-        rewards.gold_sequences(args, rows, answers, config)
+        rewards.gold_sequences(args, rows, answers, [True, True], config)

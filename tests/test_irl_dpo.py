@@ -149,7 +149,7 @@ EVERY = dict(policy_objective="dpo", sft_epochs=0)
 
 
 def prompts(n: int) -> list[dict]:
-    return [{"row": i, "prompt_ids": exact.PROMPTS[i % 3]} for i in range(n)]
+    return [{"row": i, "prompt": "", "prompt_ids": exact.PROMPTS[i % 3]} for i in range(n)]
 
 
 def generator_of(policy) -> Generator:
@@ -330,7 +330,7 @@ def test_the_key_of_candidates_changes_with_each_ingredient_and_nothing_else(mak
         return irl.candidate_key(changed, list(weights), of, rows or prompts(3), first, seed)  # fmt: skip
 
     assert key() == irl.candidate_key(run, ["p", "r"], generator, prompts(3), 0, 5)
-    other_prompt = [*prompts(2), {"row": 2, "prompt_ids": [0]}]
+    other_prompt = [*prompts(2), {"row": 2, "prompt": "", "prompt_ids": [0]}]
     changed = [
         key(weights=("q", "r")), key(weights=("p", "s")), key(weights=("r", "p")), key(rows=other_prompt),
         key(rows=prompts(3)[::-1]), key(rows=prompts(2)), key(first=3), key(seed=6), key(eos={EOS, 1}),

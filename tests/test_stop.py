@@ -77,7 +77,6 @@ def same_run(one, other) -> None:
 # ---- signals ----
 SLOW = ("torch", "numpy", "tyro", "matplotlib")
 PROGRAMS = [*sorted(FLAGS), "evaluate.py", *(f"toy/{n}.py" for n in ("exact", "example1", "example2", "two_actions"))]
-PROGRAMS += [f"benchmark/{p.name}" for p in sorted(ROOT.glob("benchmark/*.py")) if p.name != "tables.py"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
