@@ -513,14 +513,8 @@ def language(tmp_path):
 
     def row(i: int, prompt: list[int], **responses: list[int]) -> dict:
         texts = {k.replace("_ids", "_text"): tokenizer.decode(y) for k, y in responses.items()}
-        return {
-            "row": i,
-            "prompt_ids": prompt,
-            "prompt": tokenizer.decode(prompt),
-            "prompt_text": tokenizer.decode(prompt),
-            **responses,
-            **texts,
-        }
+        text = tokenizer.decode(prompt)
+        return {"row": i, "prompt_ids": prompt, "prompt": text, "prompt_text": text, **responses, **texts}
 
     return str(tmp_path / "model"), tokenizer, row
 

@@ -813,7 +813,7 @@ def test_two_outer_iterations_raise_the_likelihood_of_the_demonstrations(make_ru
         texts = [(x, exact.RESPONSES[j]) for x, row in zip(exact.PROMPTS, picked.tolist(), strict=True) for j in row]
         rows = [
             {"row": first + i, "prompt_ids": x, "response_ids": y, "response_text": tokenizer.decode(y)}
-            | {"prompt": tokenizer.decode(x), "prompt_text": tokenizer.decode(x)}
+            | dict.fromkeys(("prompt", "prompt_text"), tokenizer.decode(x))
             for i, (x, y) in enumerate(texts)
         ]  # fmt: skip
         return rows, picked
