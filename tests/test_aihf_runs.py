@@ -247,7 +247,7 @@ def test_the_loss_of_the_reward_step_is_that_of_both_sources(finished, script):
 def test_learning_rates_follow_the_scheduler_anew_in_each_iteration(finished, script):
     rows, kind = metrics(finished[0][script]), {"aihf.py": "cosine", "aihf_ppo.py": "linear"}[script]
     for name, peak, steps, times in (
-        ("sft/loss", 2e-5, 3, 1),
+        ("sft/loss", 1e-4, 3, 1),
         ("reward/loss", 1e-3, 5, 2),
         ("objective/scores", 1e-3, 2, 2),
     ):
@@ -449,7 +449,7 @@ def test_two_processes_give_the_weights_of_one(place):
     from safetensors.torch import load_file
 
     flags = "--T 2 --learning-rate 1e-4 --reward-learning-rate 1e-4 --optimizer adamw".split()
-    flags += "--batch-size 5 --rollout-batch-size 5 --total-prompts 11".split()
+    flags += "--batch-size 5 --rollout-batch-size 5 --total-prompts 11 --sft-learning-rate 2e-5".split()
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv("aihf.py", place, one, *flags)}])[0] == [0]
     words = [

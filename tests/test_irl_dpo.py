@@ -677,6 +677,7 @@ def test_a_resumed_run_scores_nothing_twice(loop, monkeypatch, capsys):
     monkeypatch.setattr(irl, "policy_update", stopping)
     with pytest.raises(Stop):
         stopped.learn()
+    cut.lock.close()  # as the end of its process does
     resumed, _ = loop("never", T=2, resume=str(cut.dir))
     capsys.readouterr()
     resumed.learn()
