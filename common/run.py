@@ -173,7 +173,8 @@ class RunArgs(BaseArgs):
         "0 or more": ("max_samples", "select_top_k", "lora_r"),
         "at least 0 and below 1": ("warmup_ratio",),
     }  # fmt: skip
-    before: ClassVar[dict] = {}  # flag -> what a run did that was made before the flag was, if that is not the default
+    # flag -> what a run did that was made before the flag was, where that is not the default or the default is auto
+    before: ClassVar[dict] = {"template": "auto", "turns": "last"}
 
     max_samples: int | Auto = "auto"
     """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper, as SPIN: 50,000 of UltraChat200k."""
@@ -1151,7 +1152,12 @@ class Run:
                 )
             # an adapter-only checkpoint lacks weights that are loaded already; engines keep all of them
             known = {"strict": False} if self.args.lora_r and self.engine == "plain" else {}
-            engines.load_state(self.accelerator, str(path), fresh, **known)
+            try:
+                engines.load_state(self.accelerator, str(path), fresh, **known)
+            except ValueError as error:  # optimizers with other groups of parameters
+                raise UserError(
+                    f"--resume: found {path.name}, which another version wrote ({error}); expected a checkpoint of this one"
+                ) from error
             metrics = self.dir / "metrics.jsonl"
             if self.is_main and metrics.exists():
                 if metrics.stat().st_size < size:
