@@ -1278,7 +1278,7 @@ def new_directory(path: Path) -> Path:
 def untouched(folder: Path) -> bool:
     """Whether a folder is empty, or holds no more than what a run leaves that failed before it had anything."""
     found = {p.name: p for p in folder.iterdir()}
-    made = {"args.json", ".lock", "samples", "evals", "generations", "checkpoint"}
+    made = {"args.json", ".lock", "trained_prompts.parquet", "samples", "evals", "generations", "checkpoint"}
     ours = ".lock" in found and found.keys() <= made
     return not found or (ours and not any(any(p.iterdir()) for p in found.values() if p.is_dir()))
 

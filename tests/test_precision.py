@@ -25,7 +25,7 @@ RUNS = {  # name -> a run of a script on one process
     "sft": f"sft.py {SFT} 8 --mixed-precision bf16",
     "sft_float32": f"sft.py {SFT} 8 --mixed-precision no",
     "irft": "irft.py --T 2 --num-train-epochs 1 --num-chunks 1 --mixed-precision bf16",
-    "irft_previous": "irft.py --T 2 --num-train-epochs 1 --ref previous --mixed-precision bf16 --dtype bfloat16",
+    "irft_previous": "irft.py --T 2 --num-train-epochs 1 --ref previous --mixed-precision bf16 --dtype bfloat16 --learning-rate 4e-3",
     "rft": f"rft.py --T 1 --num-train-epochs 1 {PPO} --mixed-precision bf16",
 }
 KILLED = {"irft": 4, "irft_previous": 5, "rft": 12}  # name -> the step in which it dies: iteration 0, iteration 1, PPO

@@ -114,7 +114,7 @@ def test_demonstrations_average_zero_on_held_out_data(finished, place):
     scores = []
     for prompt, response in (texts[r["row"]] for r in stored):
         ids = tokenise_prompts(tokenizer, [prompt])[0]
-        ids += respond(tokenizer, [prompt], [response], read_frame(tokenizer))[0]
+        ids += respond(tokenizer, [prompt], [response], [True], read_frame(tokenizer))[0]
         scores.append(model(input_ids=torch.tensor([ids])).logits[0, 0].item() - model.config.reward_center)
     first, center = (r["eval/reward/center"] for r in metrics(finished) if "eval/reward/center" in r)
     assert model.config.reward_center == pytest.approx(center)
@@ -215,7 +215,7 @@ def bad_inputs(place):
 
     return {
         "negative beta": (flags("--beta", "-1"), "--beta: found -1.0, expected a number above 0"),
-        "gamma": (flags("--gamma", "1.5"), "--gamma: found 1.5, expected at most 1"),
+        "gamma": (flags("--gamma", "1.5"), "--gamma: found 1.5, expected a number above 0 and at most 1"),
         "lambda": (flags("--lam", "-0.1"), "--lam: found -0.1, expected between 0 and 1"),
         "minibatches": (flags("--num-mini-batches", "3"), "--num-mini-batches: found 3, expected a divisor of --rollout-batch-size 4"),
         "episodes": (flags("--total-episodes", "0"), "--total-episodes: found 0, expected a number above 0"),
