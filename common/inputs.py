@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common import UserError
 from common.data import DATASETS, pydoc_key
-from common.models import resolve_model
+from common.models import resolve_model, tiny_key
 from common.run import digest, flag
 
 DATA_FLAGS = ("dataset", "preference_dataset", "eval_dataset", "eval_preference_dataset")
@@ -49,6 +49,8 @@ def data_digest(name: str) -> str:
 
 def model_digest(name: str) -> str:
     """Of a model's files: all bytes of small ones; of weights the size, the names and shapes, and bytes from all over."""
+    if name == "tiny" and not Path(name).is_dir():
+        return tiny_key()
     path = Path(resolve_model(name))
     if not path.is_dir():
         return hub_commit("models", str(path))

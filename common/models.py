@@ -556,10 +556,15 @@ def open_reference(run, policy, source: str) -> Callable[[], contextlib.Abstract
 
 
 # ---- the embedded model ----
+def tiny_key() -> str:
+    """Digest of all that makes the embedded model."""
+    key = json.dumps([TINY, TINY_TRAINING, pydoc_key(), torch.__version__])
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
 def tiny_path() -> Path:
     """Folder of the embedded model; made on first use by the first process that asks, others wait for it."""
-    key = json.dumps([TINY, TINY_TRAINING, pydoc_key(), torch.__version__])
-    path = cache_folder() / f"tiny-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    path = cache_folder() / f"tiny-{tiny_key()}"
     if path.is_dir():
         return path
     import fcntl
