@@ -61,7 +61,7 @@ def load_tokenizer(args, name: str = "", flag: str = "--model"):
     name = name or args.model
     config = text_config(load_config(name, args.trust_remote_code, flag))
     tokenizer = read_tokenizer(name, args.trust_remote_code, flag)
-    if args.template == "paper" and name == args.model:
+    if getattr(args, "template", "auto") == "paper" and name == args.model:
         tokenizer.chat_template = None  # render_prompt then takes the paper's, also of the tokenizer that is saved
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {name}: found a tokenizer without an EOS token, expected one: responses could not end")
