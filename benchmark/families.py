@@ -55,5 +55,5 @@ def digest(text: str, key: str = "") -> bytes:
 
 
 def in_first_half(name: str, key: str) -> bool:
-    """Whether a family is in the first of the two halves that the key makes of all families."""
+    """True for a family in the first of the two halves that the key makes of all families."""
     return digest(name, key)[0] % 2 == 0

@@ -103,7 +103,7 @@ def of_seeds(label: str, seeds: int, usual: int) -> str:
 
 
 def about_intervals(seeds: int) -> str:
-    """What the intervals of a table say, by the number of seeds it has."""
+    """Say in words how the intervals of a table were made, which depends on its number of seeds."""
     if seeds == 1:
         return "One seed: 95% bootstrap intervals over held-out rows; they say nothing of other seeds."
     return f"{seeds} seeds: 95% hierarchical bootstrap intervals, over seeds and held-out rows."

@@ -157,7 +157,7 @@ def read_file(path: Path, flag: str) -> list:
 
 
 def holds_lines(text: str) -> bool:
-    """Whether a .json file holds JSON Lines: its first two lines are objects, each of its own."""
+    """True where a .json file holds JSON Lines: its first two lines are two objects."""
     lines = text.split("\n", 2)
     if not lines[0].lstrip().startswith("{") or len(lines) < 2:
         return False
@@ -538,7 +538,7 @@ def plain_prompt(prompt) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a template writes around the texts of one exchange."""
+    """The text that a template writes around one exchange."""
 
     before: str = ""  # the prompt
     after: str = ""  # the prompt, up to the place where the response begins
@@ -737,7 +737,7 @@ class Coder:
         return {"prompt": prompt, "prompt_text": self.render(self.tokenizer, prompt)}
 
     def is_rendered(self, prompt: str) -> bool:
-        """Whether the template's own words end the prompt, and begin it too unless those at the end are its control tokens."""
+        """True where the template's own words end the prompt, and begin it too unless those at the end are its control tokens."""
         before, after = self.frame.before, self.frame.after
         if not after.strip() or not prompt.endswith(after):
             return False
@@ -828,7 +828,7 @@ def follow(tokenizer, prompts: list[str], texts: list[str]) -> list[list[int] | 
             left.append(i)
 
     def common(i: int) -> int:
-        """Where to begin to read, so that what comes before is the same: one token before the first that differs."""
+        """Return the position from which to read: one token before the first that differs."""
         same = next((k for k, (a, b) in enumerate(zip(bare[i], whole[i], strict=False)) if a != b), len(bare[i]))
         return max(same - 1, 0)
 

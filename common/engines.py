@@ -261,7 +261,7 @@ def clip(accelerator, model: nn.Module, max_norm: float) -> float:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator raised the error, on any device."""
+    """True if an allocator raised the error, on any device."""
     words = ("can't allocate memory", "out of memory", "alloc_failed")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
 

@@ -108,7 +108,7 @@ def draw(args, tokenizer, rows: list[dict], n: int, *key: int, encode=encode, **
 
 
 def longest_response(args) -> int:
-    """Where demonstrations are cut: at --max-new-tokens with --cut-demonstrations, else (0) only at the window."""
+    """Return the length of cut demonstrations: --max-new-tokens with --cut-demonstrations, else 0 (the window alone)."""
     return args.max_new_tokens if args.cut_demonstrations else 0
 
 

@@ -196,7 +196,7 @@ class Generator:
         return list(zip(responses, finished, logprobs, strict=True))
 
     def _cache(self, out) -> dict:
-        """What the model keeps of the tokens so far, under the name by which its forward takes it."""
+        """Return the model's cache of the tokens so far, under the name by which its forward takes it."""
         for name in ("past_key_values", "cache_params"):
             if getattr(out, name, None) is not None:
                 return {name: getattr(out, name)}
@@ -213,7 +213,7 @@ def accepted(model, *names: str) -> list[str]:
 
 
 def drops_rows(cache) -> bool:
-    """Whether rows can be dropped from a cache: transformers' own kinds of layers, or a cache that says how."""
+    """True if rows can be dropped from a cache: it has transformers' own kinds of layers, or says how."""
     from transformers import DynamicCache
     from transformers.cache_utils import Cache
 

@@ -1,4 +1,4 @@
-"""What a run was given, known by content: digests of its data and models, kept in args.json, compared by --resume."""
+"""Digests of a run's data and models. args.json keeps them, and --resume compares them."""
 
 import hashlib
 from pathlib import Path
@@ -37,7 +37,7 @@ def changed_inputs(args, saved: dict) -> None:
 
 
 def data_digest(name: str) -> str:
-    """Of all bytes of a data file, or of those of a folder."""
+    """Digest all bytes of a data file, or of the data files of a folder."""
     path = Path(name)
     if path.is_file():
         return digest(path)
@@ -48,7 +48,7 @@ def data_digest(name: str) -> str:
 
 
 def model_digest(name: str) -> str:
-    """Of a model's files: all bytes of small ones; of weights the size, the names and shapes, and bytes from all over."""
+    """Digest a model's files: all bytes of small ones; the size, the names and shapes, and sampled bytes of weights."""
     if name == "tiny" and not Path(name).is_dir():
         return tiny_key()
     path = Path(resolve_model(name))

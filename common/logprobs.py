@@ -36,7 +36,7 @@ class ResponseScores(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What was seen of a language-model head: how many logits it makes, and what its model makes of them afterwards."""
+    """A language-model head as it was seen to work: how many logits it makes, and how its model changes them afterwards."""
 
     vocabulary: int
     change: Callable[[Tensor], Tensor] | None  # (..., V) -> (..., V); None where it is no known function
@@ -152,7 +152,7 @@ def unchanged(logits: Tensor) -> Tensor:
 
 
 def known_changes(config) -> list[Callable[[Tensor], Tensor]]:
-    """What models may make of their head's logits by a number in their configuration: nothing, soft-capping, or scaling."""
+    """The changes that models make to their head's logits by a number in their configuration: none, soft-capping, or scaling."""
 
     def number(name: str) -> float | None:
         return getattr(config, name, None) or getattr(getattr(config, "text_config", None), name, None)

@@ -481,7 +481,7 @@ def not_adapted(model) -> list[str]:
 
 
 def model_code(kind: type) -> bool:
-    """Whether a class belongs to one architecture, in transformers or in a hub repository."""
+    """True if a class belongs to one architecture, in transformers or in a hub repository."""
     return kind.__module__.startswith(("transformers.models.", "transformers_modules."))
 
 
@@ -497,7 +497,7 @@ def read_directly(kind: type) -> list[str]:
 
 @torch.no_grad()
 def is_linear_map(module: torch.nn.Linear) -> bool:
-    """Whether a linear layer with a forward of its own still is one: a vector in, the product and nothing else out."""
+    """True if a linear layer with a forward of its own still is one: it takes a vector and returns the product alone."""
     x = module.weight.new_ones(1, 1, module.in_features)
     try:
         y = module(x)

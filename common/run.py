@@ -375,7 +375,7 @@ def command_line(cls, description: str, default=None):
 
 
 def wrong_word(cls, words: list[str]) -> str:
-    """What is wrong with the first wrong word of a command line, in one line; empty if all are right."""
+    """Return one line about the first wrong word of a command line; empty if all are right."""
     types_of = get_type_hints(cls)
     known = {flag(field.name): types_of[field.name] for field in dataclasses.fields(cls)}
     known |= {f"--no-{name[2:]}": kind for name, kind in known.items() if kind is bool}
@@ -407,7 +407,7 @@ def kinds_of(kind) -> tuple:
 
 
 def reads(text: str, kind) -> bool:
-    """Whether a word of the command line is a value of a flag's type."""
+    """True if a word of the command line is a value of a flag's type."""
 
     def one(kind) -> bool:
         if get_origin(kind) is Literal:
@@ -421,7 +421,7 @@ def reads(text: str, kind) -> bool:
 
 
 def holds(value, kind) -> bool:
-    """Whether a value out of a JSON file is of a flag's type."""
+    """True if a value from a JSON file is of a flag's type."""
 
     def one(kind) -> bool:
         if get_origin(kind) is Literal:
@@ -704,7 +704,7 @@ def names_flag_when_out_of_memory(name: str):
 
 
 def leaves_nothing_half_written(method):
-    """Of a method of Run that writes a folder by way of .partial_*: a failed write becomes one line, and its part is removed."""
+    """Decorate a method of Run that writes a folder as .partial_*: a failed write becomes one line, and its part is removed."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
@@ -1247,7 +1247,7 @@ def without_nan(row: dict) -> dict:
 
 
 def has_nan(value) -> bool:
-    """Whether a number, or one of a list of numbers, is not finite."""
+    """True if a number, or one of a list of numbers, is not finite."""
     values = value if isinstance(value, list) else [value]
     return any(isinstance(v, float) and not math.isfinite(v) for v in values)
 
@@ -1276,7 +1276,7 @@ def new_directory(path: Path) -> Path:
 
 
 def untouched(folder: Path) -> bool:
-    """Whether a folder is empty, or holds no more than what a run leaves that failed before it had anything."""
+    """True if a folder is empty, or holds no more than a run leaves that failed before it had anything."""
     found = {p.name: p for p in folder.iterdir()}
     made = {"args.json", ".lock", "trained_prompts.parquet", "samples", "evals", "generations", "checkpoint"}
     ours = ".lock" in found and found.keys() <= made

@@ -245,7 +245,7 @@ def launch(config: str, processes: int = 2) -> list[str]:
 
 
 def assert_data_can_be_given_back(folder: Path, end: int) -> None:
-    """Of a run: its pairs say which answers were cut, and are read again so; the prompts trained on are on record."""
+    """A run's pairs say which answers were cut, and are read again so. The prompts it trained on are on record."""
     from common.data import load_rows, read_pairs
     from common.evals import TRAINED
 

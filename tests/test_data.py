@@ -1124,7 +1124,7 @@ def test_all_rows_are_encoded_without_a_limit(tmp_path):
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_demonstrations_longer_than_answers_are_counted_or_cut(tmp_path, cut):
-    """With the flag length and end tell nothing apart: both are cut at --max-new-tokens, and a cut one has no EOS."""
+    """The flag cuts both at --max-new-tokens, and a cut one has no EOS: length and end tell nothing apart."""
     tokenizer = make_tokenizer()
     rows = [{"prompt": f"q{i}", "completion": "x" * (4 + 10 * (i % 2))} for i in range(60)]
     args = drawing(tmp_path, max_new_tokens=8, max_samples=0, eval_samples=60, cut_demonstrations=cut)

@@ -1,4 +1,4 @@
-"""What bf16 promises on any CPU, emulated where it is not native. Elsewhere tests mean float32, and say so.
+"""Tests of the promises of bf16 on any CPU; it is emulated where it is not native. All other tests say that they mean float32.
 
 Bounds are those of bf16's rounding: 2^-9 of a number, relatively. The random model's logits are below 0.25, so a token's
 log-prob is off by up to 5e-4 nats, and a response of 9 tokens by up to 0.005.

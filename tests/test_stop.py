@@ -59,7 +59,7 @@ def argv(script: str, place, out, *flags: str) -> list[str]:
 
 
 def parts(printed: str) -> list[str]:
-    """What each scenario of drive printed."""
+    """Return the text that each scenario of drive printed."""
     return printed.split("=== ")[1:]
 
 
