@@ -21,6 +21,8 @@ The paper's run, from a pythia-1.4b that sft.py has fine-tuned on all of HH (doc
 accelerate launch rft.py --model runs/base/final --max-samples 0 --select-top-k 10000 --gold-reward-model beaver-7b-v3.0-reward
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     from common import terminal
 
@@ -34,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, engines, evals, memory, models, rewards
-from common.data import collate, pad_right, read_pairs, write_pairs
+from common import UserError, engines, evals, models, rewards
+from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.run import (
@@ -51,141 +53,17 @@ from common.run import (
     stream_seed,
 )
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=2e-4,
-        reward_model="", reward_learning_rate=1e-3, sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, total_episodes=1920,
-        rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=15, per_device_train_batch_size=32,
-        per_device_eval_batch_size=64,
-    ),
-    # RFT paper, Sec. 5.1 and App. C: rates, window, batch 8 (two devices with 4), also of PPO; 35,000 answers are the 17,500
-    # policy steps of Fig. 2, if a step is one of the optimizer: 4 for every 8 answers. Answers up to 256, rate of SFT: ours
-    "pythia": dict(
-        dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
-        reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8,
-        total_episodes=35_000, rollout_batch_size=8, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=4,
-        per_device_eval_batch_size=32,
-    ),
-    "other": dict(  # ours, since the paper has Alg. 1 on pythia alone; batch 16 is that of its 7B runs, as many steps as above
-        dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
-        reward_model="", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=16,
-        total_episodes=70_000, rollout_batch_size=16, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=2,
-        per_device_eval_batch_size=16,
-    ),
-}  # fmt: skip
+
+# ---- the maths: SFT, and the reward ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
+
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
 
 
-@dataclass
-class Args(RunArgs):
-    scalar_models: ClassVar[int] = 2
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
-        "a number above 0": (
-            "beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value", "total_episodes",
-            "rollout_batch_size", "eval_updates",
-        ),
-        "0 or more": ("vf_coef", "missing_eos_penalty", "sft_epochs"),
-        "at least 0 and below 1": ("value_warmup_ratio",),
-        "a number above 0 and at most 1": ("gamma",),
-        "between 0 and 1": ("lam",),
-    }  # fmt: skip
-
-    T: int = 1
-    """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 1."""
-    num_train_epochs: int = 2
-    """passes of the reward model over the demonstrations in one outer iteration, >= 1; K follows from it. Paper: 2."""
-    beta: float = 0.1
-    """weight of KL(pi || pi_ref), reward units per nat, > 0: in the reward gradient and in PPO. Paper: 0.1 (App. C)."""
-    reward_loss: Literal["logistic", "linear"] = "logistic"
-    """logistic: -log sigmoid(r(y) - r(y~)), bounded (IRL paper, Eq. 11; released code); linear: g_{t,k} of Alg. 1, unbounded."""
-    reward_model: str = "auto"
-    """what the reward is made from: a causal model or a classifier with one label; empty: the policy's own model."""
-    reward_init: Literal["previous", "sft", "base"] = "previous"
-    """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
-    sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
-    reward_learning_rate: float | Auto = "auto"
-    """peak learning rate of the reward model, > 0. Paper: 5e-7."""
-    init: Literal["previous", "initial"] = "previous"
-    """where PPO starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
-    ref: Literal["initial", "previous"] = "initial"
-    """reference policy of the KL penalty: the initial (SFT) policy (the equations), or that of the last iteration."""
-    sft_epochs: int | Auto = "auto"
-    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: float | Auto = "auto"
-    """peak learning rate of --sft-epochs, > 0."""
-    temperature: float = 1.0
-    """of sampled answers, > 0; it divides the logits of every log-prob PPO uses."""
-    total_episodes: int | Auto = "auto"
-    """answers PPO samples in one outer iteration, > 0. Paper: 17,500 policy steps (Fig. 2), which may be 35,000 answers."""
-    rollout_batch_size: int | Auto = "auto"
-    """answers per PPO update over all devices, > 0."""
-    num_ppo_epochs: int = 4
-    """passes of PPO over each batch of answers, >= 1. TRL: 4."""
-    num_mini_batches: int = 1
-    """optimizer steps per such pass, >= 1. TRL: 1."""
-    cliprange: float = 0.2
-    """PPO's clip of the probability ratio, > 0. TRL: 0.2."""
-    cliprange_value: float = 0.2
-    """clip of the change of a value, reward units, > 0. TRL: 0.2."""
-    vf_coef: float = 0.1
-    """weight of the value loss, >= 0. TRL: 0.1."""
-    value_warmup_ratio: float | Auto = "auto"
-    """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). TRL: 0."""
-    gamma: float = 1.0
-    """discount per token, in (0, 1]. TRL: 1."""
-    lam: float = 0.95
-    """lambda of generalised advantage estimation, in [0, 1]. TRL: 0.95."""
-    missing_eos_penalty: float = 1.0
-    """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
-    eval_updates: int | Auto = "auto"
-    """PPO updates between evaluations, > 0; one is also made at the end."""
-
-    def check(self) -> None:
-        super().check()
-        require(
-            self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
-            f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
-        )  # fmt: skip
-        require(
-            not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
-            f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
-        )  # fmt: skip
-
-
-SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
-
-METRICS = {  # name -> meaning, unit, range
-    "sft/loss": "NLL, nats per response token, of --sft-epochs",
-    "reward/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
-    "reward/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
-    "reward/margin": "mean of r(demonstration) - r(answer), reward units; rises",
-    "reward/demonstrations": "mean reward of the demonstrations in the batch",
-    "reward/answers": "mean reward of the policy's answers in the batch",
-    "eval/reward/center": "what was subtracted so that held-out demonstrations average 0",
-    "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
-    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
-    "objective/non_score_reward": "-beta objective/kl",
-    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
-    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
-    "loss/value_avg": "clipped value loss, the same mean",
-    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
-    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
-    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
-    "val/ratio": "mean probability ratio; 1 at the first step of an update",
-    "val/clipfrac_avg": "share of tokens whose value is clipped",
-    "val/explained_variance": "1 - Var(return - value) / Var(return) over response tokens; at most 1",
-    "val/num_eos_tokens": "answers that ended in EOS",
-    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
-    "completions/mean_length": "tokens of the answers, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
-    **evals.EVAL_METRICS,
-    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
-}
-
-
-# ---- the maths: reward ----
 def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
     """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
 
@@ -248,15 +126,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return torch.where(mask, losses, torch.zeros_like(losses))
 
 
-def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of each response, RFT paper Eq. 1.
-
-    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
-    Returns (B,), nats per response, summed over its tokens.
-    """
-    return -masked_sum(token_logprobs, response_mask)
-
-
 # ---- what is scored, by which model ----
 class ActorCritic(torch.nn.Module):
     """Policy and value model in one module: one optimizer, one backward pass."""
@@ -273,11 +142,11 @@ class ActorCritic(torch.nn.Module):
         return scores, engines.zero_of(self.value)
 
 
-def sft_batch_loss(actor_critic, rows: list[dict], device) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations -> ((B,), {})."""
+def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, times scale -> ((B,), {})."""
     batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
     scores, nothing = actor_critic(batch, with_values=False)
-    return nll_loss(scores.logprobs, batch.response_mask) + nothing, {}
+    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
 
 
 def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
@@ -334,29 +203,7 @@ def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
     return pad_right([r[name] for r in rows], 0.0, like.dtype).to(like.device)
 
 
-# ---- the plan: numbers of optimizer steps, known before anything runs ----
-@dataclass
-class Steps:
-    sft: int
-    K: int  # reward steps in one outer iteration
-    updates: int  # PPO updates in one outer iteration
-    per_update: int  # optimizer steps of one PPO update
-
-    def first(self, t: int) -> int:
-        """Optimizer steps before outer iteration t."""
-        return self.sft + t * (self.K + self.updates * self.per_update)
-
-
-def count_steps(n: int, args: Args) -> Steps:
-    """Steps for n demonstrations. K = n epochs / batch, rounded up per epoch (RFT paper, after Alg. 1)."""
-    batches = math.ceil(n / args.batch_size)
-    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
-    return Steps(
-        args.sft_epochs * batches, args.num_train_epochs * batches, updates, args.num_ppo_epochs * args.num_mini_batches
-    )
-
-
-# ---- rollouts of PPO ----
+# ---- a PPO update: answers, advantages, optimizer steps ----
 def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
     """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
 
@@ -442,97 +289,71 @@ def ppo_update(
     return {**row, "sampling/logp_difference": first}
 
 
-def row_length(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["response_ids"])
+# ---- the loop: Algorithm 1 ----
+SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
 
 
-def pair_length(pair: dict) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-
-
-# ---- the algorithm ----
 class RFT:
-    """The parts of a run and Alg. 1's steps over them. Every step skips what a resumed run has done already."""
+    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
 
     def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict]):
         args = run.args
         self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.held_rows = demonstrations, held_rows
+        self.demonstrations, self.held_rows, self.held = demonstrations, held_rows, None
         self.steps = count_steps(len(demonstrations), args)
         source = args.reward_model or args.model
         policy = models.autocast_forward(run, models.prepare_policy(args))
         value, reward_model = (
             models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model")) for _ in range(2)
         )
-        actor_critic = ActorCritic(policy, value)
         self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
-            actor_critic, make_optimizer(args.optimizer, policy.parameters(), value.parameters()),
+            ActorCritic(policy, value), make_optimizer(args.optimizer, policy.parameters(), value.parameters()),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
         self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
         self.generator = make_generator(run, self.bare.policy, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
-        self.position = {"outer_iteration": 0, "step": 0}
-        self.held = None
 
-    def done(self, t: int, k: int, save: bool) -> None:
-        """One more optimizer step, or PPO update, is done: move the position, save where due, stop where asked."""
-        self.position.update(outer_iteration=t, step=k)
-        if save:
-            self.run.save_checkpoint(self.position)
-        self.run.stop_if_asked(self.position)
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        run.load_checkpoint()
+        if args.gold_reward_model and run.position["step"] < self.steps.sft:
+            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
+        self.warm_start()
+        self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
+        for t in range(run.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
 
     def warm_start(self) -> None:
         """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
-        run, args, total = self.run, self.args, self.steps.sft
+        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
         self.actor_critic.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
-        with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
-            for step, batch in enumerate(batches):
-                if step >= self.position["step"]:
-                    rows = [self.demonstrations[i] for i in batch]
-                    scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-
-                    def loss_fn(part, scale=scale):
-                        losses, stats = sft_batch_loss(self.actor_critic, part, run.accelerator.device)
-                        return losses * scale, stats
-
-                    lr = learning_rate_at(step, total, args.sft_learning_rate, args.warmup_ratio)
-                    row = run.step(  # the value model rests
-                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, (lr, 0.0), "sft_learning_rate"
-                    )
-                    if (step + 1) % args.logging_steps == 0:
-                        run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
-                    self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
-                advance(1)
-        if total and self.position["step"] == total:
+        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
+        for k, batch in run.updates("SFT", batches):
+            rows = [self.demonstrations[i] for i in batch]
+            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+            loss_fn = lambda part, scale=scale: sft_batch_loss(self.actor_critic, part, device, scale)  # noqa: E731
+            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio)
+            rates = (lr, 0.0)  # the value model rests
+            row = run.step(self.actor_critic, self.optimizer, rows, loss_fn, row_length, rates, "sft_learning_rate")
+            run.log_update({"sft/loss": row.pop("loss"), **row})
+        if total and run.position["step"] == total:
             card = run.model_card("SFT", "arXiv:2405.17888, Eq. 1")
             run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
 
     def sample_pairs(self, t: int) -> list[dict]:
         """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
         run, rows = self.run, self.demonstrations
-        path = run.dir / "generations" / f"iter_{t}.parquet"
-        if not path.exists():
-            if self.position["step"] > self.steps.first(t):
-                raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
+
+        def make() -> list[dict]:
             with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
                 seed = stream_seed(self.args.seed, t, PAIRS)
                 rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
-            pairs = [
-                {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
-                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-                    "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-                    "chosen_finished": r.get("response_finished", True),
-                }
-                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
-            ]  # fmt: skip
-            if run.is_main:
-                write_pairs(path, pairs)
-            run.accelerator.wait_for_everyone()
-        return read_pairs(path)
+            return pair_rows(self.tokenizer, rows, rollout, t)
+
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
 
     def start_reward(self, t: int) -> None:
         """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
@@ -548,24 +369,20 @@ class RFT:
         """Alg. 1, inner loop: K gradient steps on the pairs; then the reward is centred and measured."""
         run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
         pairs = self.sample_pairs(t)
-        if self.position["step"] <= first:
+        if run.position["step"] <= first:
             self.optimizer.state.clear()  # D3; and its memory, until PPO
             self.start_reward(t)
         self.reward_model.train()
-        batches = [b for e in range(args.num_train_epochs) for b in run.batches(len(pairs), t, REWARD, e)]
-        with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
-            for k, batch in enumerate(batches):
-                if first + k >= self.position["step"]:
-                    row = run.step(
-                        self.reward_model, self.reward_optimizer, [pairs[i] for i in batch],
-                        lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio), "reward_learning_rate",
-                    )  # fmt: skip
-                    if (k + 1) % args.logging_steps == 0:
-                        run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
-                    self.done(t, first + k + 1, (k + 1) % args.save_steps == 0 or k + 1 == K)
-                advance(1)
-        if self.position["step"] == first + K:
+        loss_fn = lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device)  # noqa: E731
+        batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
+        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
+            rows = [pairs[i] for i in batch]
+            lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio)
+            row = run.step(
+                self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
+            )
+            run.log_update({"reward/loss": row.pop("loss"), **row})
+        if run.position["step"] == first + K:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
             self.bare_reward.center += center  # D2
@@ -574,62 +391,43 @@ class RFT:
     def start_policy(self, t: int) -> str:
         """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
-        begun = self.position["step"] > self.steps.first(t) + self.steps.K
-        reference = self.sft_policy
-        if args.ref == "previous" and t > 0:
-            reference = str(run.dir / f"policy_{t}")
-            if not begun:
+        previous = args.ref == "previous" and t > 0
+        if run.position["step"] <= self.steps.first(t) + self.steps.K:  # else PPO has begun already
+            if previous:
                 card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
                 run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
-        if not begun:
             run.load_weights(self.actor_critic, self.bare_reward, "value")
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
                 run.load_weights(self.actor_critic, models.prepare_policy(args, self.sft_policy), "policy")
-        return reference
+        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
 
     def policy_step(self, t: int) -> None:
         """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
         run, args, steps = self.run, self.args, self.steps
-        first = steps.first(t) + steps.K
-        source = self.start_policy(t)
-        reference = models.open_reference(run, self.bare.policy, source)
-        save_every = max(1, args.save_steps // steps.per_update)
-        n, size = len(self.demonstrations), args.rollout_batch_size
-        epochs = math.ceil(steps.updates * size / n)
-        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, PPO, e)]
+        reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
+        initial = reference if source == self.sft_policy else None
+        warmup = int(steps.updates * args.value_warmup_ratio)  # D5
+        batches = run.prompt_batches(len(self.demonstrations), steps.updates * args.rollout_batch_size, t, PPO)
         self.actor_critic.train()
-        with run.phase(f"iteration {t}: PPO", steps.updates, updates=True, outer_iteration=t) as advance:
-            for u in range(steps.updates + 1):
-                if self.position["step"] > first + u * steps.per_update:
-                    advance(1)
-                    continue
-                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
-                    # an evaluation is long, and a stop in it would lose what is not saved
-                    run.save_checkpoint(self.position)
-                    with run.timed("evaluate"):
-                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
-                if u == steps.updates:
-                    break
-                rows = [self.demonstrations[i] for i in order[u * size : (u + 1) * size]]
-                seed = stream_seed(args.seed, t, PPO, u)
-                rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
-                run.stop_if_asked(self.position)
-                row = add_advantages(rollouts, args)
-                with run.timed("update"):
-                    warmup = int(steps.updates * args.value_warmup_ratio)  # D5
-                    if u == warmup:
-                        self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
-                    after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
-                    lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
-                    row |= ppo_update(
-                        run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
-                    )
-                step = first + (u + 1) * steps.per_update
-                if (u + 1) % args.logging_steps == 0:
-                    run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
-                advance(1)
+        for u, batch in run.updates(
+            f"iteration {t}: PPO", batches, t, steps.first(t) + steps.K, steps.per_update,
+            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
+        ):  # fmt: skip
+            rows = [self.demonstrations[i] for i in batch]
+            seed = stream_seed(args.seed, t, PPO, u)
+            rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+            run.stop_if_asked()
+            row = add_advantages(rollouts, args)
+            with run.timed("update"):
+                if u == warmup:
+                    self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
+                after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
+                lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
+                row |= ppo_update(
+                    run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
+                )
+            run.log_update(row, episodes=(t * steps.updates + u + 1) * args.rollout_batch_size)
 
     def measure(self, t: int, updates: int, reference=None) -> None:
         """Evaluation of the policy after so many PPO updates, against the initial policy, loaded unless it is given."""
@@ -640,30 +438,47 @@ class RFT:
             self.bare_reward,
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size
-        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
-
-    def learn(self) -> None:
-        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
-        run, args = self.run, self.args
-        if args.resume and (position := run.load_checkpoint()):
-            self.position = position
-        if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
-        self.warm_start()
-        self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
-        for t in range(self.position["outer_iteration"], args.T):
-            self.reward_step(t)
-            self.policy_step(t)
+        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
 
 
+# ---- the plan: numbers of optimizer steps, known before anything runs ----
+@dataclass
+class Steps:
+    sft: int
+    K: int  # reward steps in one outer iteration
+    updates: int  # PPO updates in one outer iteration
+    per_update: int  # optimizer steps of one PPO update
+
+    def first(self, t: int) -> int:
+        """Optimizer steps before outer iteration t."""
+        return self.sft + t * (self.K + self.updates * self.per_update)
+
+
+def count_steps(n: int, args: Args) -> Steps:
+    """Steps for n demonstrations. K = n epochs / batch, rounded up per epoch (RFT paper, after Alg. 1)."""
+    batches = math.ceil(n / args.batch_size)
+    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
+    per_update = args.num_ppo_epochs * args.num_mini_batches
+    return Steps(args.sft_epochs * batches, args.num_train_epochs * batches, updates, per_update)
+
+
+# ---- a run, from data to the saved models ----
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     demonstrations = evals.load_demonstrations(args, tokenizer)
     if args.dry_run:
-        print_steps(args, count_steps(args.select_top_k or len(demonstrations), args))
-        return
+        n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
+        steps = count_steps(n, args)
+        return Run.print_plan(
+            args, "rft", f"reward from {args.reward_model or args.model}, data {args.dataset}, T = {args.T}",
+            f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
+            f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {steps.K} reward steps,",
+            f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
+            f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
+            f"in all {steps.first(args.T)} optimizer steps",
+        )  # fmt: skip
     held_rows = evals.load_held_out(args, tokenizer, demonstrations)
 
     run = Run(args, "rft", METRICS)
@@ -685,21 +500,137 @@ def train(args: Args) -> None:
     run.end()
 
 
-def print_steps(args: Args, steps: Steps) -> None:
-    """--dry-run: what would run, and what it would cost."""
-    print(
-        f"rft --dry-run: model {args.model}, reward from {args.reward_model or args.model}, data {args.dataset}, T = {args.T}"
-    )
-    answers, tokens = steps.K // args.num_train_epochs * args.batch_size, args.max_new_tokens
-    episodes = steps.updates * args.rollout_batch_size
-    print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
-    print(
-        f"  up to {answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,"
-    )
-    print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
-    print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
-    print(f"  in all {steps.first(args.T)} optimizer steps")
-    memory.print_memory_plan(args)
+# ---- what flags mean and what is logged ----
+@dataclass
+class Args(RunArgs):
+    scalar_models: ClassVar[int] = 2
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
+        "a number above 0": (
+            "beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value", "total_episodes",
+            "rollout_batch_size", "eval_updates",
+        ),
+        "0 or more": ("vf_coef", "missing_eos_penalty", "sft_epochs"),
+        "at least 0 and below 1": ("value_warmup_ratio",),
+        "a number above 0 and at most 1": ("gamma",),
+        "between 0 and 1": ("lam",),
+    }  # fmt: skip
+
+    T: int = 1
+    """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 1."""
+    num_train_epochs: int = 2
+    """passes of the reward model over the demonstrations in one outer iteration, >= 1; K follows from it. Paper: 2."""
+    beta: float = 0.1
+    """weight of KL(pi || pi_ref), reward units per nat, > 0: in the reward gradient and in PPO. Paper: 0.1 (App. C)."""
+    reward_loss: Literal["logistic", "linear"] = "logistic"
+    """logistic: -log sigmoid(r(y) - r(y~)), bounded (IRL paper, Eq. 11; released code); linear: g_{t,k} of Alg. 1, unbounded."""
+    reward_model: str = "auto"
+    """what the reward is made from: a causal model or a classifier with one label; empty: the policy's own model."""
+    reward_init: Literal["previous", "sft", "base"] = "previous"
+    """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
+    sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
+    reward_learning_rate: float | Auto = "auto"
+    """peak learning rate of the reward model, > 0. Paper: 5e-7."""
+    init: Literal["previous", "initial"] = "previous"
+    """where PPO starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
+    ref: Literal["initial", "previous"] = "initial"
+    """reference policy of the KL penalty: the initial (SFT) policy (the equations), or that of the last iteration."""
+    sft_epochs: int | Auto = "auto"
+    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
+    sft_learning_rate: float | Auto = "auto"
+    """peak learning rate of --sft-epochs, > 0."""
+    temperature: float = 1.0
+    """of sampled answers, > 0; it divides the logits of every log-prob PPO uses."""
+    total_episodes: int | Auto = "auto"
+    """answers PPO samples in one outer iteration, > 0. Paper: 17,500 policy steps (Fig. 2), which may be 35,000 answers."""
+    rollout_batch_size: int | Auto = "auto"
+    """answers per PPO update over all devices, > 0."""
+    num_ppo_epochs: int = 4
+    """passes of PPO over each batch of answers, >= 1. TRL: 4."""
+    num_mini_batches: int = 1
+    """optimizer steps per such pass, >= 1. TRL: 1."""
+    cliprange: float = 0.2
+    """PPO's clip of the probability ratio, > 0. TRL: 0.2."""
+    cliprange_value: float = 0.2
+    """clip of the change of a value, reward units, > 0. TRL: 0.2."""
+    vf_coef: float = 0.1
+    """weight of the value loss, >= 0. TRL: 0.1."""
+    value_warmup_ratio: float | Auto = "auto"
+    """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). TRL: 0."""
+    gamma: float = 1.0
+    """discount per token, in (0, 1]. TRL: 1."""
+    lam: float = 0.95
+    """lambda of generalised advantage estimation, in [0, 1]. TRL: 0.95."""
+    missing_eos_penalty: float = 1.0
+    """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
+    eval_updates: int | Auto = "auto"
+    """PPO updates between evaluations, > 0; one is also made at the end."""
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
+            f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
+        )  # fmt: skip
+        require(
+            not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
+            f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
+        )  # fmt: skip
+
+
+SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=2e-4,
+        reward_model="", reward_learning_rate=1e-3, sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, total_episodes=1920,
+        rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=15, per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+    ),
+    # RFT paper, Sec. 5.1 and App. C: rates, window, batch 8 (two devices with 4), also of PPO; 35,000 answers are the 17,500
+    # policy steps of Fig. 2, if a step is one of the optimizer: 4 for every 8 answers. Answers up to 256, rate of SFT: ours
+    "pythia": dict(
+        dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
+        reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8,
+        total_episodes=35_000, rollout_batch_size=8, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=4,
+        per_device_eval_batch_size=32,
+    ),
+    "other": dict(  # ours, since the paper has Alg. 1 on pythia alone; batch 16 is that of its 7B runs, as many steps as above
+        dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
+        reward_model="", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=16,
+        total_episodes=70_000, rollout_batch_size=16, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=2,
+        per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
+
+METRICS = {  # name -> meaning, unit, range
+    "sft/loss": "NLL, nats per response token, of --sft-epochs",
+    "reward/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
+    "reward/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
+    "reward/margin": "mean of r(demonstration) - r(answer), reward units; rises",
+    "reward/demonstrations": "mean reward of the demonstrations in the batch",
+    "reward/answers": "mean reward of the policy's answers in the batch",
+    "eval/reward/center": "what was subtracted so that held-out demonstrations average 0",
+    "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
+    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
+    "objective/non_score_reward": "-beta objective/kl",
+    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
+    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
+    "loss/value_avg": "clipped value loss, the same mean",
+    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
+    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
+    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
+    "val/ratio": "mean probability ratio; 1 at the first step of an update",
+    "val/clipfrac_avg": "share of tokens whose value is clipped",
+    "val/explained_variance": "1 - Var(return - value) / Var(return) over response tokens; at most 1",
+    "val/num_eos_tokens": "answers that ended in EOS",
+    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
+    "completions/mean_length": "tokens of the answers, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    **evals.EVAL_METRICS,
+    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+}
 
 
 if __name__ == "__main__":

@@ -971,3 +971,30 @@ def read_pairs(path: Path) -> list[dict]:
             f"{path}: found no readable Parquet ({reason}); if a run wrote it, delete it and --resume the run: it makes the file"
             " again, or says that it cannot"
         ) from None
+
+
+def pair_rows(tokenizer, rows: list[dict], rollout, iteration: int) -> list[dict]:
+    """(demonstration, answer) of every row, as generations/iter_<t>.parquet keeps them: texts, token ids, whether each ended.
+
+    rollout: the policy's answers to the rows' prompts in an outer iteration.
+    """
+    return [
+        {
+            "row": r["row"], "iteration": iteration, "prompt": r["prompt"],
+            "prompt_text": r["prompt_text"], "chosen": r["response_text"],
+            "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
+            "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
+            "chosen_finished": r.get("response_finished", True),
+        }
+        for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
+    ]  # fmt: skip
+
+
+def row_length(row: dict) -> int:
+    """Tokens of a demonstration."""
+    return len(row["prompt_ids"]) + len(row["response_ids"])
+
+
+def pair_length(pair: dict) -> int:
+    """Tokens of the longer sequence of a pair."""
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))

@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import torch
@@ -782,8 +782,18 @@ class Run:
             project.logging_dir = str(self.dir)
             kept = tracker_settings(args.report_to, self.dir) if self.is_main else {}
             self.accelerator.init_trackers("cleanirl", config=flat_config(args), init_kwargs=kept)
+        self.position: dict = {"outer_iteration": 0, "step": 0}  # optimizer steps that are done; the loops' own counts
+        self.update: dict[str, int] = {}  # the update in progress, as its row of metrics names it
         self.saved, self.last_step = "", 0  # position of the last checkpoint; step of the last row of metrics
         self.seconds: dict[str, float] = {}
+
+    @staticmethod
+    def print_plan(args: BaseArgs, script: str, *lines: str) -> None:
+        """--dry-run: print what would run, and the memory it would take."""
+        from common.memory import print_memory_plan  # it imports this file
+
+        print(f"{script} --dry-run: model {args.model}, {lines[0]}", *lines[1:], sep="\n  ")
+        print_memory_plan(args)
 
     # ---- directory ----
     def _make_directory(self) -> None:
@@ -845,7 +855,7 @@ class Run:
             terminal.tell(f"{signal.Signals(number).name}: stopped{Run.hint and f';{Run.hint}'}", 1)
         terminal.leave(number)
 
-    def stop_if_asked(self, position: dict) -> None:
+    def stop_if_asked(self, position: dict | None = None) -> None:
         """After a signal on any rank: write a checkpoint and exit on all ranks, with status 128 + its number."""
         asked = torch.tensor([float(self.stop_signal == n) for n in terminal.SIGNALS], device=self.accelerator.device)
         asked = self.accelerator.reduce(asked).tolist()
@@ -883,6 +893,14 @@ class Run:
                 f"found eval/nll {nll} on held-out rows, expected a finite number: the model has diverged; it is not saved"
             )
 
+    def log_update(self, row: dict[str, float], count: int = 0, **axis: int) -> None:
+        """Log the row of the update in progress, of every --logging-steps-th one.
+
+        count: number of the update, from 1; by default its number within the phase.
+        """
+        if (count or self.update["count"]) % self.args.logging_steps == 0:
+            self.log(row, step=self.update["step"], outer_iteration=self.update["outer_iteration"], **axis)
+
     def logged(self) -> list[dict]:
         """Rows of metrics.jsonl so far."""
         path = self.dir / "metrics.jsonl"
@@ -905,6 +923,41 @@ class Run:
             row |= {part: round(value, 3) for part, value in parts.items()}
             with open(self.dir / "timing.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
+
+    def updates(
+        self, name: str, batches: list, outer_iteration: int = 0, first: int = 0, per_update: int = 1,
+        evaluate: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, Any]]:  # fmt: skip
+        """Loop over the updates of a training phase: yield (k, batch) for those that a resumed run has not done yet.
+
+        After the loop's body the position moves to the end of the update, a checkpoint is written where one is due, the run
+        stops if a signal has asked for it, and progress advances. A checkpoint is due every --save-steps optimizer steps and
+        at the end of the phase.
+
+        first: optimizer steps of the run before this phase. per_update: optimizer steps of one update.
+        evaluate: is called with the number of updates done, before the first one of the run, every --eval-updates updates
+        and after the last one.
+        """
+        save_every = max(1, self.args.save_steps // per_update)
+        with self.phase(name, len(batches), updates=True, outer_iteration=outer_iteration) as advance:
+            for k, batch in enumerate([*batches, None] if evaluate else batches):
+                if first + k * per_update < self.position["step"]:
+                    advance(1)
+                    continue
+                if evaluate and (k == len(batches) or (k % self.args.eval_updates == 0 and (k or not outer_iteration))):
+                    self.save_checkpoint()  # an evaluation is long, and a stop in it would lose what is not saved
+                    with self.timed("evaluate"):
+                        evaluate(k)
+                if k == len(batches):
+                    break
+                step = first + (k + 1) * per_update
+                self.update = {"count": k + 1, "step": step, "outer_iteration": outer_iteration}
+                yield k, batch
+                self.position.update(outer_iteration=outer_iteration, step=step)
+                if (k + 1) % save_every == 0 or k + 1 == len(batches):
+                    self.save_checkpoint()
+                self.stop_if_asked()
+                advance(1)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -983,6 +1036,21 @@ class Run:
                     write_pairs(path, [{"key": k, "value": v} for k, v in known.items()])
         return [known[key] for key in keys]
 
+    def stored(self, path: Path, make: Callable[[], list[dict]], since: int | None = None) -> list[dict]:
+        """Rows of a Parquet file of this run; if it is not there, made by make() in all ranks together and written by rank 0.
+
+        since: optimizer step from which the run trains on them. UserError if it is past that step and the file is gone.
+        """
+        if not path.exists():
+            if since is not None and self.position["step"] > since:
+                raise UserError(f"--resume: found no {path}, expected the rows that the run was already training on")
+            rows = make()
+            if self.is_main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_pairs(path, rows)
+            self.accelerator.wait_for_everyone()
+        return read_pairs(path)
+
     def shared(self, advance: Callable[[int], None]) -> Callable[[int], None]:
         """Progress of work that all ranks share, from this rank's part of it."""
         return lambda n: advance(n * self.world)
@@ -991,6 +1059,18 @@ class Run:
         """Global batches of one epoch over range(n), in the order of (seed, key); the last one may be smaller."""
         order = data_order(n, self.args.seed, *key)
         return [order[i : i + self.args.batch_size] for i in range(0, n, self.args.batch_size)]
+
+    def epochs(self, n: int, epochs: int, *key: int) -> list[list[int]]:
+        """Global batches of several epochs over range(n), each in an order of its own."""
+        return [batch for e in range(epochs) for batch in self.batches(n, *key, e)]
+
+    def prompt_batches(self, n: int, total: int, *key: int) -> list[list[int]]:
+        """Batches of --rollout-batch-size over `total` draws from range(n): every index once before any comes again.
+
+        Each pass over range(n) has an order of its own. The last batch may be smaller.
+        """
+        order = [i for e in range(math.ceil(total / n)) for i in data_order(n, self.args.seed, *key, e)][:total]
+        return [order[i : i + self.args.rollout_batch_size] for i in range(0, total, self.args.rollout_batch_size)]
 
     @names_flag_when_out_of_memory("per_device_train_batch_size")
     def step(
@@ -1077,7 +1157,7 @@ class Run:
         found = sorted(p for p in (self.dir / "checkpoint").iterdir() if not p.name.startswith("."))
         return found[-1] if found else None
 
-    def save_checkpoint(self, position: dict[str, int]) -> None:
+    def save_checkpoint(self, position: dict | None = None) -> None:
         """Models, optimizers, RNG and position under checkpoint/<iteration>_<step>; the two newest are kept.
 
         With LoRA, of a frozen base only what is no longer as it was loaded: of --model itself, nothing.
@@ -1085,7 +1165,7 @@ class Run:
         Everything is written to a temporary folder, listed with its SHA-256, synced, then renamed: a reader sees a whole
         checkpoint or none. A failed write leaves the earlier ones as they were and raises UserError.
         """
-        folder = self.dir / "checkpoint"
+        folder, position = self.dir / "checkpoint", position or self.position
         if self.saved == str(position):
             return
         self.refuse_diverged()
@@ -1129,12 +1209,15 @@ class Run:
             f" last good checkpoint: {self.last_checkpoint() or 'none yet'}; free space, then --resume {self.dir}"
         )
 
-    def load_checkpoint(self) -> dict[str, int] | None:
-        """Load the newest checkpoint that is whole; name and skip those that are not. Returns its position, or None.
+    def load_checkpoint(self) -> dict | None:
+        """With --resume, load the newest checkpoint that is whole; name and skip those that are not. Returns its position.
 
-        metrics.jsonl is cut back to that position. UserError if checkpoints exist and none is whole, or if the newest one was
-        made by another engine, or by ZeRO on another number of processes: its optimizer state is cut up for that number.
+        The run goes on from there, and metrics.jsonl is cut back to it. None if there is nothing to resume. UserError if
+        checkpoints exist and none is whole, or if the newest one was made by another engine, or by ZeRO on another number of
+        processes: its optimizer state is cut up for that number.
         """
+        if not self.args.resume:
+            return None
         self.accelerator.wait_for_everyone()
         found = sorted((p for p in (self.dir / "checkpoint").iterdir() if not p.name.startswith(".")), reverse=True)
         for path in found:
@@ -1167,7 +1250,7 @@ class Run:
                     )
                 os.truncate(metrics, size)
             self.say(f"resumed from {path}")
-            self.saved, self.last_step = str(position), position["step"]
+            self.position, self.saved, self.last_step = position, str(position), position["step"]
             return position
         if found:
             raise UserError(f"--resume: none of the {len(found)} checkpoints in {self.dir / 'checkpoint'} is whole")
