@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import tiny
 from common import UserError, judge, models, rewards
 from common.data import (
     Frame,
@@ -237,7 +238,7 @@ def trained_before(name: str) -> tuple[set[int], list[Path]]:
     keys, without_record, pending, seen = set(), [], [name], set()
     while pending:
         model = pending.pop()
-        if model == "tiny" and not Path(model).is_dir():
+        if tiny.is_tiny(model):
             keys = keys.union(*map(prompt_keys, load_rows("pydoc", "train")))
         folder = Path(model).resolve().parent
         if folder in seen or not Path(model).is_dir():

@@ -3,9 +3,10 @@
 import hashlib
 from pathlib import Path
 
+import tiny
 from common import UserError
-from common.data import DATASETS, pydoc_key
-from common.models import resolve_model, tiny_key
+from common.data import DATASETS
+from common.models import resolve_model
 from common.run import digest, flag
 
 DATA_FLAGS = ("dataset", "preference_dataset", "eval_dataset", "eval_preference_dataset")
@@ -44,13 +45,11 @@ def data_digest(name: str) -> str:
     if path.is_dir():
         files = (p for p in path.rglob("*") if p.suffix in DATA_FILES and not p.name.startswith("cache-"))
         return joined({str(p.relative_to(path)): digest(p) for p in files if p.is_file()})
-    return pydoc_key() if name == "pydoc" else hub_commit("datasets", DATASETS.get(name, (name,))[0])
+    return digest(tiny.DATA) if name == "pydoc" else hub_commit("datasets", DATASETS.get(name, (name,))[0])
 
 
 def model_digest(name: str) -> str:
     """Digest a model's files: all bytes of small ones; the size, the names and shapes, and sampled bytes of weights."""
-    if name == "tiny" and not Path(name).is_dir():
-        return tiny_key()
     path = Path(resolve_model(name))
     if not path.is_dir():
         return hub_commit("models", str(path))

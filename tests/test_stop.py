@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, tldr_rows, weights
 
+import tiny
 from common import UserError, engines, inputs, terminal
 from common.run import Run, broken_seal, lock, new_directory, read_metrics, report_failure, untouched, without_nan
 
@@ -474,6 +475,11 @@ def test_digests_are_of_content(tmp_path, monkeypatch):
     assert inputs.data_digest(str(data)) != first
     args = types.SimpleNamespace(dataset=str(data), eval_dataset="auto", preference_dataset="none", model="a/b")
     assert inputs.digests(args) == {"dataset": inputs.data_digest(str(data))}
+
+
+def test_digests_of_what_is_embedded_are_those_of_its_files():
+    assert inputs.data_digest("pydoc") == inputs.data_digest(str(tiny.DATA))
+    assert inputs.model_digest("tiny") == inputs.model_digest(str(tiny.MODEL))
 
 
 def test_a_stored_file_that_is_not_whole_or_gone_is_named(place):
