@@ -30,6 +30,7 @@ SOURCES = [
     *ROOT.glob("common/*.py"),
     *ROOT.glob("extras/*.py"),
     *ROOT.glob("toy/*.py"),
+    *ROOT.glob("tiny/*.py"),
     *ROOT.glob("benchmark/*.py"),
 ]
 
@@ -143,12 +144,13 @@ def test_the_page_of_a_script_begins_with_usage(script):
 
 
 def test_imports_point_one_way():
-    """Scripts import common; common never imports a script; toy imports nothing of ours outside toy."""
+    """Scripts import common; common never imports a script; toy, and tiny but for what made it, import nothing of ours."""
     scripts = {p.stem for p in ROOT.glob("*.py")}
     for path in ROOT.glob("common/*.py"):
         assert not imported(path) & scripts, path
     for path in ROOT.glob("toy/*.py"):
         assert not imported(path) & (scripts | {"common"}), path
+    assert not imported(ROOT / "tiny" / "__init__.py") & (scripts | {"common", "toy"})
 
 
 def imported(path: Path) -> set[str]:
