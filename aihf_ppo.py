@@ -23,7 +23,7 @@ The paper's run:       accelerate launch aihf_ppo.py --model pythia-1b
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -35,22 +35,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, engines, evals, models, rewards
+from common import UserError, demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
-from common.run import (
-    Auto,
-    Run,
-    RunArgs,
-    data_order,
-    learning_rate_at,
-    main,
-    make_optimizer,
-    parse_args,
-    require,
-    stream_seed,
-)
+from common.run import Run
+from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
+from extras import gold, records, sharding
 
 
 # ---- the maths: SFT, and the reward ----
@@ -151,7 +143,7 @@ class ActorCritic(torch.nn.Module):
         scores = response_logprobs(self.policy, batch, temperature)
         if with_values:
             return scores, self.value(batch, every=True)
-        return scores, engines.zero_of(self.value)
+        return scores, sharding.zero_of(self.value)
 
 
 def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
@@ -239,11 +231,11 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
             prompts = [rows[i]["prompt_ids"] for i in indices]
             rollout = generator.sample(prompts, indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evals.evaluating(reward_model):
+        with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        with run.timed("value"), evals.evaluating(actor_critic.value):
+        with run.timed("value"), sharding.evaluating(actor_critic.value):
             values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
             {
@@ -344,7 +336,7 @@ class AIHF:
         run, args = self.run, self.args
         run.load_checkpoint()
         if args.gold_reward_model and run.position["step"] < self.steps.sft:
-            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
         for t in range(run.position["outer_iteration"], args.T):
@@ -525,7 +517,7 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations, preferences = evals.load_both(args, tokenizer)
+    demonstrations, preferences = demos.load_both(args, tokenizer)
     if args.dry_run:
         n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
         steps, answers = count_steps(n, len(preferences), args), n if args.demo_weight else 0
@@ -538,13 +530,13 @@ def train(args: Args) -> None:
             f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
             f"in all {steps.first(args.T)} optimizer steps",
         )  # fmt: skip
-    held_rows = evals.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
 
     run = Run(args, "aihf_ppo", METRICS)
     if run.finished():
         return
-    aihf = AIHF(run, tokenizer, evals.select_demonstrations(run, demonstrations), preferences, held_rows)
-    evals.record_prompts(run, aihf.demonstrations, preferences)
+    aihf = AIHF(run, tokenizer, demos.select_demonstrations(run, demonstrations), preferences, held_rows)
+    records.record_prompts(run, aihf.demonstrations, preferences)
     steps = aihf.steps
     run.say(
         f"aihf_ppo: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {steps.sft} SFT steps,"
@@ -654,7 +646,7 @@ class Args(RunArgs):
         return any((self.demo_weight, self.sft_epochs, self.select_top_k, self.prompts == "demonstrations"))
 
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
         max_new_tokens=48, learning_rate=2e-4, reward_model="", reward_learning_rate=1e-3, sft_epochs=2,

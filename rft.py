@@ -24,7 +24,7 @@ accelerate launch rft.py --model runs/base/final --max-samples 0 --select-top-k 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -36,22 +36,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, engines, evals, models, rewards
+from common import UserError, demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
-from common.run import (
-    Auto,
-    Run,
-    RunArgs,
-    data_order,
-    learning_rate_at,
-    main,
-    make_optimizer,
-    parse_args,
-    require,
-    stream_seed,
-)
+from common.run import Run
+from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
+from extras import gold, records, sharding
 
 
 # ---- the maths: SFT, and the reward ----
@@ -139,7 +131,7 @@ class ActorCritic(torch.nn.Module):
         scores = response_logprobs(self.policy, batch, temperature)
         if with_values:
             return scores, self.value(batch, every=True)
-        return scores, engines.zero_of(self.value)
+        return scores, sharding.zero_of(self.value)
 
 
 def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
@@ -216,11 +208,11 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
             prompts = [rows[i]["prompt_ids"] for i in indices]
             rollout = generator.sample(prompts, indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evals.evaluating(reward_model):
+        with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        with run.timed("value"), evals.evaluating(actor_critic.value):
+        with run.timed("value"), sharding.evaluating(actor_critic.value):
             values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
             {
@@ -320,7 +312,7 @@ class RFT:
         run, args = self.run, self.args
         run.load_checkpoint()
         if args.gold_reward_model and run.position["step"] < self.steps.sft:
-            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
         for t in range(run.position["outer_iteration"], args.T):
@@ -472,7 +464,7 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations = evals.load_demonstrations(args, tokenizer)
+    demonstrations = demos.load_demonstrations(args, tokenizer)
     if args.dry_run:
         n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
         steps = count_steps(n, args)
@@ -484,13 +476,13 @@ def train(args: Args) -> None:
             f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
             f"in all {steps.first(args.T)} optimizer steps",
         )  # fmt: skip
-    held_rows = evals.load_held_out(args, tokenizer, demonstrations)
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
 
     run = Run(args, "rft", METRICS)
     if run.finished():
         return
-    rft = RFT(run, tokenizer, evals.select_demonstrations(run, demonstrations), held_rows)
-    evals.record_prompts(run, rft.demonstrations)
+    rft = RFT(run, tokenizer, demos.select_demonstrations(run, demonstrations), held_rows)
+    records.record_prompts(run, rft.demonstrations)
     steps = rft.steps
     run.say(
         f"rft: {len(rft.demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K},"
@@ -583,7 +575,7 @@ class Args(RunArgs):
         )  # fmt: skip
 
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=2e-4,
         reward_model="", reward_learning_rate=1e-3, sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, total_episodes=1920,

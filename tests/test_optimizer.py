@@ -14,8 +14,10 @@ import aihf_ppo
 import irl_ppo_tldr
 import rft
 import sft
+from common.args import resolve_auto
 from common.generation import Generator
-from common.run import Run, make_optimizer, resolve_auto
+from common.run import Run
+from common.streams import make_optimizer
 
 RATE, STEPS = 1e-3, 60
 

@@ -8,8 +8,9 @@ import pytest
 
 import sft
 from common import UserError
-from common.data import read_pairs
-from common.run import Run, resolve_auto
+from common.args import resolve_auto
+from common.run import Run
+from common.store import read_pairs
 
 
 @pytest.fixture
