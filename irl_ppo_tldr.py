@@ -20,6 +20,8 @@ The paper's run, with the expert's weights in DIR (docs/irl_ppo_tldr.md):
 accelerate launch irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR --eval-preference-dataset tldr-preferences
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     from extras import terminal
 
@@ -36,34 +38,474 @@ from torch import Tensor
 
 from common import UserError, demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
-from common.data import Frame, collate, encode, end_of_turn, pad_right, tokenise
+from common.data import Frame, collate, encode, end_of_turn, pad_right, pair_length, pair_rows, row_length, tokenise
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.run import Run
-from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, memory, records, sharding
+from extras import gold, records, sharding
 
-SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=960, prompts="demonstrations", eval_samples=200, max_length=208, max_new_tokens=48,
-        learning_rate=1e-4, reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, eval_temperature=0.7,
-        total_episodes=1024, rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=8,
-        per_device_train_batch_size=32, per_device_eval_batch_size=64,
-    ),
-    "pythia": dict(  # IRL paper, App. 8.1; the rates, which its text lost, and what else it leaves open are those of N+
-        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
-        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
-        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
-        per_device_train_batch_size=8, per_device_eval_batch_size=32,
-    ),
-    "other": dict(
-        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
-        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
-        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
-        per_device_train_batch_size=4, per_device_eval_batch_size=16,
-    ),
-}  # fmt: skip
+
+# ---- the maths: SFT, and the reward ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
+
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
+
+
+def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
+    """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
+
+    linear:   -(r(x, y) - r(x, y~)) / beta, whose gradient is -g_{t,k} (RFT paper, Alg. 1 and Eq. 13).
+    logistic: -log sigmoid(r(x, y) - r(x, y~)) (IRL paper, Eq. 11): the same direction, bounded.
+    ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = demonstration_scores - answer_scores
+    return -F.logsigmoid(d) if kind == "logistic" else -d / beta
+
+
+# ---- the maths: PPO. Tensors (B, S), aligned to the response; mask is True through EOS (tokens) or one beyond (steps) ----
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """-beta (log pi - log pi_ref) at every token, plus the score (B,) at the last one. Sums to r - beta log pi/pi_ref."""
+    last = mask.long().cumsum(-1) == mask.sum(-1, keepdim=True)
+    penalised = -beta * (logprobs - ref_logprobs) + torch.where(last, scores[:, None], torch.zeros_like(logprobs))
+    return torch.where(mask, penalised, torch.zeros_like(penalised))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), no gradient. A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
+
+    Schulman et al., arXiv:1506.02438, Eq. 16. The value after the last token is 0. Zero outside the mask.
+    """
+    values, rewards = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, rewards))
+    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = delta + gamma * lam * following
+        advantages[:, t] = following
+    return torch.where(mask, advantages, torch.zeros_like(values)), torch.where(
+        mask, advantages + values, torch.zeros_like(values)
+    )
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """x shifted and scaled to mean 0 and variance 1 over all True positions; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), torch.zeros_like(x))
+
+
+def rescale(x: Tensor, mask: Tensor) -> Tensor:
+    """x scaled to variance 1 over all True positions about its mean, which stays; 0 elsewhere (N+ 24)."""
+    return torch.where(mask, whiten(x, mask) + masked_mean(x, mask), torch.zeros_like(x))
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) at every token, rho = pi / pi_old; 0 outside the mask.
+
+    Schulman et al., arXiv:1707.06347, Eq. 7. Gradient through `logprobs` alone.
+    """
+    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs)))
+    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+    return torch.where(mask, losses, torch.zeros_like(losses))
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
+    """max((V - R)^2, (clip(V, V_old +- eps) - R)^2) / 2 at every token; 0 outside the mask. N+ details. Gradient through V."""
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    losses = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return torch.where(mask, losses, torch.zeros_like(losses))
+
+
+# ---- what is scored, by which model ----
+class ActorCritic(torch.nn.Module):
+    """Policy and value model in one module: one optimizer, one backward pass."""
+
+    def __init__(self, policy, value):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def forward(self, batch, temperature: float = 1.0, with_values: bool = True):
+        """(ResponseScores of the policy, values (B, T)). Without values a 0 that touches the value's weights, for DDP."""
+        scores = response_logprobs(self.policy, batch, temperature)
+        if with_values:
+            return scores, self.value(batch, every=True)
+        return scores, sharding.zero_of(self.value)
+
+
+def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, and of their queries where --sft-tokens says so, times scale -> ((B,), {})."""
+    batch = collate([learned_tokens(r, args) for r in rows], pad_token_id=0).to(device)
+    scores, nothing = actor_critic(batch, with_values=False)
+    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
+
+
+def learned_tokens(row: dict, args: Args) -> tuple[list[int], list[int]]:
+    """(context, what SFT learns to say after it): the query's first token has no context to be learned from."""
+    query, response = row["prompt_ids"], row["response_ids"]
+    return (query, response) if args.sft_tokens == "response" else (query[:1], query[1:] + response)
+
+
+def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """reward_loss of (demonstration, answer) pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
+    losses = reward_loss(chosen, rejected, args.beta, args.reward_loss)
+    with torch.no_grad():
+        count = chosen.new_tensor(len(pairs))
+        stats = {
+            "reward/accuracy": (((chosen > rejected) + 0.5 * (chosen == rejected)).sum(), count),
+            "reward/margin": ((chosen - rejected).sum(), count),
+            "reward/demonstrations": (chosen.sum(), count),
+            "reward/answers": (rejected.sum(), count),
+        }
+    return losses, stats
+
+
+def ppo_batch_loss(
+    actor_critic, rows: list[dict], args: Args, device, scale: tuple[float, float], policy_weight: float = 1.0
+) -> tuple[Tensor, dict]:
+    """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
+
+    scale: answers over response tokens, and over steps, of the whole minibatch, so that the mean over answers is the mean over
+    its tokens for the policy, over its steps for the value. policy_weight: 0 while the value model learns alone.
+    """
+    sequences = [with_last_step(r["prompt_ids"], r["response_ids"], args) for r in rows]
+    batch = collate(sequences, pad_token_id=0).to(device)
+    steps = batch.response_mask
+    lengths = torch.tensor([len(r["response_ids"]) for r in rows], device=device)
+    mask = torch.arange(steps.shape[1], device=device) < lengths[:, None]
+    scores, values = actor_critic(batch, args.temperature)
+    old_logprobs, old_values, advantages, returns = (
+        pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
+    )
+    pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
+    vf = value_loss(values, old_values, returns, steps, args.cliprange_value)
+    losses = policy_weight * masked_sum(pg, mask) * scale[0] + args.vf_coef * masked_sum(vf, steps) * scale[1]
+    with torch.no_grad():
+        logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
+        ratio, tokens = logratio.exp(), mask.sum()
+        stats = {
+            "loss/policy_avg": (pg.sum(), tokens),
+            "loss/value_avg": (vf.sum(), steps.sum()),
+            "policy/approxkl_avg": (0.5 * (logratio**2).sum(), tokens),
+            "policy/clipfrac_avg": ((((ratio - 1).abs() > args.cliprange) & mask).sum(), tokens),
+            "policy/entropy_avg": (masked_sum(scores.entropy, mask).sum(), tokens),
+            "val/ratio": (masked_sum(ratio, mask).sum(), tokens),
+            "val/clipfrac_avg": ((((values - old_values).abs() > args.cliprange_value) & steps).sum(), steps.sum()),
+            "sampling/logp_difference": (logratio.abs().sum(), tokens),
+        }
+    return losses, stats
+
+
+def with_last_step(query: list[int], response: list[int], args: Args) -> tuple[list[int], list[int]]:
+    """(query, steps): the answer and, where there is room, one token that nothing reads, for the value after EOS (N+ 20, 23)."""
+    return query, (response + response[-1:])[: args.max_new_tokens]
+
+
+def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
+    """The rows' lists of that name as (B, S), 0 beyond each; S as the rows' values have it. Type and device of `like`."""
+    width = max(len(r["values"]) for r in rows)
+    return pad_right([r[name] + [0.0] * (width - len(r[name])) for r in rows], 0.0, like.dtype).to(like.device)
+
+
+# ---- a PPO update: answers, advantages, optimizer steps ----
+def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
+    """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
+
+    The policy's log-probs are those it was sampled with. reference() is a context that yields the reference policy.
+    """
+    args = run.args
+
+    def work(indices: list[int]) -> list[dict]:
+        with run.timed("sample"):
+            prompts = [rows[i]["prompt_ids"] for i in indices]
+            rollout = generator.sample(prompts, indices, seed, args.temperature)
+        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
+        with run.timed("score"), sharding.evaluating(reward_model):
+            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
+        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
+            ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
+        stepped = [with_last_step(x, y, args) for x, y in sequences]
+        with run.timed("value"), sharding.evaluating(actor_critic.value):
+            values = run.score_batches(stepped, lambda batch: actor_critic.value(batch, every=True).tolist())
+        return [
+            {
+                "prompt_ids": x, "response_ids": y, "finished": done, "logprobs": logp, "ref_logprobs": ref_logp,
+                "values": value[: len(steps)], "score": score if done else args.missing_eos_score,
+            }
+            for (x, y), (_, steps), done, logp, score, (_, ref_logp), value in zip(
+                sequences, stepped, rollout.finished, rollout.logprobs, scores, ref, values, strict=True
+            )
+        ]  # fmt: skip
+
+    return run.map_rows(len(rows), work)
+
+
+def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
+    """Put advantages (whitened over all answers) and returns into the rollouts -> metrics of the batch."""
+    like = torch.zeros((), dtype=torch.float64)
+    logprobs, ref_logprobs, values = (pad(rollouts, name, like) for name in ("logprobs", "ref_logprobs", "values"))
+    lengths, steps = (torch.tensor([len(r[name]) for r in rollouts]) for name in ("response_ids", "values"))
+    columns = torch.arange(values.shape[1])
+    tokens, steps = columns < lengths[:, None], columns < steps[:, None]
+    scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
+    rewards_of_steps = token_rewards(scores, logprobs, ref_logprobs, steps, args.beta)
+    if args.whiten_rewards:
+        rewards_of_steps = rescale(rewards_of_steps, steps)
+    advantages, returns = gae(rewards_of_steps, values, steps, args.gamma, args.lam)
+    whitened = whiten(advantages, tokens)  # of the tokens alone: after EOS nothing is chosen
+    lists = zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True)
+    for r, a, g, n in lists:
+        r["advantages"], r["returns"] = a[:n], g[: len(r["values"])]
+    kl = masked_sum(logprobs - ref_logprobs, tokens).mean()
+    error, returned = (returns - values)[steps], returns[steps]
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/kl": kl.item(),
+        "objective/non_score_reward": -args.beta * kl.item(),
+        "objective/rlhf_reward": (scores.mean() - args.beta * kl).item(),
+        "val/explained_variance": (1 - error.var() / returned.var().clamp(min=1e-12)).item(),
+        "val/num_eos_tokens": sum(r["finished"] for r in rollouts),
+        "completions/mean_length": lengths.double().mean().item(),
+        "completions/clipped_ratio": 1 - sum(r["finished"] for r in rollouts) / len(rollouts),
+    }
+
+
+def ppo_update(
+    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
+) -> dict[str, float]:
+    """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
+    args, steps = run.args, []
+    for epoch in range(args.num_ppo_epochs):
+        order = data_order(len(rollouts), args.seed, *key, epoch)
+        size = math.ceil(len(rollouts) / args.num_mini_batches)
+        for begin in range(0, len(order), size):
+            rows = [rollouts[i] for i in order[begin : begin + size]]
+            scale = tuple(len(rows) / sum(len(r[name]) for r in rows) for name in ("response_ids", "values"))
+
+            def loss_fn(part, scale=scale):
+                return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
+
+            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
+            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
+            first = steps[0]["sampling/logp_difference"]
+            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
+                raise UserError(
+                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
+                    " expected rounding: the policy that is trained is not the one that answered"
+                )
+    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
+    return {**row, "sampling/logp_difference": first}
+
+
+# ---- the loop: Algorithm 1 ----
+SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
+
+
+class IRL:
+    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
+
+    def __init__(self, run: Run, tokenizer, demonstrations, prompts, held_rows, preferences):  # lists of rows
+        args = run.args
+        self.run, self.args, self.tokenizer = run, args, tokenizer
+        self.demonstrations, self.prompts, self.held_rows, self.held = demonstrations, prompts, held_rows, None
+        self.preferences = preferences
+        self.method, self.paper = "IRL", "arXiv:2503.13538, Alg. 1"
+        self.steps = count_steps(len(demonstrations), args)
+        policy = models.autocast_forward(run, models.prepare_policy(args))
+        value, reward_model = (
+            models.autocast_forward(run, rewards.prepare_scalar(args, args.model, "--model")) for _ in range(2)
+        )
+        adam = dict(eps=args.adam_epsilon, weight_decay=args.weight_decay)
+        self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
+            ActorCritic(policy, value), make_optimizer(args.optimizer, policy.parameters(), value.parameters(), **adam),
+            reward_model, make_optimizer(args.optimizer, reward_model.parameters(), **adam),
+        )  # fmt: skip
+        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
+        self.generator = make_generator(run, self.bare.policy, tokenizer)
+        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
+
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        run.load_checkpoint()
+        if args.gold_reward_model and run.position["step"] < self.steps.sft:
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
+        self.warm_start()
+        self.held = evals.prepare_held_out(
+            run, self.bare.policy, self.generator, self.held_rows, self.tokenizer, args.eval_temperature
+        )
+        for t in range(run.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
+
+    def warm_start(self) -> None:
+        """The SFT policy from --model. Kept in sft/ as reference, as start of every reward, and for comparison."""
+        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
+        self.actor_critic.train()
+        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
+        for k, batch in run.updates("SFT", batches):
+            rows = [self.demonstrations[i] for i in batch]
+            scale = len(rows) / sum(len(learned_tokens(r, args)[1]) for r in rows)
+            loss_fn = lambda part, scale=scale: sft_batch_loss(self.actor_critic, part, args, device, scale)  # noqa: E731
+            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio, "cosine")
+            rates = (lr, 0.0)  # the value model rests
+            row = run.step(self.actor_critic, self.optimizer, rows, loss_fn, row_length, rates, "sft_learning_rate")
+            run.log_update({"sft/loss": row.pop("loss"), **row})
+        if total and run.position["step"] == total:
+            card = run.model_card("SFT", "arXiv:2503.13538, Sec. 6.1")
+            run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
+
+    def sample_pairs(self, t: int) -> list[dict]:
+        """Alg. 1, data sample: (expert's, policy's) summaries of every demonstration's post, read if already made."""
+        run, args, rows = self.run, self.args, self.demonstrations
+
+        def make() -> list[dict]:
+            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
+                seed = stream_seed(args.seed, t, PAIRS)
+                temperature = args.temperature if args.negatives == "sampled" else args.greedy_temperature
+                rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
+            return pair_rows(self.tokenizer, rows, rollout, t)
+
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
+
+    def start_reward(self, t: int) -> None:
+        """theta_{t,0}: made anew from the SFT policy, or carried over."""
+        args = self.args
+        if args.reward_init == "previous" and t > 0:
+            return
+        torch.manual_seed(args.seed)  # LoRA's first weights
+        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, self.sft_policy, "--model"))
+        self.reward_optimizer.state.clear()
+
+    def reward_step(self, t: int) -> None:
+        """Alg. 1, reward optimization: gradient steps on the pairs; then the reward is normalised and measured."""
+        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
+        pairs = self.sample_pairs(t)
+        if args.pairs == "accumulated":
+            pairs = [p for i in range(t) for p in self.sample_pairs(i)] + pairs
+        if run.position["step"] <= first:
+            self.optimizer.state.clear()  # D3; and its memory, until PPO
+            self.start_reward(t)
+        self.reward_model.train()
+        loss_fn = lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device)  # noqa: E731
+        batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
+        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
+            rows = [pairs[i] for i in batch]
+            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio, "cosine")
+            row = run.step(
+                self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
+            )
+            run.log_update({"reward/loss": row.pop("loss"), **row})
+        if run.position["step"] == end:
+            row = self.normalise(t)
+            row |= evals.evaluate_reward(run, self.bare_reward, self.held, t)
+            row |= evals.evaluate_preferences(run, self.bare_reward, self.preferences, t)
+            run.log(row, step=end, outer_iteration=t)
+
+    def normalise(self, t: int) -> dict[str, float]:
+        """N+ 9: the demonstrations' scores get mean 0, and with mean_std deviation 1 -> {metric: value}."""
+        run, kind = self.run, self.args.reward_normalisation
+        sequences = [(d["prompt_ids"], d["response_ids"]) for d in self.demonstrations]
+        with run.phase(f"reward {t} on demonstrations", len(sequences), outer_iteration=t) as advance:
+            scores = torch.tensor(evals.sequence_scores(run, self.bare_reward, sequences, advance), dtype=torch.float64)
+        std = scores.std(correction=0).item()
+        if kind != "none":
+            with sharding.whole(self.bare_reward, cast=False):
+                self.bare_reward.normalise(scores.mean().item(), std if kind == "mean_std" else 1.0)
+                run.load_weights(self.reward_model, self.bare_reward)
+        center = self.bare_reward.center.item()
+        return {"eval/reward/center": center, "eval/reward/scale": 1.0 if kind == "mean_std" else std}
+
+    def start_policy(self, t: int) -> str:
+        """Before PPO: value from reward (N+ 12). Returns the reference's model or folder."""
+        run, args = self.run, self.args
+        previous = args.ref == "previous" and t > 0
+        if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
+            if previous:
+                card = run.model_card(self.method, self.paper)
+                run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
+            run.load_weights(self.actor_critic, self.bare_reward, "value")
+        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
+
+    def policy_step(self, t: int) -> None:
+        """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
+        run, args, steps = self.run, self.args, self.steps
+        reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
+        initial = reference if source == self.sft_policy else None
+        warmup = int(steps.updates * args.value_warmup_ratio)  # D2
+        batches = run.prompt_batches(len(self.prompts), steps.updates * args.rollout_batch_size, t, PPO)
+        self.actor_critic.train()
+        for u, batch in run.updates(
+            f"iteration {t}: PPO", batches, t, steps.policy(t), steps.per_update,
+            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
+        ):  # fmt: skip
+            rows = [self.prompts[i] for i in batch]
+            seed = stream_seed(args.seed, t, PPO, u)
+            rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+            run.stop_if_asked()
+            row = add_advantages(rollouts, args)
+            with run.timed("update"):
+                if u == warmup:
+                    self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
+                after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
+                lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
+                row |= ppo_update(
+                    run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
+                )
+            run.log_update(row, episodes=(t * steps.updates + u + 1) * args.rollout_batch_size)
+
+    def measure(self, t: int, updates: int, reference=None) -> None:
+        """Evaluation of the policy after so many PPO updates; for a KL against the initial policy, loaded unless it is given."""
+        run, initial = self.run, None
+        if self.args.eval_temperature == 1.0:
+            initial = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
+        row = evals.evaluate(
+            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, initial, updates,
+            self.bare_reward, temperature=self.args.eval_temperature,
+        )  # fmt: skip
+        episodes = updates * self.args.rollout_batch_size
+        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+
+
+# ---- the plan: numbers of optimizer steps, known before anything runs ----
+@dataclass
+class Steps:
+    sft: int
+    reward: list[int]  # reward steps of each outer iteration
+    updates: int  # PPO updates in one outer iteration
+    per_update: int  # optimizer steps of one PPO update
+
+    def K(self, t: int) -> int:
+        """Reward steps in outer iteration t."""
+        return self.reward[t]
+
+    def first(self, t: int) -> int:
+        """Optimizer steps before outer iteration t."""
+        return self.sft + sum(self.K(i) + self.updates * self.per_update for i in range(t))
+
+    def policy(self, t: int) -> int:
+        """Optimizer steps before the policy step of outer iteration t."""
+        return self.first(t) + self.K(t)
+
+
+def count_steps(n: int, args: Args) -> Steps:
+    """Steps for n demonstrations; the last batch of an epoch may be smaller."""
+    kept = [t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)]  # iterations whose pairs are used
+    reward = [args.num_train_epochs * math.ceil(n * k / args.batch_size) for k in kept]
+    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
+    sft = args.sft_epochs * math.ceil(n / args.batch_size)
+    return Steps(sft, reward, updates, args.num_ppo_epochs * args.num_mini_batches)
+
+
+# ---- the text of TL;DR ----
 TLDR_TEMPLATE = (  # of the saved tokenizers: other scripts then ask as this one does; their completions need a leading space
     "{% set text = messages[-1]['content'] %}{% if 'POST: ' in text and text.endswith('\n\nTL;DR:') %}{{ text }}"
     "{% else %}{{ 'POST: ' + text + '\n\nTL;DR:' }}{% endif %}"
@@ -71,6 +513,108 @@ TLDR_TEMPLATE = (  # of the saved tokenizers: other scripts then ask as this one
 COMPARISON_TOKENS = 169  # N+: the longest summary in people's comparisons, EOS included
 
 
+def split_query(prompt, where: str) -> tuple[str, str, str]:
+    """(what precedes the post, the post, what follows). A prompt that has not the form of TL;DR is itself the post."""
+    if isinstance(prompt, list):
+        require(len(prompt) == 1, where, f"a prompt of {len(prompt)} turns", "one text to summarise")
+        prompt = prompt[0]["content"]
+    head, mark, rest = prompt.partition("POST: ")
+    if mark and rest.endswith("\n\nTL;DR:"):
+        return head + mark, rest.removesuffix("\n\nTL;DR:"), "\n\nTL;DR:"
+    return "POST: ", prompt, "\n\nTL;DR:"
+
+
+def fit_query(prompt, tokenizer, longest: int, where: str = "dataset") -> str:
+    """The query, its post cut at its last line break, or by one character, until the whole has `longest` tokens (N+ 1)."""
+    head, post, tail = split_query(prompt, where)
+    while post and len(tokenise(tokenizer, [head + post + tail])[0]) > longest:
+        cut = post.rfind("\n")
+        post = post[:cut] if cut >= 0 else post[:-1]
+    return head + post + tail
+
+
+def tldr_frame(tokenizer) -> Frame:
+    """A space before the summary, and EOS after it."""
+    return Frame(lead=" ", end=end_of_turn(tokenizer))
+
+
+def encode_tldr(
+    rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset", **how
+) -> list[dict]:
+    """data.encode in the form of TL;DR: the bare query, and " " + summary + EOS cut to max_length - max_prompt_length (N+ 1).
+
+    The leading space makes text and tokens the same whether query and summary are tokenised together or apart. `prompt`
+    stays as it came. how: more of encode's arguments.
+    """
+
+    def render(_, prompt) -> str:
+        return fit_query(prompt, tokenizer, max_prompt_length, flag.removeprefix("--"))
+
+    longest = max_length - max_prompt_length
+    how["longest_response"] = min(longest, how.get("longest_response") or longest)
+    texts = ("response", "chosen", "rejected")
+    stripped = [{k: v.strip() if k in texts and v else v for k, v in row.items()} for row in rows]
+    frame = tldr_frame(tokenizer)
+    return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, frame=frame, **how)
+
+
+def expert_rows(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
+    """gold.expert_rows in the form of TL;DR: the expert reads the same query."""
+    args = run.args
+    return gold.expert_rows(
+        run, tokenizer, rows, args.greedy_temperature, lambda _: args.max_new_tokens, tldr_frame(tokenizer),
+        lambda _, row: row["prompt_text"],
+    )  # fmt: skip
+
+
+# ---- a run, from data to the saved models ----
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    tokenizer.chat_template = TLDR_TEMPLATE
+    if args.expert_model:
+        models.load_tokenizer(args, args.expert_model, "--expert-model")
+    demonstrations = prompts = demos.load_demonstrations(args, tokenizer, encode_tldr)
+    if args.dry_run:
+        n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
+        steps, expert = count_steps(n, args), args.expert_model or "the data set's own summaries"
+        reward_steps = f"{steps.K(0)} to {steps.K(args.T - 1)}" if args.pairs == "accumulated" else steps.K(0)
+        return Run.print_plan(
+            args, "irl_ppo_tldr", f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
+            f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
+            f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",
+            f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
+            f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
+            f"in all {steps.first(args.T)} optimizer steps",
+        )  # fmt: skip
+    if args.prompts == "all":
+        prompts = demos.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
+    held_rows = demos.load_held_out(args, tokenizer, prompts, encode=encode_tldr)
+    longer = dataclasses.replace(args, max_length=args.max_prompt_length + COMPARISON_TOKENS)
+    preferences = demos.load_eval_preferences(longer, tokenizer, encode_tldr)
+
+    run = Run(args, "irl_ppo_tldr", METRICS)
+    if run.finished():
+        return
+    demonstrations = demos.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
+    posts = demonstrations if args.prompts == "demonstrations" else prompts
+    irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
+    records.record_prompts(run, demonstrations, posts)
+    steps = irl.steps
+    run.say(
+        f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {steps.sft} SFT steps,"
+        f" T = {args.T}, K = {steps.K(0)}, {steps.updates} PPO updates of {args.rollout_batch_size} answers,"
+        f" {run.world} process(es), {run.dir}"
+    )
+    irl.learn()
+    reward_path = rewards.save_reward(run, irl.reward_model, irl.method, irl.paper, "demonstrations")
+    card = run.model_card(irl.method, irl.paper)
+    path = run.save_final(irl.actor_critic, tokenizer, card, part="policy")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", irl.method)
+    run.say(f"model: {path}   reward model: {reward_path}")
+    run.end()
+
+
+# ---- what flags mean and what is logged ----
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 2
@@ -176,7 +720,27 @@ class Args(RunArgs):
         require(self.template == "auto", "template", self.template, "auto: the text of TL;DR is the one template here")
 
 
-SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=960, prompts="demonstrations", eval_samples=200, max_length=208, max_new_tokens=48,
+        learning_rate=1e-4, reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, eval_temperature=0.7,
+        total_episodes=1024, rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=8,
+        per_device_train_batch_size=32, per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # IRL paper, App. 8.1; the rates, which its text lost, and what else it leaves open are those of N+
+        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
+        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
+        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
+        per_device_train_batch_size=8, per_device_eval_batch_size=32,
+    ),
+    "other": dict(
+        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
+        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
+        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
+        per_device_train_batch_size=4, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
 
 METRICS = {  # name -> meaning, unit, range
     "sft/loss": "NLL, nats per token that --sft-tokens names, of --sft-epochs",
@@ -209,637 +773,6 @@ METRICS = {  # name -> meaning, unit, range
     **evals.REWARD_METRICS,
     **evals.PREFERENCE_METRICS,
 }
-
-
-# ---- the text of TL;DR ----
-def split_query(prompt, where: str) -> tuple[str, str, str]:
-    """(what precedes the post, the post, what follows). A prompt that has not the form of TL;DR is itself the post."""
-    if isinstance(prompt, list):
-        require(len(prompt) == 1, where, f"a prompt of {len(prompt)} turns", "one text to summarise")
-        prompt = prompt[0]["content"]
-    head, mark, rest = prompt.partition("POST: ")
-    if mark and rest.endswith("\n\nTL;DR:"):
-        return head + mark, rest.removesuffix("\n\nTL;DR:"), "\n\nTL;DR:"
-    return "POST: ", prompt, "\n\nTL;DR:"
-
-
-def fit_query(prompt, tokenizer, longest: int, where: str = "dataset") -> str:
-    """The query, its post cut at its last line break, or by one character, until the whole has `longest` tokens (N+ 1)."""
-    head, post, tail = split_query(prompt, where)
-    while post and len(tokenise(tokenizer, [head + post + tail])[0]) > longest:
-        cut = post.rfind("\n")
-        post = post[:cut] if cut >= 0 else post[:-1]
-    return head + post + tail
-
-
-def tldr_frame(tokenizer) -> Frame:
-    """A space before the summary, and EOS after it."""
-    return Frame(lead=" ", end=end_of_turn(tokenizer))
-
-
-def encode_tldr(
-    rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset", **how
-) -> list[dict]:
-    """data.encode in the form of TL;DR: the bare query, and " " + summary + EOS cut to max_length - max_prompt_length (N+ 1).
-
-    The leading space makes text and tokens the same whether query and summary are tokenised together or apart. `prompt`
-    stays as it came. how: more of encode's arguments.
-    """
-
-    def render(_, prompt) -> str:
-        return fit_query(prompt, tokenizer, max_prompt_length, flag.removeprefix("--"))
-
-    longest = max_length - max_prompt_length
-    how["longest_response"] = min(longest, how.get("longest_response") or longest)
-    texts = ("response", "chosen", "rejected")
-    stripped = [{k: v.strip() if k in texts and v else v for k, v in row.items()} for row in rows]
-    frame = tldr_frame(tokenizer)
-    return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, frame=frame, **how)
-
-
-# ---- the maths: reward ----
-def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
-    """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
-
-    linear:   -(r(x, y) - r(x, y~)) / beta, whose gradient is -g_{t,k} (RFT paper, Alg. 1 and Eq. 13).
-    logistic: -log sigmoid(r(x, y) - r(x, y~)) (IRL paper, Eq. 11): the same direction, bounded.
-    ValueError unless beta > 0.
-    """
-    if beta <= 0:
-        raise ValueError(f"beta must be > 0, got {beta}")
-    d = demonstration_scores - answer_scores
-    return -F.logsigmoid(d) if kind == "logistic" else -d / beta
-
-
-# ---- the maths: PPO. Tensors (B, S), aligned to the response; mask is True through EOS (tokens) or one beyond (steps) ----
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """-beta (log pi - log pi_ref) at every token, plus the score (B,) at the last one. Sums to r - beta log pi/pi_ref."""
-    last = mask.long().cumsum(-1) == mask.sum(-1, keepdim=True)
-    penalised = -beta * (logprobs - ref_logprobs) + torch.where(last, scores[:, None], torch.zeros_like(logprobs))
-    return torch.where(mask, penalised, torch.zeros_like(penalised))
-
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), no gradient. A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
-
-    Schulman et al., arXiv:1506.02438, Eq. 16. The value after the last token is 0. Zero outside the mask.
-    """
-    values, rewards = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, rewards))
-    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = delta + gamma * lam * following
-        advantages[:, t] = following
-    return torch.where(mask, advantages, torch.zeros_like(values)), torch.where(
-        mask, advantages + values, torch.zeros_like(values)
-    )
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """x shifted and scaled to mean 0 and variance 1 over all True positions; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), torch.zeros_like(x))
-
-
-def rescale(x: Tensor, mask: Tensor) -> Tensor:
-    """x scaled to variance 1 over all True positions about its mean, which stays; 0 elsewhere (N+ 24)."""
-    return torch.where(mask, whiten(x, mask) + masked_mean(x, mask), torch.zeros_like(x))
-
-
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> Tensor:
-    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) at every token, rho = pi / pi_old; 0 outside the mask.
-
-    Schulman et al., arXiv:1707.06347, Eq. 7. Gradient through `logprobs` alone.
-    """
-    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs)))
-    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
-    return torch.where(mask, losses, torch.zeros_like(losses))
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
-    """max((V - R)^2, (clip(V, V_old +- eps) - R)^2) / 2 at every token; 0 outside the mask. N+ details. Gradient through V."""
-    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
-    losses = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return torch.where(mask, losses, torch.zeros_like(losses))
-
-
-def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of each response, RFT paper Eq. 1.
-
-    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
-    Returns (B,), nats per response, summed over its tokens.
-    """
-    return -masked_sum(token_logprobs, response_mask)
-
-
-# ---- what is scored, by which model ----
-class ActorCritic(torch.nn.Module):
-    """Policy and value model in one module: one optimizer, one backward pass."""
-
-    def __init__(self, policy, value):
-        super().__init__()
-        self.policy, self.value = policy, value
-
-    def forward(self, batch, temperature: float = 1.0, with_values: bool = True):
-        """(ResponseScores of the policy, values (B, T)). Without values a 0 that touches the value's weights, for DDP."""
-        scores = response_logprobs(self.policy, batch, temperature)
-        if with_values:
-            return scores, self.value(batch, every=True)
-        return scores, sharding.zero_of(self.value)
-
-
-def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations, and of their queries where --sft-tokens says so -> ((B,), {})."""
-    batch = collate([learned_tokens(r, args) for r in rows], pad_token_id=0).to(device)
-    scores, nothing = actor_critic(batch, with_values=False)
-    return nll_loss(scores.logprobs, batch.response_mask) + nothing, {}
-
-
-def learned_tokens(row: dict, args: Args) -> tuple[list[int], list[int]]:
-    """(context, what SFT learns to say after it): the query's first token has no context to be learned from."""
-    query, response = row["prompt_ids"], row["response_ids"]
-    return (query, response) if args.sft_tokens == "response" else (query[:1], query[1:] + response)
-
-
-def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """reward_loss of (demonstration, answer) pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
-    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
-    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
-    losses = reward_loss(chosen, rejected, args.beta, args.reward_loss)
-    with torch.no_grad():
-        count = chosen.new_tensor(len(pairs))
-        stats = {
-            "reward/accuracy": (((chosen > rejected) + 0.5 * (chosen == rejected)).sum(), count),
-            "reward/margin": ((chosen - rejected).sum(), count),
-            "reward/demonstrations": (chosen.sum(), count),
-            "reward/answers": (rejected.sum(), count),
-        }
-    return losses, stats
-
-
-def ppo_batch_loss(
-    actor_critic, rows: list[dict], args: Args, device, scale: tuple[float, float], policy_weight: float = 1.0
-) -> tuple[Tensor, dict]:
-    """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
-
-    scale: answers over response tokens, and over steps, of the whole minibatch, so that the mean over answers is the mean over
-    its tokens for the policy, over its steps for the value. policy_weight: 0 while the value model learns alone.
-    """
-    sequences = [with_last_step(r["prompt_ids"], r["response_ids"], args) for r in rows]
-    batch = collate(sequences, pad_token_id=0).to(device)
-    steps = batch.response_mask
-    lengths = torch.tensor([len(r["response_ids"]) for r in rows], device=device)
-    mask = torch.arange(steps.shape[1], device=device) < lengths[:, None]
-    scores, values = actor_critic(batch, args.temperature)
-    old_logprobs, old_values, advantages, returns = (
-        pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
-    )
-    pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
-    vf = value_loss(values, old_values, returns, steps, args.cliprange_value)
-    losses = policy_weight * masked_sum(pg, mask) * scale[0] + args.vf_coef * masked_sum(vf, steps) * scale[1]
-    with torch.no_grad():
-        logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
-        ratio, tokens = logratio.exp(), mask.sum()
-        stats = {
-            "loss/policy_avg": (pg.sum(), tokens),
-            "loss/value_avg": (vf.sum(), steps.sum()),
-            "policy/approxkl_avg": (0.5 * (logratio**2).sum(), tokens),
-            "policy/clipfrac_avg": ((((ratio - 1).abs() > args.cliprange) & mask).sum(), tokens),
-            "policy/entropy_avg": (masked_sum(scores.entropy, mask).sum(), tokens),
-            "val/ratio": (masked_sum(ratio, mask).sum(), tokens),
-            "val/clipfrac_avg": ((((values - old_values).abs() > args.cliprange_value) & steps).sum(), steps.sum()),
-            "sampling/logp_difference": (logratio.abs().sum(), tokens),
-        }
-    return losses, stats
-
-
-def with_last_step(query: list[int], response: list[int], args: Args) -> tuple[list[int], list[int]]:
-    """(query, steps): the answer and, where there is room, one token that nothing reads, for the value after EOS (N+ 20, 23)."""
-    return query, (response + response[-1:])[: args.max_new_tokens]
-
-
-def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
-    """The rows' lists of that name as (B, S), 0 beyond each; S as the rows' values have it. Type and device of `like`."""
-    width = max(len(r["values"]) for r in rows)
-    return pad_right([r[name] + [0.0] * (width - len(r[name])) for r in rows], 0.0, like.dtype).to(like.device)
-
-
-# ---- the plan: numbers of optimizer steps, known before anything runs ----
-@dataclass
-class Steps:
-    sft: int
-    reward: list[int]  # reward steps of each outer iteration
-    updates: int  # PPO updates in one outer iteration
-    per_update: int  # optimizer steps of one PPO update
-
-    def K(self, t: int) -> int:
-        """Reward steps in outer iteration t."""
-        return self.reward[t]
-
-    def first(self, t: int) -> int:
-        """Optimizer steps before outer iteration t."""
-        return self.sft + sum(self.K(i) + self.updates * self.per_update for i in range(t))
-
-
-def count_steps(n: int, args: Args) -> Steps:
-    """Steps for n demonstrations; the last batch of an epoch may be smaller."""
-    kept = [t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)]  # iterations whose pairs are used
-    reward = [args.num_train_epochs * math.ceil(n * k / args.batch_size) for k in kept]
-    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
-    sft = args.sft_epochs * math.ceil(n / args.batch_size)
-    return Steps(sft, reward, updates, args.num_ppo_epochs * args.num_mini_batches)
-
-
-# ---- rollouts of PPO ----
-def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
-    """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
-
-    The policy's log-probs are those it was sampled with. reference() is a context that yields the reference policy.
-    """
-    args = run.args
-
-    def work(indices: list[int]) -> list[dict]:
-        with run.timed("sample"):
-            prompts = [rows[i]["prompt_ids"] for i in indices]
-            rollout = generator.sample(prompts, indices, seed, args.temperature)
-        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), sharding.evaluating(reward_model):
-            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
-            ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        stepped = [with_last_step(x, y, args) for x, y in sequences]
-        with run.timed("value"), sharding.evaluating(actor_critic.value):
-            values = run.score_batches(stepped, lambda batch: actor_critic.value(batch, every=True).tolist())
-        return [
-            {
-                "prompt_ids": x, "response_ids": y, "finished": done, "logprobs": logp, "ref_logprobs": ref_logp,
-                "values": value[: len(steps)], "score": score if done else args.missing_eos_score,
-            }
-            for (x, y), (_, steps), done, logp, score, (_, ref_logp), value in zip(
-                sequences, stepped, rollout.finished, rollout.logprobs, scores, ref, values, strict=True
-            )
-        ]  # fmt: skip
-
-    return run.map_rows(len(rows), work)
-
-
-def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
-    """Put advantages (whitened over all answers) and returns into the rollouts -> metrics of the batch."""
-    like = torch.zeros((), dtype=torch.float64)
-    logprobs, ref_logprobs, values = (pad(rollouts, name, like) for name in ("logprobs", "ref_logprobs", "values"))
-    lengths, steps = (torch.tensor([len(r[name]) for r in rollouts]) for name in ("response_ids", "values"))
-    columns = torch.arange(values.shape[1])
-    tokens, steps = columns < lengths[:, None], columns < steps[:, None]
-    scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
-    rewards_of_steps = token_rewards(scores, logprobs, ref_logprobs, steps, args.beta)
-    if args.whiten_rewards:
-        rewards_of_steps = rescale(rewards_of_steps, steps)
-    advantages, returns = gae(rewards_of_steps, values, steps, args.gamma, args.lam)
-    whitened = whiten(advantages, tokens)  # of the tokens alone: after EOS nothing is chosen
-    lists = zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True)
-    for r, a, g, n in lists:
-        r["advantages"], r["returns"] = a[:n], g[: len(r["values"])]
-    kl = masked_sum(logprobs - ref_logprobs, tokens).mean()
-    error, returned = (returns - values)[steps], returns[steps]
-    return {
-        "objective/scores": scores.mean().item(),
-        "objective/kl": kl.item(),
-        "objective/non_score_reward": -args.beta * kl.item(),
-        "objective/rlhf_reward": (scores.mean() - args.beta * kl).item(),
-        "val/explained_variance": (1 - error.var() / returned.var().clamp(min=1e-12)).item(),
-        "val/num_eos_tokens": sum(r["finished"] for r in rollouts),
-        "completions/mean_length": lengths.double().mean().item(),
-        "completions/clipped_ratio": 1 - sum(r["finished"] for r in rollouts) / len(rollouts),
-    }
-
-
-def ppo_update(
-    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
-) -> dict[str, float]:
-    """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
-    args, steps = run.args, []
-    for epoch in range(args.num_ppo_epochs):
-        order = data_order(len(rollouts), args.seed, *key, epoch)
-        size = math.ceil(len(rollouts) / args.num_mini_batches)
-        for begin in range(0, len(order), size):
-            rows = [rollouts[i] for i in order[begin : begin + size]]
-            scale = tuple(len(rows) / sum(len(r[name]) for r in rows) for name in ("response_ids", "values"))
-
-            def loss_fn(part, scale=scale):
-                return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
-
-            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
-            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            first = steps[0]["sampling/logp_difference"]
-            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
-                raise UserError(
-                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
-                    " expected rounding: the policy that is trained is not the one that answered"
-                )
-    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
-    return {**row, "sampling/logp_difference": first}
-
-
-def row_length(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["response_ids"])
-
-
-def pair_length(pair: dict) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-
-
-# ---- the algorithm ----
-class IRL:
-    """The parts of a run and Alg. 1's steps over them. Every step skips what a resumed run has done already."""
-
-    def __init__(
-        self,
-        run: Run,
-        tokenizer,
-        demonstrations: list[dict],
-        prompts: list[dict],
-        held_rows: list[dict],
-        preferences: list[dict],
-    ):
-        args = run.args
-        self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.prompts = demonstrations, prompts
-        self.held_rows, self.preferences = held_rows, preferences
-        self.steps = count_steps(len(demonstrations), args)
-        policy = models.autocast_forward(run, models.prepare_policy(args))
-        value, reward_model = (
-            models.autocast_forward(run, rewards.prepare_scalar(args, args.model, "--model")) for _ in range(2)
-        )
-        actor_critic = ActorCritic(policy, value)
-        adam = dict(eps=args.adam_epsilon, weight_decay=args.weight_decay)
-        self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
-            actor_critic, make_optimizer(args.optimizer, policy.parameters(), value.parameters(), **adam),
-            reward_model, make_optimizer(args.optimizer, reward_model.parameters(), **adam),
-        )  # fmt: skip
-        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
-        self.generator = make_generator(run, self.bare.policy, tokenizer)
-        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
-        self.position = {"outer_iteration": 0, "step": 0}
-        self.held = None
-
-    def done(self, t: int, k: int, save: bool) -> None:
-        """One more optimizer step, or PPO update, is done: move the position, save where due, stop where asked."""
-        self.position.update(outer_iteration=t, step=k)
-        if save:
-            self.run.save_checkpoint(self.position)
-        self.run.stop_if_asked(self.position)
-
-    def warm_start(self) -> None:
-        """The SFT policy from --model. Kept in sft/ as reference, as start of every reward, and for comparison."""
-        run, args, total = self.run, self.args, self.steps.sft
-        self.actor_critic.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
-        with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
-            for step, batch in enumerate(batches):
-                if step >= self.position["step"]:
-                    rows = [self.demonstrations[i] for i in batch]
-                    scale = len(rows) / sum(len(learned_tokens(r, args)[1]) for r in rows)
-
-                    def loss_fn(part, scale=scale):
-                        losses, stats = sft_batch_loss(self.actor_critic, part, args, run.accelerator.device)
-                        return losses * scale, stats
-
-                    lr = learning_rate_at(step, total, args.sft_learning_rate, args.warmup_ratio, "cosine")
-                    row = run.step(  # the value model rests
-                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, (lr, 0.0), "sft_learning_rate"
-                    )
-                    if (step + 1) % args.logging_steps == 0:
-                        run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
-                    self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
-                advance(1)
-        if total and self.position["step"] == total:
-            card = run.model_card("SFT", "arXiv:2503.13538, Sec. 6.1")
-            run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
-
-    def sample_pairs(self, t: int) -> list[dict]:
-        """Alg. 1, data sample: (expert's, policy's) summaries of every demonstration's post; read if already made."""
-        run, args, rows = self.run, self.args, self.demonstrations
-        path = run.dir / "generations" / f"iter_{t}.parquet"
-        if not path.exists():
-            if self.position["step"] > self.steps.first(t):
-                raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
-            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                temperature = args.temperature if args.negatives == "sampled" else args.greedy_temperature
-                seed = stream_seed(args.seed, t, PAIRS)
-                rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
-            pairs = [
-                {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
-                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-                    "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-                    "chosen_finished": r.get("response_finished", True),
-                }
-                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
-            ]  # fmt: skip
-            if run.is_main:
-                write_pairs(path, pairs)
-            run.accelerator.wait_for_everyone()
-        return read_pairs(path)
-
-    def start_reward(self, t: int) -> None:
-        """theta_{t,0}: made anew from the SFT policy, or carried over."""
-        args = self.args
-        if args.reward_init == "previous" and t > 0:
-            return
-        torch.manual_seed(args.seed)  # LoRA's first weights
-        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, self.sft_policy, "--model"))
-        self.reward_optimizer.state.clear()
-
-    def reward_step(self, t: int) -> None:
-        """Alg. 1, reward optimization: gradient steps on the pairs; then the reward is normalised and measured."""
-        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K(t)
-        pairs = self.sample_pairs(t)
-        if args.pairs == "accumulated":
-            pairs = [p for i in range(t) for p in self.sample_pairs(i)] + pairs
-        if self.position["step"] <= first:
-            self.optimizer.state.clear()  # D3; and its memory, until PPO
-            self.start_reward(t)
-        self.reward_model.train()
-        batches = [b for e in range(args.num_train_epochs) for b in run.batches(len(pairs), t, REWARD, e)]
-        with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
-            for k, batch in enumerate(batches):
-                if first + k >= self.position["step"]:
-                    lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio, "cosine")
-                    row = run.step(
-                        self.reward_model, self.reward_optimizer, [pairs[i] for i in batch],
-                        lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        pair_length, lr, "reward_learning_rate",
-                    )  # fmt: skip
-                    if (k + 1) % args.logging_steps == 0:
-                        run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
-                    self.done(t, first + k + 1, (k + 1) % args.save_steps == 0 or k + 1 == K)
-                advance(1)
-        if self.position["step"] == first + K:
-            row = self.normalise(t)
-            row |= evals.evaluate_reward(run, self.bare_reward, self.held, t)
-            row |= evals.evaluate_preferences(run, self.bare_reward, self.preferences, t)
-            run.log(row, step=first + K, outer_iteration=t)
-
-    def normalise(self, t: int) -> dict[str, float]:
-        """N+ 9: the demonstrations' scores get mean 0, and with mean_std deviation 1 -> {metric: value}."""
-        run, kind = self.run, self.args.reward_normalisation
-        sequences = [(d["prompt_ids"], d["response_ids"]) for d in self.demonstrations]
-        with run.phase(f"reward {t} on demonstrations", len(sequences), outer_iteration=t) as advance:
-            scores = torch.tensor(evals.sequence_scores(run, self.bare_reward, sequences, advance), dtype=torch.float64)
-        std = scores.std(correction=0).item()
-        if kind != "none":
-            with sharding.whole(self.bare_reward, cast=False):
-                self.bare_reward.normalise(scores.mean().item(), std if kind == "mean_std" else 1.0)
-                run.load_weights(self.reward_model, self.bare_reward)
-        center = self.bare_reward.center.item()
-        return {"eval/reward/center": center, "eval/reward/scale": 1.0 if kind == "mean_std" else std}
-
-    def start_policy(self, t: int) -> str:
-        """Before PPO: value from reward (N+ 12). Returns the reference's model or folder."""
-        run = self.run
-        begun = self.position["step"] > self.steps.first(t) + self.steps.K(t)
-        if not begun:
-            run.load_weights(self.actor_critic, self.bare_reward, "value")
-        if self.args.ref == "initial" or t == 0:
-            return self.sft_policy
-        if not begun:
-            card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
-            run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
-        return str(run.dir / f"policy_{t}")
-
-    def policy_step(self, t: int) -> None:
-        """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
-        run, args, steps = self.run, self.args, self.steps
-        first = steps.first(t) + steps.K(t)
-        source = self.start_policy(t)
-        reference = models.open_reference(run, self.bare.policy, source)
-        save_every = max(1, args.save_steps // steps.per_update)
-        n, size = len(self.prompts), args.rollout_batch_size
-        epochs = math.ceil(steps.updates * size / n)
-        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, PPO, e)]
-        self.actor_critic.train()
-        with run.phase(f"iteration {t}: PPO", steps.updates, updates=True, outer_iteration=t) as advance:
-            for u in range(steps.updates + 1):
-                if self.position["step"] > first + u * steps.per_update:
-                    advance(1)
-                    continue
-                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
-                    # an evaluation is long, and a stop in it would lose what is not saved
-                    run.save_checkpoint(self.position)
-                    with run.timed("evaluate"):
-                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
-                if u == steps.updates:
-                    break
-                rows = [self.prompts[i] for i in order[u * size : (u + 1) * size]]
-                seed = stream_seed(args.seed, t, PPO, u)
-                rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
-                run.stop_if_asked(self.position)
-                row = add_advantages(rollouts, args)
-                with run.timed("update"):
-                    warmup = int(steps.updates * args.value_warmup_ratio)  # D2
-                    if u == warmup:
-                        self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
-                    after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
-                    lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
-                    row |= ppo_update(
-                        run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
-                    )
-                step = first + (u + 1) * steps.per_update
-                if (u + 1) % args.logging_steps == 0:
-                    run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
-                advance(1)
-
-    def measure(self, t: int, updates: int, reference=None) -> None:
-        """Evaluation of the policy after so many PPO updates; for a KL against the initial policy, loaded unless it is given."""
-        run, initial = self.run, None
-        if self.args.eval_temperature == 1.0:
-            initial = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
-        row = evals.evaluate(
-            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, initial, updates,
-            self.bare_reward, temperature=self.args.eval_temperature,
-        )  # fmt: skip
-        episodes = updates * self.args.rollout_batch_size
-        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
-
-    def learn(self) -> None:
-        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
-        run, args = self.run, self.args
-        if args.resume and (position := run.load_checkpoint()):
-            self.position = position
-        if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
-        self.warm_start()
-        self.held = evals.prepare_held_out(
-            run, self.bare.policy, self.generator, self.held_rows, self.tokenizer, args.eval_temperature
-        )
-        for t in range(self.position["outer_iteration"], args.T):
-            self.reward_step(t)
-            self.policy_step(t)
-
-
-def expert_rows(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
-    """gold.expert_rows in the form of TL;DR: the expert reads the same query."""
-    args = run.args
-    return gold.expert_rows(
-        run, tokenizer, rows, args.greedy_temperature, lambda _: args.max_new_tokens, tldr_frame(tokenizer),
-        lambda _, row: row["prompt_text"],
-    )  # fmt: skip
-
-
-def train(args: Args) -> None:
-    tokenizer = models.load_tokenizer(args)
-    tokenizer.chat_template = TLDR_TEMPLATE
-    if args.expert_model:
-        models.load_tokenizer(args, args.expert_model, "--expert-model")
-    demonstrations = prompts = demos.load_demonstrations(args, tokenizer, encode_tldr)
-    if args.dry_run:
-        print_steps(args, args.select_top_k or len(demonstrations))
-        return
-    if args.prompts == "all":
-        prompts = demos.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
-    held_rows = demos.load_held_out(args, tokenizer, prompts, encode=encode_tldr)
-    longer = dataclasses.replace(args, max_length=args.max_prompt_length + COMPARISON_TOKENS)
-    preferences = demos.load_eval_preferences(longer, tokenizer, encode_tldr)
-
-    run = Run(args, "irl_ppo_tldr", METRICS)
-    if run.finished():
-        return
-    demonstrations = demos.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
-    posts = demonstrations if args.prompts == "demonstrations" else prompts
-    irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
-    records.record_prompts(run, demonstrations, posts)
-    steps = irl.steps
-    run.say(
-        f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {steps.sft} SFT steps,"
-        f" T = {args.T}, K = {steps.K(0)}, {steps.updates} PPO updates of {args.rollout_batch_size} answers,"
-        f" {run.world} process(es), {run.dir}"
-    )
-    irl.learn()
-    reward_path = rewards.save_reward(run, irl.reward_model, "IRL", "arXiv:2503.13538, Alg. 1", "demonstrations")
-    card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
-    path = run.save_final(irl.actor_critic, tokenizer, card, part="policy")
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
-    run.say(f"model: {path}   reward model: {reward_path}")
-    run.end()
-
-
-def print_steps(args: Args, n: int) -> None:
-    """--dry-run: what would run for n demonstrations, and what it would cost."""
-    steps, tokens = count_steps(n, args), args.max_new_tokens
-    expert = args.expert_model or "the data set's own summaries"
-    print(f"irl_ppo_tldr --dry-run: model {args.model}, data {args.dataset}, demonstrations: {expert}, T = {args.T}")
-    episodes = steps.updates * args.rollout_batch_size
-    print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
-    reward_steps = f"{steps.K(0)} to {steps.K(args.T - 1)}" if args.pairs == "accumulated" else steps.K(0)
-    print(f"  {n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,")
-    print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
-    print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
-    print(f"  in all {steps.first(args.T)} optimizer steps")
-    memory.print_memory_plan(args)
 
 
 if __name__ == "__main__":

@@ -291,7 +291,8 @@ class RFT:
     def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict]):
         args = run.args
         self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.held_rows, self.held = demonstrations, held_rows, None
+        self.demonstrations, self.prompts, self.held_rows, self.held = demonstrations, demonstrations, held_rows, None
+        self.method, self.paper = "RFT", "arXiv:2405.17888, Alg. 1"
         self.steps = count_steps(len(demonstrations), args)
         source = args.reward_model or args.model
         policy = models.autocast_forward(run, models.prepare_policy(args))
@@ -359,7 +360,7 @@ class RFT:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, inner loop: K gradient steps on the pairs; then the reward is centred and measured."""
-        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
+        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
         pairs = self.sample_pairs(t)
         if run.position["step"] <= first:
             self.optimizer.state.clear()  # D3; and its memory, until PPO
@@ -369,24 +370,24 @@ class RFT:
         batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
         for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
             rows = [pairs[i] for i in batch]
-            lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio)
+            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio)
             row = run.step(
                 self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
             )
             run.log_update({"reward/loss": row.pop("loss"), **row})
-        if run.position["step"] == first + K:
+        if run.position["step"] == end:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
             self.bare_reward.center += center  # D2
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
+            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
         """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
         previous = args.ref == "previous" and t > 0
-        if run.position["step"] <= self.steps.first(t) + self.steps.K:  # else PPO has begun already
+        if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
             if previous:
-                card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
+                card = run.model_card(self.method, self.paper)
                 run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
             run.load_weights(self.actor_critic, self.bare_reward, "value")
             if args.init == "initial" and t > 0:
@@ -400,13 +401,13 @@ class RFT:
         reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
         initial = reference if source == self.sft_policy else None
         warmup = int(steps.updates * args.value_warmup_ratio)  # D5
-        batches = run.prompt_batches(len(self.demonstrations), steps.updates * args.rollout_batch_size, t, PPO)
+        batches = run.prompt_batches(len(self.prompts), steps.updates * args.rollout_batch_size, t, PPO)
         self.actor_critic.train()
         for u, batch in run.updates(
-            f"iteration {t}: PPO", batches, t, steps.first(t) + steps.K, steps.per_update,
+            f"iteration {t}: PPO", batches, t, steps.policy(t), steps.per_update,
             evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
         ):  # fmt: skip
-            rows = [self.demonstrations[i] for i in batch]
+            rows = [self.prompts[i] for i in batch]
             seed = stream_seed(args.seed, t, PPO, u)
             rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
             run.stop_if_asked()
@@ -444,6 +445,10 @@ class Steps:
     def first(self, t: int) -> int:
         """Optimizer steps before outer iteration t."""
         return self.sft + t * (self.K + self.updates * self.per_update)
+
+    def policy(self, t: int) -> int:
+        """Optimizer steps before the policy step of outer iteration t."""
+        return self.first(t) + self.K
 
 
 def count_steps(n: int, args: Args) -> Steps:
@@ -484,10 +489,10 @@ def train(args: Args) -> None:
         f" {steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
     )
     rft.learn()
-    reward_path = rewards.save_reward(run, rft.reward_model, "RFT", "arXiv:2405.17888, Alg. 1", "demonstrations")
-    card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
+    reward_path = rewards.save_reward(run, rft.reward_model, rft.method, rft.paper, "demonstrations")
+    card = run.model_card(rft.method, rft.paper)
     path = run.save_final(rft.actor_critic, tokenizer, card, part="policy")
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", rft.method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 
