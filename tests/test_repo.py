@@ -25,7 +25,13 @@ from docs import generate
 MODULES = (aihf, aihf_direct, aihf_ppo, evaluate, irft, irl_dpo_ultrachat, irl_ppo_tldr, rft, sft)
 SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("benchmark/*.py")]
+SOURCES = [
+    *ROOT.glob("*.py"),
+    *ROOT.glob("common/*.py"),
+    *ROOT.glob("extras/*.py"),
+    *ROOT.glob("toy/*.py"),
+    *ROOT.glob("benchmark/*.py"),
+]
 
 
 def parse(path: Path) -> ast.Module:
@@ -34,9 +40,9 @@ def parse(path: Path) -> ast.Module:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_dead_flags(script):
-    """Every flag is read as an attribute in the script or in common/."""
+    """Every flag is read as an attribute in the script, in common/ or in extras/."""
     used = set()
-    for path in (ROOT / script, *ROOT.glob("common/*.py")):
+    for path in (ROOT / script, *ROOT.glob("common/*.py"), *ROOT.glob("extras/*.py")):
         tree = parse(path)
         used |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     assert {f.name for f in dataclasses.fields(SCRIPTS[script].Args)} <= used
@@ -56,7 +62,9 @@ def occurrences(name: str, text: str) -> int:
 def test_every_metric_of_a_script_is_logged_by_it():
     """Names in METRICS occur as strings where rows are built; the tests of runs compare them with a real one."""
     for script, module in SCRIPTS.items():
-        text = (ROOT / script).read_text() + "".join(p.read_text() for p in ROOT.glob("common/*.py"))
+        text = (ROOT / script).read_text() + "".join(
+            p.read_text() for p in (*ROOT.glob("common/*.py"), *ROOT.glob("extras/*.py"))
+        )
         for name in module.METRICS:
             assert occurrences(name, text) >= 2, name
     assert occurrences("policy/never_logged", text) == 0
