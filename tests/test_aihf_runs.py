@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -13,7 +14,6 @@ from helpers import (
     command,
     drive,
     jsonl,
-    launcher,
     make_classifier,
     make_data,
     make_model,
@@ -452,14 +452,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags += "--batch-size 5 --rollout-batch-size 5 --total-prompts 11 --sft-learning-rate 2e-5".split()
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv("aihf.py", place, one, *flags)}])[0] == [0]
-    words = [
-        launcher("torchrun"),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        *argv("aihf.py", place, two, *flags),
-    ]
-    run(words, ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv("aihf.py", place, two, *flags)], ranks=2)
     start = load_file(place / "model" / "model.safetensors")
     for name in ("final", "reward"):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from helpers import (
     assert_same_metrics,
     command,
     drive,
-    launcher,
     make_classifier,
     make_data,
     make_model,
@@ -304,8 +304,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags = "--T 2 --learning-rate 1e-4 --reward-learning-rate 1e-4 --batch-size 5 --rollout-batch-size 5 --total-prompts 11".split()
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv(place, one, *flags)}])[0] == [0]
-    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, two, *flags)]
-    run(words, ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv(place, two, *flags)], ranks=2)
     start = load_file(place / "model" / "model.safetensors")
     for name in ("final", "reward"):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
@@ -318,8 +317,7 @@ def test_two_processes_give_the_weights_of_one(place):
         found.append([c["response_ids"] for f in files for c in read_pairs(f)])
     assert found[0] == found[1] and len(found[0]) == 22
     again = place / "again"  # two processes agree on what is there, and read it
-    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, again, *flags)]
-    run([*words, "--candidates-from", str(two)], ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv(place, again, *flags), "--candidates-from", str(two)], ranks=2)
     assert not (again / "candidates").exists()
 
 

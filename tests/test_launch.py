@@ -70,7 +70,7 @@ def place(tmp_path_factory):
     scenarios = [
         {"argv": argv(folder, f"2x{micro}", script, micro), "report_writes": str(folder)} for script, micro in SHAPES
     ]
-    statuses, printed = drive(scenarios, config="cpu.yaml")
+    statuses, printed = drive(scenarios, ranks=2)
     assert statuses == [0] * len(SHAPES), printed
     (folder / "printed").write_text(printed)
     return folder

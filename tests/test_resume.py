@@ -1,16 +1,14 @@
 """A run killed anywhere and resumed ends with the bytes of the run that was left alone; damaged checkpoints are noticed."""
 
 import os
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from helpers import ROOT, child_environment, command, drive, make_data, make_model, metrics, weights
+from helpers import command, drive, make_data, make_model, metrics, start, weights
 
 POINTS = [  # (script, function, n-th call): one or more in every phase
     ("irft.py", "common.evals.sequence_logprobs", 2),  # reference on held-out rows
@@ -167,13 +165,9 @@ def test_full_disk_leaves_the_last_good_checkpoint(place):
     assert [p.name for p in (out / "checkpoint").iterdir()] == ["0000_00000002"]
     before = {p.name: p.read_bytes() for p in (out / "checkpoint" / "0000_00000002").iterdir()}
     limit = os.path.getsize(out / "checkpoint" / "0000_00000002" / "model.safetensors") // 2
-    done = subprocess.run(
-        [sys.executable, "irft.py", "--resume", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=child_environment(),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    assert done.returncode == 2
-    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    statuses, printed = drive([{"argv": ["irft.py", "--resume", str(out)], "file_limit": limit}])
+    assert statuses == [2]
+    error = [line for line in printed.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and "checkpoint could not be written" in error[0] and "0000_00000002" in error[0]
     assert [p.name for p in (out / "checkpoint").iterdir()] == ["0000_00000002"]
     assert before == {p.name: p.read_bytes() for p in (out / "checkpoint" / "0000_00000002").iterdir()}
@@ -185,27 +179,21 @@ def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(place):
     out = place / "sigterm"
     words = command("irft.py", place / "model", place / "data.jsonl", out, "--T", "1", "--num-train-epochs", "500")
     words += ["--save-steps", "100000"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=child_environment())
     deadline = time.time() + 120
-    while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 5):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and f"--resume {out}" in stdout
+    with start(words) as process:
+        while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 5):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        done = process.wait(60)
+    assert done.returncode == 143 and f"--resume {out}" in done.stdout
     steps = len(metrics(out)) - 1
     assert [p.name for p in (out / "checkpoint").iterdir()] == [f"0000_{steps:08d}"]
-    process = subprocess.Popen(
-        [sys.executable, "irft.py", "--resume", str(out)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=child_environment(),
-    )
-    while time.time() < deadline and len(metrics(out)) < steps + 6:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and f"0000_{steps:08d}" in stdout
+    with start([sys.executable, "irft.py", "--resume", str(out)]) as process:
+        while time.time() < deadline and len(metrics(out)) < steps + 6:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        done = process.wait(60)
+    assert done.returncode == 143 and f"0000_{steps:08d}" in done.stdout
     assert [row["step"] for row in metrics(out)[1:]] == list(range(1, len(metrics(out))))  # no step lost or repeated
 
 

@@ -10,7 +10,6 @@ from helpers import (
     assert_same_metrics,
     command,
     drive,
-    launcher,
     make_classifier,
     make_data,
     make_model,
@@ -281,8 +280,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags += ["--reward-learning-rate", "1e-4", "--optimizer", "adamw"]
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv(place, one, *flags)}])[0] == [0]
-    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, two, *flags)]
-    run(words, ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv(place, two, *flags)], ranks=2)
     for name in ("final", "reward"):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
         start = load_file(place / "model" / "model.safetensors")
