@@ -69,6 +69,18 @@ def chosen(request, name: str) -> list:
     return list(dict.fromkeys(item.callspec.params[name] for item in items if name in item.callspec.params))
 
 
+class OnDemand(dict):
+    """A dictionary whose values are made by a function of the key when they are first asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
+
+
 class LookUp(torch.nn.Module):
     """A policy whose hidden states are given, (B, L, H) or what expands to it, with the language-model head `head`."""
 

@@ -17,6 +17,7 @@ import torch
 from helpers import (
     LookUp,
     assert_same_metrics,
+    chosen,
     command,
     drive,
     make_classifier,
@@ -24,6 +25,7 @@ from helpers import (
     make_model,
     metrics,
     run,
+    slow_unless,
     weights,
 )
 from test_logprobs import widen
@@ -576,6 +578,7 @@ KILLS = [  # (run, function, n-th call): one or more in every phase
     ("previous", "aihf_direct.write_pairs", 4),  # iteration 1, preferences of the new reference
     ("direct", "common.evals.evaluate", 2),
 ]
+QUICK = [("whole", "common.run.Run.step", 9)]
 
 
 def bad_inputs(place) -> dict[str, tuple[list[str], str]]:
@@ -610,7 +613,7 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def done(place):
+def done(place, request):
     """{name: (exit status, what was printed)} of all runs of this file, in one process that imports once."""
     both = ["--preference-dataset", str(place / "both.jsonl"), "--max-samples", "12"]
     judged = ["--gold-reward-model", str(place / "gold"), "--baseline", str(place / "model"), "--select-top-k", "10"]
@@ -629,7 +632,8 @@ def done(place):
     one = ["--batch-size", "5", "--learning-rate", "2e-4", "--lr-scheduler-type", "linear"]
     cases["one"] = argv(place, "one", *one)
     scenarios = [{"argv": words, "mark": name} for name, words in cases.items()]
-    for i, (name, at, n) in enumerate(KILLS):
+    for i in chosen(request, "i"):
+        name, at, n = KILLS[i]
         scenarios.append({"argv": argv(place, f"killed_{i}", *RUNS[name]), "at": at, "n": n, "mark": f"killed_{i}"})
         scenarios.append({"argv": ["aihf_direct.py", "--resume", str(place / f"killed_{i}")], "mark": f"resumed_{i}"})
     stop = {"at": "common.run.Run.step", "n": 8, "signal": signal.SIGTERM}
@@ -855,7 +859,9 @@ def test_dry_run_counts_what_a_run_would_do(done, place):
     assert "iteration 2" in printed and "in all 30 updates" in printed and "memory per device, train" in printed
 
 
-@pytest.mark.parametrize("i", range(len(KILLS)), ids=lambda i: "-".join(map(str, KILLS[i])))
+@pytest.mark.parametrize(
+    "i", slow_unless(lambda i: KILLS[i] in QUICK, range(len(KILLS))), ids=lambda i: "-".join(map(str, KILLS[i]))
+)
 def test_killed_and_resumed_equals_left_alone(done, place, i):
     assert (done[f"killed_{i}"][0], done[f"resumed_{i}"][0]) == (-signal.SIGKILL, 0), done[f"resumed_{i}"][1]
     same_run(place / KILLS[i][0], place / f"killed_{i}")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from helpers import ROOT, jsonl, make_data, make_model, make_tokenizer
+from helpers import ROOT, jsonl, make_data, make_model, make_tokenizer, slow_unless
 
 import common.run as runs
 from common import UserError
@@ -89,7 +89,7 @@ def wrong_values(name: str, kind, cls) -> list[str]:
     return ["", " "] if default and name not in cls.may_be_empty else []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", slow_unless(lambda script: script in ("sft", "irft", "evaluate"), SCRIPTS))
 def test_no_flag_takes_a_value_outside_what_it_declares(script, refused):
     cls = SCRIPTS[script].Args
     kinds, tried, failed = get_type_hints(cls), 0, []

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 from helpers import (
+    OnDemand,
     assert_same_metrics,
+    chosen,
     command,
     drive,
     make_classifier,
@@ -16,6 +18,7 @@ from helpers import (
     make_tokenizer,
     metrics,
     run,
+    slow_unless,
     weights,
 )
 
@@ -161,15 +164,18 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def variants(place):
-    outs = {name: place / f"variant_{name}" for name in VARIANTS}
-    statuses, printed = drive(
-        [{"argv": argv(place, outs[n], *words.split()), "mark": n} for n, words in VARIANTS.items()]
-    )
-    assert statuses == [0] * len(VARIANTS), printed
-    return outs
+    """{name: folder of that run}, each made when a test asks for it."""
+
+    def make(name: str):
+        out = place / f"variant_{name}"
+        statuses, printed = drive([{"argv": argv(place, out, *VARIANTS[name].split())}])
+        assert statuses == [0], printed
+        return out
+
+    return OnDemand(make)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "best_of_n", VARIANTS))
 def test_every_variant_trains_and_starts_at_its_reference(variants, place, name):
     from safetensors.torch import load_file
 
@@ -198,6 +204,7 @@ def test_best_of_n_logs_no_margins_and_every_prompt_counts(variants):
     assert "reference" not in phase
 
 
+@pytest.mark.slow
 def test_prompts_of_the_policy_step_run_out_evenly(variants):
     """25 prompts, 10 at a time: three updates, the last one of 5; 0 means every demonstration's."""
     n = len(load_rows(str(variants["lora"].parent / "data.jsonl"), "train"))
@@ -207,6 +214,7 @@ def test_prompts_of_the_policy_step_run_out_evenly(variants):
     assert files == ["iter_0_0000000", "iter_0_0000010", "iter_0_0000020"]
 
 
+@pytest.mark.slow
 def test_lora_models_are_saved_merged(variants, place):
     from safetensors.torch import load_file
 
@@ -297,6 +305,7 @@ def test_dry_run_counts_what_a_run_would_do(outcomes, place, name):
 
 
 # ---- processes ----
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(place):
     """Uneven shares of every batch, at last one prompt for two; candidates and choices are those of one process."""
     from safetensors.torch import load_file
@@ -338,16 +347,17 @@ POINTS = [  # (function, n-th call): one or more in every phase
     ("irl_dpo_ultrachat.score_candidates", 5),  # iteration 1: the reference is another policy now
     ("common.run.Run.save_final", 4),  # final/, after sft/, policy_1/ and reward/
 ]
+QUICK = [("common.run.Run.step", 12)]
 FLAGS = "--T 2 --total-prompts 12 --num-policy-epochs 2 --eval-updates 2 --ref previous --pairs accumulated".split()
 
 
 @pytest.fixture(scope="module")
-def runs(place):
+def runs(place, request):
     """{name: folder} of an undisturbed run, and of runs that were killed at each point and resumed."""
     flags = [*FLAGS, "--eval-preference-dataset", str(place / "prefs.jsonl")]
     scenarios, statuses = [{"argv": argv(place, place / "whole", *flags)}], [0]
-    for i, (at, n) in enumerate(POINTS):
-        out = place / f"killed_{i}"
+    for i in chosen(request, "i"):
+        (at, n), out = POINTS[i], place / f"killed_{i}"
         scenarios.append({"argv": argv(place, out, *flags), "at": at, "n": n})
         scenarios.append({"argv": [SCRIPT, "--resume", str(out)]})
         statuses += [-signal.SIGKILL, 0]
@@ -369,7 +379,9 @@ def assert_same_run(expected, found) -> None:
             assert (expected / folder / name).read_bytes() == (found / folder / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("i", range(len(POINTS)), ids=lambda i: "-".join(map(str, POINTS[i])))
+@pytest.mark.parametrize(
+    "i", slow_unless(lambda i: POINTS[i] in QUICK, range(len(POINTS))), ids=lambda i: "-".join(map(str, POINTS[i]))
+)
 def test_killed_and_resumed_equals_left_alone(runs, i):
     assert_same_run(runs / "whole", runs / f"killed_{i}")
 
@@ -384,6 +396,7 @@ def test_training_moved_the_weights(runs):
         assert max((a[k] - b[k]).abs().max() for k in a) > 1e-4
 
 
+@pytest.mark.slow
 def test_sigterm_while_candidates_are_made_keeps_them(runs, place):
     """Between two blocks of one update: the first block's candidates stay on disk and are not made again."""
     out = place / "stopped"

@@ -4,12 +4,11 @@ import ast
 import dataclasses
 import functools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run
 
 import aihf
 import aihf_direct
@@ -79,9 +78,7 @@ def test_docs_name_real_symbols_and_tests():
 
 
 def test_generated_tables_are_up_to_date():
-    done = subprocess.run(
-        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run([sys.executable, "docs/generate.py", "--check"], check=False)
     assert done.returncode == 0, done.stderr
 
 
