@@ -38,7 +38,6 @@ READ_AT_IMPORT = (
 LIBRARIES = (
     "accelerate",
     "fsspec",
-    "openai",
     "pandas",
     "peft",
     "pyarrow.dataset",
@@ -51,7 +50,6 @@ LIBRARIES = (
     "safetensors.torch",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.elastic.multiprocessing.errors",
-    "torch.utils.tensorboard",
     "transformers",
     "tyro._backends._tyro_backend",
 )
