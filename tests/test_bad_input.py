@@ -22,7 +22,7 @@ from common.args import LARGEST, RANGES, flag, main, parse_args, resolve_auto, s
 from extras import command_line, launch, trackers
 
 sys.path[:0] = [str(ROOT / "docs")]
-from generate import MODULES, field_docs  # noqa: E402
+from generate import MODULES, flag_rows  # noqa: E402
 
 SCRIPTS = {module.__name__: module for module in MODULES}
 SCRIPTS |= {f"benchmark.{name}": importlib.import_module(f"benchmark.{name}") for name in ("gold", "preferences")}
@@ -115,7 +115,8 @@ STATED = {  # in a flag's help -> its declared range
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_number_declares_a_range_and_its_help_says_the_same(script):
     cls = SCRIPTS[script].Args
-    kinds, docs, ranges = get_type_hints(cls), field_docs(cls), declared(cls)
+    kinds, ranges = get_type_hints(cls), declared(cls)
+    docs = {name: meaning for name, (_, meaning) in flag_rows(cls).items()}
     numbers = [f.name for f in dataclasses.fields(cls) if {int, float} & set(command_line.kinds_of(kinds[f.name]))]
     assert set(numbers) == set(ranges)
     for name in numbers:
