@@ -3,13 +3,13 @@
 Paper: Learning Reward and Policy Jointly from Demonstration and Preference Improves Alignment, arXiv:2406.06874, Eq. 10 and 11.
 
 The reward is r = beta log pi/pi_ref of the policy itself, so there is no reward model, and the preferences' likelihood is DPO's
-loss. Beside it, with weight w1, stands what the demonstrations say: -log pi(y) (--objective direct, Eq. 10), or IRFT's loss on
-y and the policy's own answer y~, which it gives anew in each of T outer iterations (--objective self_play, Eq. 11).
+loss. The demonstrations' loss is added with weight w1. It is -log pi(y) (--objective direct, Eq. 10), or IRFT's loss on y and
+the policy's own answer y~, which the policy gives anew in each of T outer iterations (--objective self_play, Eq. 11).
 
 Not the paper: D1 log-probs are summed over the response tokens with EOS (paper silent). D2 beta stands inside the sigmoid, as in
 irft.py. D3 one learning-rate schedule over the whole run (paper silent). D4 an epoch passes once over both sets, a part of each
-in every update, with weights such that the updates average to w1 mean_D + mean_P (paper silent). D5 w1 is by default the balance
-of both parts: beta/2 in Eq. 10, whose -log pi is a sum over tokens and at w1 = 1 leaves DPO a twentieth of the say. D6 RMSprop
+in every update, with weights such that the updates average to w1 mean_D + mean_P (paper silent). D5 w1 balances both parts by
+default: it is beta/2 in Eq. 10, where -log pi is a sum over tokens and at w1 = 1 weighs twenty times as much as DPO. D6 RMSprop
 (paper silent) has the bias correction that torch's lacks.
 
 Dims: B pairs, T response tokens (T alone, as a flag, is the number of outer iterations).
@@ -18,6 +18,8 @@ Laptop CPU, minutes:   python aihf_direct.py
 
 The paper's run:       accelerate launch aihf_direct.py --model mistral-7b-sft-beta
 """
+
+from __future__ import annotations
 
 if __name__ == "__main__":
     from extras import terminal
@@ -34,105 +36,12 @@ from torch import Tensor
 
 from common import UserError, demos, evals, models
 from common.args import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
-from common.data import collate, end_of_turn
+from common.data import collate, end_of_turn, pair_rows
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
-from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import memory, records, sharding
-
-SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
-        max_new_tokens=48, learning_rate=1e-4, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
-        per_device_eval_batch_size=64,
-    ),
-    "pythia": dict(  # AIHF paper, Sec. 5: data; rate, batch, lengths and schedule are ours, the paper gives none
-        dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
-        max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64, per_device_train_batch_size=4,
-        per_device_eval_batch_size=32,
-    ),
-    "other": dict(  # AIHF paper, Sec. 5 and App. A.1.4: data, rate, schedule, length, batch 8 (eight devices with 1)
-        dataset="ultrachat_200k", max_samples=50_000, preference_dataset="ultrafeedback_binarized", max_preferences=0,
-        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=8,
-        per_device_train_batch_size=1, per_device_eval_batch_size=16,
-    ),
-}  # fmt: skip
-
-
-@dataclass
-class Args(RunArgs):
-    sequences_per_row: ClassVar[int] = 2
-
-    objective: Literal["self_play", "direct"] = "self_play"
-    """the demonstrations' part: irft_loss against the policy's own answers (Eq. 11), or -log pi (Eq. 10), without answers."""
-    preference_loss: Literal["dpo", "ipo"] = "dpo"
-    """the preferences' part: -log sigmoid(beta d) (Eq. 10, 11), or (d - 1/(2 beta))^2 of IPO."""
-    demo_weight: Annotated[float | Auto, NOT_NEGATIVE] = "auto"
-    """w1, >= 0: weight of the demonstrations beside the preferences' 1. 0 is DPO or IPO: no demonstration is trained on.
-    auto (ours): the balance, at which a nat of log pi weighs as much in both parts at first; beta/2 for Eq. 10, 1 for Eq. 11."""
-    preference_dataset: str = "auto"
-    """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations.
-    none: no preferences, which makes self_play IRFT and direct SFT."""
-    max_preferences: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
-    """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH; all 61.1k of UltraFeedback."""
-    T: Annotated[int, AT_LEAST_1] = 2
-    """outer iterations, >= 1: how often the policy answers anew. With direct another factor of --num-train-epochs."""
-    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
-    """passes over demonstrations and preferences in one outer iteration, >= 1. Paper: answers anew at each epoch (A.1.4)."""
-    beta: Annotated[float, POSITIVE] = 0.1
-    """weight of KL(pi || pi_ref), reward units per nat, > 0."""
-    ref: Literal["initial", "previous"] = "initial"
-    """reference policy: the model the run starts from (the equations), or that of the last iteration (SPIN)."""
-    temperature: Annotated[float, POSITIVE] = 1.0
-    """of sampled answers, > 0. At 1 they come from the distribution whose log-probs enter the loss."""
-    lr_scheduler_type: Literal["auto", "linear", "cosine"] = "auto"
-    """how the learning rate falls to 0 after its warm-up. Paper: cosine (A.1.4)."""
-
-    def check(self) -> None:
-        if self.demo_weight == "auto" and 0 < self.beta < math.inf:  # another beta is refused below
-            self.demo_weight = 1.0 if self.preference_dataset == "none" else balance(self)
-        super().check()
-        require(
-            self.demo_weight > 0 or self.preference_dataset != "none", "demo_weight", self.demo_weight,
-            "a number above 0 beside --preference-dataset none: nothing is left to learn from",
-        )  # fmt: skip
-        require(
-            self.demo_weight > 0 or not self.select_top_k, "select_top_k", self.select_top_k,
-            "0 beside --demo-weight 0, which trains on no demonstration",
-        )  # fmt: skip
-
-    def needs_demonstrations(self) -> bool:
-        return self.demo_weight != 0
-
-
-METRICS = {  # name -> meaning, unit, range
-    "loss": "w1 demonstrations/loss + preferences/loss, over an epoch; (1 + w1) log 2 at the start (self_play, dpo; w1 = 1)",
-    "preferences/loss": "dpo_loss or ipo_loss, mean over pairs; log 2 = 0.693 (dpo), 1 / (4 beta^2) (ipo) at the start, falls",
-    "rewards/chosen": "beta (log pi - log pi_ref) of chosen responses; 0 at the start, should not fall far",
-    "rewards/rejected": "the same of rejected responses; 0 at the start, falls",
-    "rewards/margins": "rewards/chosen - rewards/rejected; 0 at the start, rises",
-    "rewards/accuracies": "share of pairs with a margin above 0, ties half; near 0.5 at the start",
-    "logps/chosen": "log pi of chosen responses, nats per response",
-    "logps/rejected": "log pi of rejected responses, nats per response",
-    "demonstrations/loss": "irft_loss, mean over pairs; log 2 at the start (self_play); -log pi, nats per response (direct)",
-    "demonstrations/chosen": "beta (log pi - log pi_ref) of demonstrations; 0 at the start, should not fall (self_play)",
-    "demonstrations/rejected": "the same of the policy's own answers; 0 at the start, falls (self_play)",
-    "demonstrations/margins": "demonstrations/chosen - demonstrations/rejected; 0 at the start, rises (self_play)",
-    "demonstrations/accuracies": "share of demonstrations with a margin above 0, ties half; near 0.5 at the start (self_play)",
-    "demonstrations/logps/chosen": "log pi of demonstrations, nats per response",
-    "demonstrations/logps/rejected": "log pi of the policy's own answers, nats per response (self_play)",
-    "entropy": "of the next-token distribution, exact, nats per response token",
-    "mean_token_accuracy": "share of response tokens that are the model's most likely one",
-    "num_tokens": "prompt and response tokens trained on so far",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
-    "epoch": "passes over demonstrations and preferences so far",
-    "completions/mean_length": "tokens of the answers of this outer iteration, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    **evals.EVAL_METRICS,
-}
+from extras import records, sharding
 
 
 # ---- the maths ----
@@ -186,7 +95,7 @@ def ipo_loss(
 
 
 def balance(args: Args) -> float:
-    """The w1 at which both parts pull alike at the start: slope of a preference's loss over slope of a demonstration's.
+    """The w1 that balances both parts at the start: slope of a preference's loss over slope of a demonstration's.
 
     Slopes are in 1/nat of log pi of the preferred response, at d = 0: -log pi has 1 (--objective direct), irft_loss and dpo_loss
     have beta/2, ipo_loss has 1/beta. So self_play with dpo has 1, direct with dpo beta/2: 0.05 at the paper's beta.
@@ -196,6 +105,7 @@ def balance(args: Args) -> float:
     return preference / (1.0 if args.objective == "direct" else half)
 
 
+# ---- what is scored ----
 def mixed_loss(policy, rows: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Weighted losses of rows -> ((B,), {metric: (sum, count)}). One forward pass over all their sequences.
 
@@ -250,6 +160,166 @@ def mixed_loss(policy, rows: list[dict], args: Args, device) -> tuple[Tensor, di
     return losses * losses.new_tensor([r["weight"] for r in rows]), stats
 
 
+def longest_sequence(row: dict) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"] or []))
+
+
+# ---- the loop: Eq. 10, or Eq. 11 with answers anew in every outer iteration ----
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    demonstrations, preferences = demos.load_both(args, tokenizer)
+    n, m = args.select_top_k or len(demonstrations), len(preferences)
+    K = count_updates(n, m, args)
+    if args.dry_run:
+        return Run.print_plan(args, "aihf_direct", *plan_lines(n, m, K, args))
+    held_rows = demos.load_held_out(
+        args, tokenizer, demonstrations + preferences, args.preference_dataset if preferences else ""
+    )
+
+    run = Run(args, "aihf_direct", METRICS)
+    if run.finished():
+        return
+    demonstrations = demos.select_demonstrations(run, demonstrations)
+    records.record_prompts(run, demonstrations, preferences)
+    model = models.prepare_policy(args)
+    policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
+    bare = run.unwrap(policy)
+    generator = make_generator(run, bare, tokenizer)
+    method, asked = method_name(args), len(demonstrations) if args.objective == "self_play" else 0
+    run.say(
+        f"aihf_direct, {method}: {len(demonstrations)} demonstrations, {len(preferences)} preferences, T = {args.T}, K = {K},"
+        f" {run.world} process(es), {run.dir}"
+    )
+
+    run.position["num_tokens"] = 0
+    resumed = run.load_checkpoint()
+    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
+
+    def measure(iteration: int) -> None:
+        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
+        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
+        run.log(row, step=run.position["step"], outer_iteration=iteration, episodes=iteration * asked)
+
+    if not resumed:
+        measure(0)
+    for t in range(run.position["outer_iteration"], args.T):
+        # ---- answers of the current policy (Eq. 11); all pairs scored once under the reference ----
+        pairs = demonstration_rows(run, t, K, demonstrations, bare, generator, tokenizer)
+        compared = preference_rows(run, t, K, preferences, bare, tokenizer)
+        # ---- K updates on both sets ----
+        policy.train()
+        answers = {}
+        if asked:
+            answers["completions/mean_length"] = sum(len(p["rejected_ids"]) for p in pairs) / asked
+            answers["completions/clipped_ratio"] = 1 - sum(p["finished"] for p in pairs) / asked
+        epochs = [mixed_batches(len(pairs), len(compared), args, t, e) for e in range(args.num_train_epochs)]  # D4
+        batches = [(parts, i) for parts in epochs for i in range(len(parts))]
+        for k, batch in run.updates(f"iteration {t}: training", batches, t, t * K):
+            step, rows = t * K + k, weighted_rows(pairs, compared, *batch, args)
+            lr = learning_rate_at(step, args.T * K, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)  # D3
+            row = run.step(
+                policy, optimizer, rows,
+                lambda part: mixed_loss(policy, part, args, run.accelerator.device), longest_sequence, lr,
+            )  # fmt: skip
+            if k == 0 and (t == 0 or args.ref == "previous"):
+                check_first_losses(run, row)
+            run.position["num_tokens"] += round(row["num_tokens"] * len(rows))
+            row.update(answers, num_tokens=run.position["num_tokens"], epoch=(step + 1) * args.num_train_epochs / K)
+            run.log_update(row, step + 1, episodes=(t + 1) * asked)
+        measure(t + 1)
+        run.position.update(outer_iteration=t + 1)
+    equation = "Eq. 10" if args.objective == "direct" else "Eq. 11"
+    path = run.save_final(policy, tokenizer, run.model_card(method, f"arXiv:2406.06874, {equation}"))
+    evals.print_table(run, "start", method)
+    run.say(f"model: {path}")
+    run.end()
+
+
+# ---- both sets as they are trained on: the policy's answers, and what the reference says of every pair ----
+def demonstration_rows(run, t: int, K: int, demonstrations, policy, generator, tokenizer) -> list[dict]:
+    """Demonstrations of outer iteration t: alone (direct), or with answers and reference log-probs (self_play).
+
+    The rows with answers are kept in generations/iter_<t>.parquet.
+    """
+    args = run.args
+    if args.objective == "direct" or not demonstrations:
+        return [
+            {"prompt_ids": d["prompt_ids"], "chosen_ids": d["response_ids"], "rejected_ids": None}
+            for d in demonstrations
+        ]
+    path = run.dir / "generations" / f"iter_{t}.parquet"
+
+    def make() -> list[dict]:
+        rows = [demonstrations[i] for i in data_order(len(demonstrations), args.seed)]  # the one chunk of irft.py
+        with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
+            rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, args.temperature, advance)
+        return score_reference(run, t, pair_rows(tokenizer, rows, rollout, t), policy, path.stem)
+
+    return run.stored(path, make, t * K)
+
+
+def preference_rows(run, t: int, K: int, preferences, policy, tokenizer) -> list[dict]:
+    """Preferences with the log-probs of the reference, kept in generations/preferences.parquet.
+
+    With --ref previous the file is preferences_<t>.parquet: the reference is another one in every outer iteration.
+    """
+    if not preferences:
+        return []
+    moves = run.args.ref == "previous"
+    path = run.dir / "generations" / (f"preferences_{t}.parquet" if moves else "preferences.parquet")
+
+    def make() -> list[dict]:
+        end = end_of_turn(tokenizer)  # a response that was cut has none
+        pairs = [
+            {
+                "row": p["row"], "prompt": p["prompt"], "prompt_text": p["prompt_text"],
+                "chosen": tokenizer.decode(p["chosen_ids"], skip_special_tokens=True),
+                "rejected": tokenizer.decode(p["rejected_ids"], skip_special_tokens=True),
+                "prompt_ids": p["prompt_ids"], "chosen_ids": p["chosen_ids"], "rejected_ids": p["rejected_ids"],
+                "chosen_finished": p["chosen_ids"][-1] == end, "finished": p["rejected_ids"][-1] == end,
+            }
+            for p in preferences
+        ]  # fmt: skip
+        return score_reference(run, t, pairs, policy, path.stem)
+
+    return run.stored(path, make, t * K if moves else 0)
+
+
+def score_reference(run, t: int, pairs: list[dict], policy, name: str) -> list[dict]:
+    """Put ref_chosen and ref_rejected, log-probs under the reference of outer iteration t, into the pairs; return the pairs.
+
+    name: of the pairs, for the progress line.
+    """
+    is_reference = run.args.ref == "previous" or t == 0
+    with (
+        run.phase(f"iteration {t}: reference, {name}", 2 * len(pairs), outer_iteration=t) as advance,
+        models.reference_policy(run, policy, is_reference) as ref_policy,
+        sharding.evaluating(ref_policy),
+    ):
+        for kind in ("chosen", "rejected"):
+            sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
+            scored = evals.sequence_logprobs(run, ref_policy, sequences, advance=advance)
+            for pair, (logp, _) in zip(pairs, scored, strict=True):
+                pair[f"ref_{kind}"] = logp
+    return pairs
+
+
+def check_first_losses(run, row: dict[str, float]) -> None:
+    """UserError unless IRFT and DPO start at log 2 and IPO at 1 / (4 beta^2), to rounding: policy and reference coincide."""
+    args = run.args
+    exact = run.accelerator.mixed_precision == "no" and args.dtype == "float32"
+    ipo = args.preference_loss == "ipo"
+    checks = [("preferences/loss", 0.25 / args.beta**2 if ipo else math.log(2), args.beta**-2 if ipo else 1.0)]
+    if args.objective == "self_play":
+        checks.append(("demonstrations/loss", math.log(2), 1.0))
+    for name, expected, scale in checks:
+        if name in row and not abs(row[name] - expected) < (1e-4 if exact else 5e-2) * scale:
+            raise UserError(
+                f"first {name}: found {row[name]:.6f}, expected {expected:.6f}: policy and reference should coincide here but"
+                " do not"
+            )
+
+
 # ---- the plan: updates, and the rows and weights of each, known before anything runs ----
 def count_updates(n: int, m: int, args: Args) -> int:
     """K, updates of one outer iteration on n demonstrations and m preferences (mixed_batches)."""
@@ -278,186 +348,25 @@ def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: 
     return rows + [{**preferences[i], "weight": weights[1], "demonstrated": False} for i in second]
 
 
-# ---- both sets as they are trained on: the policy's answers, and what the reference says of every pair ----
-def demonstration_rows(run, t: int, K: int, position, demonstrations, policy, generator, tokenizer) -> list[dict]:
-    """Demonstrations of outer iteration t: alone (direct), or with answers and reference log-probs (self_play).
-
-    The latter from generations/iter_<t>.parquet if already made.
-    """
-    args = run.args
-    if args.objective == "direct" or not demonstrations:
-        return [
-            {"prompt_ids": d["prompt_ids"], "chosen_ids": d["response_ids"], "rejected_ids": None}
-            for d in demonstrations
-        ]
-    path = run.dir / "generations" / f"iter_{t}.parquet"
-    if path.exists():
-        return read_pairs(path)
-    if position["step"] > t * K:
-        raise UserError(f"--resume: found no {path}, expected the pairs this outer iteration was already training on")
-    rows = [demonstrations[i] for i in data_order(len(demonstrations), args.seed)]  # the one chunk of irft.py
-    with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-        rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, args.temperature, advance)
-    pairs = [
-        {
-            "row": r["row"], "iteration": t, "prompt": r["prompt"],
-            "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-            "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-            "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-            "chosen_finished": r.get("response_finished", True),
-        }
-        for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
+def plan_lines(n: int, m: int, K: int, args: Args) -> list[str]:
+    """--dry-run with n demonstrations and m preferences: the answers and updates of every outer iteration."""
+    lines = [
+        f"{method_name(args)}, demonstrations {args.dataset}, preferences {args.preference_dataset},"
+        f" w1 = {args.demo_weight:g}, T = {args.T}"
+    ]
+    asked = n if args.objective == "self_play" else 0
+    for t in range(args.T):
+        lines.append(
+            f"iteration {t}: {asked} answers of up to {args.max_new_tokens} tokens ({asked * args.max_new_tokens} at most),"
+            f" {K} updates on {n} demonstrations and {m} preferences"
+        )
+    return [
+        *lines, f"in all {args.T * K} updates of up to {args.batch_size} demonstrations and {args.batch_size} preferences"
     ]  # fmt: skip
-    return score_reference(run, t, pairs, policy, path)
-
-
-def preference_rows(run, t: int, K: int, position, preferences, policy, tokenizer) -> list[dict]:
-    """Preferences with the log-probs of the reference, from generations/preferences.parquet if already made.
-
-    With --ref previous from preferences_<t>.parquet: the reference is another one in every outer iteration.
-    """
-    if not preferences:
-        return []
-    moves = run.args.ref == "previous"
-    path = run.dir / "generations" / (f"preferences_{t}.parquet" if moves else "preferences.parquet")
-    if path.exists():
-        return read_pairs(path)
-    if position["step"] > (t * K if moves else 0):
-        raise UserError(f"--resume: found no {path}, expected the preferences the run was already training on")
-    end = end_of_turn(tokenizer)  # a response that was cut has none
-    pairs = [
-        {
-            "row": p["row"], "prompt": p["prompt"], "prompt_text": p["prompt_text"],
-            "chosen": tokenizer.decode(p["chosen_ids"], skip_special_tokens=True),
-            "rejected": tokenizer.decode(p["rejected_ids"], skip_special_tokens=True),
-            "prompt_ids": p["prompt_ids"], "chosen_ids": p["chosen_ids"], "rejected_ids": p["rejected_ids"],
-            "chosen_finished": p["chosen_ids"][-1] == end, "finished": p["rejected_ids"][-1] == end,
-        }
-        for p in preferences
-    ]  # fmt: skip
-    return score_reference(run, t, pairs, policy, path)
-
-
-def score_reference(run, t: int, pairs: list[dict], policy, path) -> list[dict]:
-    """The pairs with ref_chosen and ref_rejected of outer iteration t's reference; they are kept at `path`."""
-    is_reference = run.args.ref == "previous" or t == 0
-    with (
-        run.phase(f"iteration {t}: reference, {path.stem}", 2 * len(pairs), outer_iteration=t) as advance,
-        models.reference_policy(run, policy, is_reference) as ref_policy,
-        sharding.evaluating(ref_policy),
-    ):
-        for kind in ("chosen", "rejected"):
-            sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
-            scored = evals.sequence_logprobs(run, ref_policy, sequences, advance=advance)
-            for pair, (logp, _) in zip(pairs, scored, strict=True):
-                pair[f"ref_{kind}"] = logp
-    if run.is_main:
-        write_pairs(path, pairs)
-    run.accelerator.wait_for_everyone()
-    return read_pairs(path)
-
-
-def check_first_losses(run, row: dict[str, float]) -> None:
-    """While policy and reference coincide every margin is 0: IRFT and DPO start at log 2, IPO at 1 / (4 beta^2), to rounding."""
-    args = run.args
-    exact = run.accelerator.mixed_precision == "no" and args.dtype == "float32"
-    ipo = args.preference_loss == "ipo"
-    checks = [("preferences/loss", 0.25 / args.beta**2 if ipo else math.log(2), args.beta**-2 if ipo else 1.0)]
-    if args.objective == "self_play":
-        checks.append(("demonstrations/loss", math.log(2), 1.0))
-    for name, expected, scale in checks:
-        if name in row and not abs(row[name] - expected) < (1e-4 if exact else 5e-2) * scale:
-            raise UserError(
-                f"first {name}: found {row[name]:.6f}, expected {expected:.6f}: policy and reference should coincide here but"
-                " do not"
-            )
-
-
-def train(args: Args) -> None:
-    tokenizer = models.load_tokenizer(args)
-    demonstrations, preferences = demos.load_both(args, tokenizer)
-    K = count_updates(args.select_top_k or len(demonstrations), len(preferences), args)
-    if args.dry_run:
-        print_updates(args, args.select_top_k or len(demonstrations), len(preferences), K)
-        return
-    held_rows = demos.load_held_out(
-        args, tokenizer, demonstrations + preferences, args.preference_dataset if preferences else ""
-    )
-
-    run = Run(args, "aihf_direct", METRICS)
-    if run.finished():
-        return
-    demonstrations = demos.select_demonstrations(run, demonstrations)
-    records.record_prompts(run, demonstrations, preferences)
-    model = models.prepare_policy(args)
-    policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
-    bare = run.unwrap(policy)
-    generator = make_generator(run, bare, tokenizer)
-    method, asked = method_name(args), len(demonstrations) if args.objective == "self_play" else 0
-    run.say(
-        f"aihf_direct, {method}: {len(demonstrations)} demonstrations, {len(preferences)} preferences, T = {args.T}, K = {K},"
-        f" {run.world} process(es), {run.dir}"
-    )
-
-    start = run.load_checkpoint() if args.resume else None
-    position = start or {"outer_iteration": 0, "step": 0, "num_tokens": 0}
-    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
-
-    def measure(iteration: int) -> None:
-        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
-        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
-        run.log(row, step=position["step"], outer_iteration=iteration, episodes=iteration * asked)
-
-    if start is None:
-        measure(0)
-    for t in range(position["outer_iteration"], args.T):
-        # ---- answers of the current policy (Eq. 11); all pairs scored once under the reference ----
-        pairs = demonstration_rows(run, t, K, position, demonstrations, bare, generator, tokenizer)
-        compared = preference_rows(run, t, K, position, preferences, bare, tokenizer)
-        # ---- K updates on both sets ----
-        policy.train()
-        epochs = [mixed_batches(len(pairs), len(compared), args, t, e) for e in range(args.num_train_epochs)]  # D4
-        steps = [(batches, k) for batches in epochs for k in range(len(batches))]
-        answers = {}
-        if asked:
-            answers["completions/mean_length"] = sum(len(p["rejected_ids"]) for p in pairs) / asked
-            answers["completions/clipped_ratio"] = 1 - sum(p["finished"] for p in pairs) / asked
-        with run.phase(f"iteration {t}: training", K, updates=True, outer_iteration=t) as advance:
-            for k, place in enumerate(steps):
-                step = t * K + k
-                if step < position["step"]:
-                    advance(1)
-                    continue
-                rows = weighted_rows(pairs, compared, *place, args)
-                lr = learning_rate_at(
-                    step, args.T * K, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type
-                )  # D3
-                row = run.step(
-                    policy, optimizer, rows,
-                    lambda part: mixed_loss(policy, part, args, run.accelerator.device), longest_sequence, lr,
-                )  # fmt: skip
-                if k == 0 and (t == 0 or args.ref == "previous"):
-                    check_first_losses(run, row)
-                position["num_tokens"] += round(row["num_tokens"] * len(rows))
-                position.update(outer_iteration=t, step=step + 1)
-                row.update(answers, num_tokens=position["num_tokens"], epoch=(step + 1) * args.num_train_epochs / K)
-                if (step + 1) % args.logging_steps == 0:
-                    run.log(row, step=step + 1, outer_iteration=t, episodes=(t + 1) * asked)
-                if (k + 1) % args.save_steps == 0 or k + 1 == K:
-                    run.save_checkpoint(position)
-                run.stop_if_asked(position)
-                advance(1)
-        measure(t + 1)
-        position.update(outer_iteration=t + 1)
-    equation = "Eq. 10" if args.objective == "direct" else "Eq. 11"
-    path = run.save_final(policy, tokenizer, run.model_card(method, f"arXiv:2406.06874, {equation}"))
-    evals.print_table(run, "start", method)
-    run.say(f"model: {path}")
-    run.end()
 
 
 def method_name(args: Args) -> str:
-    """What the objective is called, special cases by their own names."""
+    """Name of the method: special cases have names of their own."""
     if not args.demo_weight:
         return args.preference_loss.upper()
     if args.preference_dataset == "none":
@@ -465,24 +374,98 @@ def method_name(args: Args) -> str:
     return "Direct AIHF" if args.objective == "direct" else "Self-Play AIHF"
 
 
-def print_updates(args: Args, n: int, m: int, K: int) -> None:
-    """--dry-run: what would run, and what it would cost."""
-    print(
-        f"aihf_direct --dry-run: {method_name(args)}, model {args.model}, demonstrations {args.dataset}, preferences"
-        f" {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}"
-    )
-    asked = n if args.objective == "self_play" else 0
-    for t in range(args.T):
-        print(
-            f"  iteration {t}: {asked} answers of up to {args.max_new_tokens} tokens ({asked * args.max_new_tokens} at most),"
-            f" {K} updates on {n} demonstrations and {m} preferences"
-        )
-    print(f"  in all {args.T * K} updates of up to {args.batch_size} demonstrations and {args.batch_size} preferences")
-    memory.print_memory_plan(args)
+# ---- what flags mean and what is logged ----
+@dataclass
+class Args(RunArgs):
+    sequences_per_row: ClassVar[int] = 2
+
+    objective: Literal["self_play", "direct"] = "self_play"
+    """the demonstrations' part: irft_loss against the policy's own answers (Eq. 11), or -log pi (Eq. 10), without answers."""
+    preference_loss: Literal["dpo", "ipo"] = "dpo"
+    """the preferences' part: -log sigmoid(beta d) (Eq. 10, 11), or (d - 1/(2 beta))^2 of IPO."""
+    demo_weight: Annotated[float | Auto, NOT_NEGATIVE] = "auto"
+    """w1, >= 0: weight of the demonstrations beside the preferences' 1. 0 is DPO or IPO: no demonstration is trained on.
+    auto (ours): the balance, at which a nat of log pi weighs as much in both parts at first; beta/2 for Eq. 10, 1 for Eq. 11."""
+    preference_dataset: str = "auto"
+    """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations.
+    none: no preferences, which makes self_play IRFT and direct SFT."""
+    max_preferences: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
+    """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH; all 61.1k of UltraFeedback."""
+    T: Annotated[int, AT_LEAST_1] = 2
+    """outer iterations, >= 1: how often the policy answers anew. With direct another factor of --num-train-epochs."""
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
+    """passes over demonstrations and preferences in one outer iteration, >= 1. Paper: answers anew at each epoch (A.1.4)."""
+    beta: Annotated[float, POSITIVE] = 0.1
+    """weight of KL(pi || pi_ref), reward units per nat, > 0."""
+    ref: Literal["initial", "previous"] = "initial"
+    """reference policy: the model the run starts from (the equations), or that of the last iteration (SPIN)."""
+    temperature: Annotated[float, POSITIVE] = 1.0
+    """of sampled answers, > 0. At 1 they come from the distribution whose log-probs enter the loss."""
+    lr_scheduler_type: Literal["auto", "linear", "cosine"] = "auto"
+    """how the learning rate falls to 0 after its warm-up. Paper: cosine (A.1.4)."""
+
+    def check(self) -> None:
+        if self.demo_weight == "auto" and 0 < self.beta < math.inf:  # another beta is refused below
+            self.demo_weight = 1.0 if self.preference_dataset == "none" else balance(self)
+        super().check()
+        require(
+            self.demo_weight > 0 or self.preference_dataset != "none", "demo_weight", self.demo_weight,
+            "a number above 0 beside --preference-dataset none: nothing is left to learn from",
+        )  # fmt: skip
+        require(
+            self.demo_weight > 0 or not self.select_top_k, "select_top_k", self.select_top_k,
+            "0 beside --demo-weight 0, which trains on no demonstration",
+        )  # fmt: skip
+
+    def needs_demonstrations(self) -> bool:
+        return self.demo_weight != 0
 
 
-def longest_sequence(row: dict) -> int:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"] or []))
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
+        max_new_tokens=48, learning_rate=1e-4, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # AIHF paper, Sec. 5: data; rate, batch, lengths and schedule are ours, the paper gives none
+        dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
+        max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64, per_device_train_batch_size=4,
+        per_device_eval_batch_size=32,
+    ),
+    "other": dict(  # AIHF paper, Sec. 5 and App. A.1.4: data, rate, schedule, length, batch 8 (eight devices with 1)
+        dataset="ultrachat_200k", max_samples=50_000, preference_dataset="ultrafeedback_binarized", max_preferences=0,
+        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=8,
+        per_device_train_batch_size=1, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
+
+METRICS = {  # name -> meaning, unit, range
+    "loss": "w1 demonstrations/loss + preferences/loss, over an epoch; (1 + w1) log 2 at the start (self_play, dpo; w1 = 1)",
+    "preferences/loss": "dpo_loss or ipo_loss, mean over pairs; log 2 = 0.693 (dpo), 1 / (4 beta^2) (ipo) at the start, falls",
+    "rewards/chosen": "beta (log pi - log pi_ref) of chosen responses; 0 at the start, should not fall far",
+    "rewards/rejected": "the same of rejected responses; 0 at the start, falls",
+    "rewards/margins": "rewards/chosen - rewards/rejected; 0 at the start, rises",
+    "rewards/accuracies": "share of pairs with a margin above 0, ties half; near 0.5 at the start",
+    "logps/chosen": "log pi of chosen responses, nats per response",
+    "logps/rejected": "log pi of rejected responses, nats per response",
+    "demonstrations/loss": "irft_loss, mean over pairs; log 2 at the start (self_play); -log pi, nats per response (direct)",
+    "demonstrations/chosen": "beta (log pi - log pi_ref) of demonstrations; 0 at the start, should not fall (self_play)",
+    "demonstrations/rejected": "the same of the policy's own answers; 0 at the start, falls (self_play)",
+    "demonstrations/margins": "demonstrations/chosen - demonstrations/rejected; 0 at the start, rises (self_play)",
+    "demonstrations/accuracies": "share of demonstrations with a margin above 0, ties half; near 0.5 at the start (self_play)",
+    "demonstrations/logps/chosen": "log pi of demonstrations, nats per response",
+    "demonstrations/logps/rejected": "log pi of the policy's own answers, nats per response (self_play)",
+    "entropy": "of the next-token distribution, exact, nats per response token",
+    "mean_token_accuracy": "share of response tokens that are the model's most likely one",
+    "num_tokens": "prompt and response tokens trained on so far",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    "epoch": "passes over demonstrations and preferences so far",
+    "completions/mean_length": "tokens of the answers of this outer iteration, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    **evals.EVAL_METRICS,
+}
 
 
 if __name__ == "__main__":

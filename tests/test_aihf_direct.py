@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import signal
@@ -573,12 +574,12 @@ RUNS = {  # name -> flags
 }  # fmt: skip
 KILLS = [  # (run, function, n-th call): one or more in every phase
     ("whole", "common.evals.sequence_logprobs", 10),  # reference on the demonstrations' pairs
-    ("whole", "aihf_direct.write_pairs", 2),  # preferences scored, not yet on disk; the demonstrations' pairs are
+    ("whole", "common.run.write_pairs", 2),  # preferences scored, not yet on disk; the demonstrations' pairs are
     ("whole", "common.run.Run.step", 4),  # between checkpoints
     ("whole", "common.models.reference_policy", 5),  # iteration 1, the reference is another model now
     ("whole", "common.run.Run.step", 9),  # iteration 1
     ("whole", "common.run.Run.save_final", 1),
-    ("previous", "aihf_direct.write_pairs", 4),  # iteration 1, preferences of the new reference
+    ("previous", "common.run.write_pairs", 4),  # iteration 1, preferences of the new reference
     ("direct", "common.evals.evaluate", 2),
 ]
 QUICK = [("whole", "common.run.Run.step", 9)]
@@ -832,11 +833,11 @@ def test_answers_have_a_random_stream_of_their_own_in_every_iteration(monkeypatc
     monkeypatch.setattr(aihf_direct.evals, "sample_rows", sample)
     fake = SimpleNamespace(dir=tmp_path, args=arguments(seed=3, temperature=0.8))
     fake.phase = lambda *_, **__: contextlib.nullcontext(lambda n: None)
+    fake.stored = functools.partial(Run.stored, fake)
     for t in range(2):
+        fake.position = {"step": 5 * t}
         with pytest.raises(InterruptedError):
-            aihf_direct.demonstration_rows(
-                fake, t, 5, {"step": 5 * t}, [{"row": i} for i in range(9)], None, None, None
-            )
+            aihf_direct.demonstration_rows(fake, t, 5, [{"row": i} for i in range(9)], None, None, None)
     assert asked == [(3 * 10_007 + t, 0.8, data_order(9, 3)) for t in range(2)]
 
 
@@ -890,14 +891,16 @@ def test_resume_refuses_other_settings_and_a_run_without_its_pairs(done, place):
     status, printed = done["other_settings"]
     assert status == 2 and "--demo-weight: found 2.0, but the run in" in printed
     run = SimpleNamespace(dir=place, args=arguments(ref="initial"))
+    run.stored = functools.partial(Run.stored, run)
     for t, step in ((0, 1), (1, 6)):
+        run.position = {"step": step}
         with pytest.raises(UserError, match="--resume: found no .*iter_"):
-            aihf_direct.demonstration_rows(run, t, 5, {"step": step}, [{}], None, None, None)
+            aihf_direct.demonstration_rows(run, t, 5, [{}], None, None, None)
         with pytest.raises(UserError, match="--resume: found no .*preferences.parquet"):
-            aihf_direct.preference_rows(run, t, 5, {"step": step}, [{}], None, None)
+            aihf_direct.preference_rows(run, t, 5, [{}], None, None)
     run.args.ref = "previous"
     with pytest.raises(UserError, match="--resume: found no .*preferences_1.parquet"):
-        aihf_direct.preference_rows(run, 1, 5, {"step": 6}, [{}], None, None)
+        aihf_direct.preference_rows(run, 1, 5, [{}], None, None)
 
 
 @pytest.mark.parametrize("name", BAD)
