@@ -6,8 +6,8 @@ with the policy step of App. A.1.4.
 One scalar reward explains both sources of feedback (Eq. 5 to 8): the demonstrations as answers of its KL-regularised optimum,
 the preferences as Bradley-Terry choices. In each of T outer iterations the policy answers the prompts of the
 demonstrations, the reward is trained to score demonstrations above these answers (weight w1) and chosen above rejected
-responses, and online DPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 42), and past it if it goes on for long: of N
-answers to a prompt, the one the reward scores highest is always preferred to the one it scores lowest.
+responses, and online DPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 42). If DPO goes on for long, the policy moves
+past that optimum, because the answer with the highest of N scores is always preferred to the one with the lowest.
 
 Not the paper: D1 DPO takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size; the
 paper answers all prompts first). D2 rewards are centred so that held-out chosen responses average 0. D3 schedules and the policy
@@ -85,9 +85,9 @@ def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, beta: float,
 
 # ---- the maths: online DPO ----
 def max_min(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(best, worst): index of the highest and of the lowest of N scores, the first of equal ones. (B, N) -> (B,), (B,).
+    """(best, worst): index of the highest and of the lowest of N scores, (B, N) -> (B,), (B,). AIHF paper, App. A.1.4.
 
-    AIHF paper, App. A.1.4. Both are the same index exactly if all N scores are equal.
+    The first index counts if scores are equal. Both are the same index exactly if all N scores are equal.
     """
     n = scores.shape[-1]
     index = torch.arange(n, device=scores.device).expand_as(scores)
@@ -174,7 +174,7 @@ def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tenso
 
 # ---- an update of online DPO: answers, the best and the worst, optimizer steps ----
 def collect(run, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
-    """For every prompt the best and the worst of its N answers, with the log-probs of policy and reference.
+    """Sample N answers to every prompt and return the best and the worst, with the log-probs of policy and reference.
 
     The policy's log-probs are those the answers were sampled with. The reference scores only the two answers that are kept.
     No model scores an answer twice. reference() is a context that yields the reference policy.
@@ -317,7 +317,7 @@ class AIHF:
             run.log_update({"sft/loss": row.pop("loss"), **row})
         if total and run.position["step"] == total:
             card = run.model_card("SFT", "arXiv:2406.06874, Sec. 5")
-            run.save_final(self.policy, self.tokenizer, card, name="sft")
+            run.save_final(self.policy, self.tokenizer, card, "sft")
 
     def sample_pairs(self, t: int) -> list[dict]:
         """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
@@ -351,7 +351,8 @@ class AIHF:
             self.optimizer.state.clear()  # D3; and its memory, until online DPO
             self.start_reward(t)
         self.reward_model.train()
-        loss_fn = lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device)  # noqa: E731
+        model, device = self.reward_model, run.accelerator.device
+        loss_fn = lambda part: reward_batch_loss(model, part, args, device)  # noqa: E731
         epochs = [
             mixed_batches(len(pairs), len(self.preferences), args, t, REWARD, e) for e in range(args.num_train_epochs)
         ]
@@ -359,9 +360,7 @@ class AIHF:
         for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
             rows = weighted_rows(pairs, self.preferences, *batch, args)
             lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-            row = run.step(
-                self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
-            )
+            row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
             run.log_update({"reward/loss": row.pop("loss"), **row})
         if run.position["step"] == end:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
@@ -376,7 +375,7 @@ class AIHF:
         if run.position["step"] <= self.steps.policy(t):  # else online DPO has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
-                run.save_final(self.policy, self.tokenizer, card, name=f"policy_{t}")
+                run.save_final(self.policy, self.tokenizer, card, f"policy_{t}")
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
                 run.load_weights(self.policy, models.prepare_policy(args, self.sft_policy))

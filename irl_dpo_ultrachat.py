@@ -1,12 +1,13 @@
-"""IRL from demonstrations with online DPO, on UltraChat: in turn a reward from demonstrations and answers, and DPO against it.
+"""IRL from demonstrations with online DPO, on UltraChat: a reward from demonstrations and answers, then DPO against it.
 
-Paper: From Demonstrations to Rewards, arXiv:2503.13538, Algorithm 1 and Sec. 6.2; its draft's best-of-N is a flag. The online
-DPO is that of Online-RLHF (arXiv:2405.07863), which the paper follows.
+Paper: From Demonstrations to Rewards, arXiv:2503.13538, Algorithm 1 and Sec. 6.2. A flag gives the best-of-N of its draft. The
+online DPO is that of Online-RLHF (arXiv:2405.07863), which the paper follows.
 
 Maximum-likelihood inverse RL (Eq. 5): the demonstrations are answers of the KL-regularised optimum of an unknown reward. In each
 of T outer iterations the policy answers the prompts of the demonstrations, a reward made from the SFT model learns to score the
-demonstrations above these answers (Eq. 11), and online DPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 9), and past
-it if it goes on for long: of N candidates, the one the reward scores highest is always preferred to the one it scores lowest.
+demonstrations above these answers (Eq. 11), and online DPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 9). If DPO
+goes on for long, the policy moves past that optimum, because the candidate with the highest of N scores is always preferred to
+the one with the lowest.
 
 Not the paper: D1 rewards are centred so that held-out demonstrations average 0. D2 schedules and the policy optimizer's state
 start anew in every outer iteration. D3 --sft-epochs first fine-tunes the model on the demonstrations. D4 on small models DPO
@@ -19,6 +20,8 @@ Laptop CPU, minutes:   python irl_dpo_ultrachat.py
 
 The paper's run:       accelerate launch irl_dpo_ultrachat.py --model mistral-7b-sft-beta
 """
+
+from __future__ import annotations
 
 if __name__ == "__main__":
     from extras import terminal
@@ -40,145 +43,24 @@ from torch import Tensor
 
 from common import UserError, demos, evals, models, rewards
 from common.args import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
-from common.data import collate
+from common.data import collate, pair_length, pair_rows, row_length
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
-from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, memory, records, sharding
-
-MISTRAL = dict(  # IRL paper, Sec. 6.2 and App. 8.2; lengths, prompts and the rate of DPO: Online-RLHF; of the reward: IRL's code
-    dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=2048, max_new_tokens=1024, learning_rate=5e-7,
-    reward_learning_rate=3e-6, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64, policy_objective="dpo", num_generations=32,
-    total_prompts=20_000, rollout_batch_size=20_000, eval_updates=1, per_device_train_batch_size=2,
-    per_device_eval_batch_size=32,
-)  # fmt: skip
-SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=800, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
-        reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, policy_objective="dpo",
-        num_generations=8, total_prompts=320, rollout_batch_size=64, eval_updates=5, per_device_train_batch_size=32,
-        per_device_eval_batch_size=64,
-    ),
-    "zephyr-7b-sft-full": {**MISTRAL, "policy_objective": "best_of_n"},  # the draft's model; its tables give no more
-    "other": MISTRAL,
-}  # fmt: skip
-BLOCK = 256  # prompts whose candidates are sampled, scored and kept on disk at a time
+from extras import gold, records, sharding
 
 
-@dataclass
-class Args(RunArgs):
-    scalar_models: ClassVar[int] = 1
+# ---- the maths: SFT, and the reward ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
 
-    T: Annotated[int, AT_LEAST_1] = 2
-    """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 2."""
-    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
-    """passes of the reward model over its pairs in one outer iteration, >= 1. Paper: 1."""
-    expert_model: str = ""
-    """model whose answers are the demonstrations, training and held-out, kept in the cache folder; empty: --dataset's own."""
-    greedy_temperature: Annotated[float, POSITIVE] = 0.01
-    """temperature of the expert's answers and of --negatives greedy, > 0. Released code: 0.01."""
-    eval_preference_dataset: str = "none"
-    """held-out preferences of people, on which every reward is measured (Fig. 2a); none, a file, folder, short name or hub id."""
-    beta: Annotated[float, POSITIVE] = 0.1
-    """weight of KL(pi || pi_ref), reward units per nat, > 0: in DPO, and in a linear reward step. Paper: 0.1."""
-    negatives: Literal["sampled", "greedy"] = "sampled"
-    """the policy's answers in the reward's pairs: at --temperature (Alg. 1), or near-greedy (released code)."""
-    pairs: Literal["current", "accumulated"] = "current"
-    """what a reward learns from: this outer iteration's pairs (paper), or those of the earlier ones too (released code, which
-    leaves out the first)."""
-    reward_loss: Literal["logistic", "linear"] = "logistic"
-    """logistic: Eq. 11, bounded; linear: the likelihood's own gradient (Eq. 10), unbounded."""
-    reward_init: Literal["sft", "previous"] = "sft"
-    """where a reward step starts: the SFT policy every time (Sec. 6.1, released code), or the last iteration's reward."""
-    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
-    """peak learning rate of the reward model, > 0. Released code (TL;DR): 3e-6."""
-    ref: Literal["initial", "previous"] = "initial"
-    """reference policy of DPO: the SFT policy (Eq. 5), or that of the last iteration (released code, Online-RLHF)."""
-    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
-    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
-    """peak learning rate of --sft-epochs, > 0."""
-    temperature: Annotated[float, POSITIVE] = 1.0
-    """of sampled answers, > 0; it divides the logits of every log-prob the policy step uses. Online-RLHF: 1."""
-    lr_scheduler_type: Literal["linear", "cosine"] = "cosine"
-    """how a learning rate falls to 0 after its warm-up. Paper: cosine."""
-    policy_objective: Literal["dpo", "best_of_n"] | Auto = "auto"
-    """dpo: on a pair of each prompt's candidates; best_of_n: supervised fine-tuning on the best of them, with no reference (the
-    draft's policy trainer)."""
-    pair_choice: Literal["max_min", "max_max", "max_random", "random"] = "max_min"
-    """DPO's pair of a prompt: the best candidate and the worst (paper), the best and the second, the best and any other, or any
-    two. Names of Online-RLHF."""
-    num_generations: Annotated[int | Auto, AT_LEAST_2] = "auto"
-    """N, candidates of a prompt, >= 2. Paper: 32."""
-    candidates_from: str = ""
-    """run whose candidates and scores are taken where they come from the same weights, prompts and settings; empty: none."""
-    total_prompts: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
-    """prompts the policy step answers in one outer iteration; 0 means all there are. Online-RLHF: 20,000."""
-    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
-    """prompts answered at a time, over all devices, before the policy takes its steps on them, > 0. Online-RLHF: all at once."""
-    num_policy_epochs: Annotated[int, AT_LEAST_1] = 1
-    """passes of the policy over each batch of pairs, >= 1. Online-RLHF: 2."""
-    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 1.0
-    """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
-    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
-    """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
-    optimizer: Literal["rmsprop", "adamw"] = "adamw"
-    """both without weight decay; rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
-    warmup_ratio: float = 0.0
-    """part of the updates in which a learning rate rises linearly; then it falls to 0. Online-RLHF, released code: 0."""
-
-    def check(self) -> None:
-        super().check()
-        require(
-            self.policy_objective == "dpo" or self.ref == "initial", "ref", self.ref,
-            "--policy-objective dpo beside it: best_of_n has no reference",
-        )  # fmt: skip
-        require(
-            not self.candidates_from or self.resume or (Path(self.candidates_from) / "candidates").is_dir(),
-            "candidates_from", self.candidates_from, "the directory of a run of this script, with a folder candidates/",
-        )  # fmt: skip
-
-    @property
-    def sequences_per_row(self) -> int:
-        return 2 if self.policy_objective == "dpo" else 1
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
 
 
-SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
-
-METRICS = {  # name -> meaning, unit, range
-    "sft/loss": "NLL, nats per response token, of --sft-epochs",
-    "reward/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
-    "reward/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
-    "reward/margin": "mean of r(demonstration) - r(answer), reward units; rises",
-    "reward/demonstrations": "mean reward of the demonstrations in the batch",
-    "reward/answers": "mean reward of the policy's answers in the batch",
-    "eval/reward/center": "what was subtracted so that held-out demonstrations average 0",
-    "objective/scores": "mean score of all candidates, missing-EOS penalty taken off; rises",
-    "objective/scores_best": "mean score of the best candidate of a prompt",
-    "objective/scores_margin": "mean difference of best and worst score of a prompt",
-    "objective/pairs": "share of prompts with a pair whose scores, and tokens, differ; DPO leaves out the others",
-    "policy/loss": "dpo_loss, mean over the pairs of a step, or NLL, nats per response token; mean over the steps of an update",
-    "rewards/chosen": "DPO: beta (log pi - log pi_ref) of the preferred answers; 0 at the start",
-    "rewards/rejected": "the same of the other ones; 0 at the start, falls",
-    "rewards/margins": "rewards/chosen - rewards/rejected; 0 at the start, rises",
-    "rewards/accuracies": "share of pairs with a margin above 0, ties half; 0.5 at the start",
-    "logps/chosen": "log pi of the preferred answers, nats per response",
-    "logps/rejected": "log pi of the other ones, nats per response",
-    "entropy": "of the next-token distribution, exact, nats per response token",
-    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
-    "completions/mean_length": "tokens of the answers, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
-    **evals.EVAL_METRICS,
-    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
-    **evals.PREFERENCE_METRICS,
-}
-
-
-# ---- the maths: reward ----
 def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
     """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
 
@@ -194,11 +76,11 @@ def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float
 
 # ---- the maths: online DPO and best-of-N ----
 def choose_pair(scores: Tensor, choice: str = "max_min") -> tuple[Tensor, Tensor]:
-    """(preferred, other): indices of two of N scores, (B, N) -> (B,), (B,). Of equal scores the first counts.
+    """(preferred, other): indices of two of N scores, (B, N) -> (B,), (B,). The first one counts if scores are equal.
 
-    max_min: the highest and the lowest (IRL paper, App. 8.2); the same one where all are equal. max_max: the highest and the
-    second. max_random: the highest and the first other one, which is any, since candidates come in no order. random: the first
-    two, the higher one preferred.
+    max_min: the highest and the lowest (IRL paper, App. 8.2); both are the same index if all scores are equal.
+    max_max: the highest and the second. max_random: the highest and the first other one; candidates come in no order, so that
+    this is a random one. random: the first two, the higher one preferred.
     """
     n = scores.shape[-1]
     index = torch.arange(n, device=scores.device).expand_as(scores)
@@ -233,20 +115,11 @@ def dpo_loss(
     return -F.logsigmoid(beta * d)
 
 
-def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of each response, RFT paper Eq. 1.
-
-    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
-    Returns (B,), nats per response, summed over its tokens.
-    """
-    return -masked_sum(token_logprobs, response_mask)
-
-
 # ---- what is scored, by which model ----
-def sft_batch_loss(policy, rows: list[dict], device) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations -> ((B,), {})."""
+def sft_batch_loss(policy, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, times scale -> ((B,), {})."""
     batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    return nll_loss(response_logprobs(policy, batch).logprobs, batch.response_mask), {}
+    return nll_loss(response_logprobs(policy, batch).logprobs, batch.response_mask) * scale, {}
 
 
 def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
@@ -309,35 +182,10 @@ def best_of_n_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple
     return losses, stats
 
 
-# ---- the plan: numbers of optimizer steps, known before anything runs ----
-@dataclass
-class Steps:
-    sft: int
-    reward: list[int]  # reward steps of each outer iteration
-    prompts: int  # of the policy step of one outer iteration
-    updates: int  # policy updates in one outer iteration
-    per_update: int  # optimizer steps of one policy update, at most
-
-    def K(self, t: int) -> int:
-        """Reward steps in outer iteration t."""
-        return self.reward[t]
-
-    def first(self, t: int) -> int:
-        """Optimizer steps before outer iteration t."""
-        return self.sft + sum(self.K(i) + self.updates * self.per_update for i in range(t))
-
-
-def count_steps(n: int, args: Args) -> Steps:
-    """Steps for n demonstrations; the last batch of an epoch may be smaller."""
-    batches, prompts = lambda rows: math.ceil(rows / args.batch_size), args.total_prompts or n
-    updates = math.ceil(prompts / args.rollout_batch_size)
-    per_update = args.num_policy_epochs * batches(min(args.rollout_batch_size, prompts))
-    kept = [t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)]  # iterations whose pairs are used
-    reward = [args.num_train_epochs * batches(n * k) for k in kept]
-    return Steps(args.sft_epochs * batches(n), reward, prompts, updates, per_update)
-
-
 # ---- candidates, and the pairs made of them ----
+BLOCK = 256  # prompts whose candidates are sampled, scored and kept on disk at a time
+
+
 def score_candidates(run, reward_model, generator, rows: list[dict], first: int, seed: int) -> list[dict[str, list]]:
     """N answers to each prompt with their scores: {name: list of N} for each row. Every answer is scored once.
 
@@ -361,7 +209,7 @@ def score_candidates(run, reward_model, generator, rows: list[dict], first: int,
 
 
 def candidate_key(run, weights: list[str], generator, rows: list[dict], first: int, seed: int) -> str:
-    """Names all that score_candidates' result is a function of. weights: digests of policy and reward model."""
+    """Digest of everything that the result of score_candidates depends on. weights: digests of policy and reward model."""
     args = run.args
     made_by = [*weights, sorted(generator.eos_ids), [r["prompt_ids"] for r in rows], first, seed, args.num_generations]
     made_by += [args.temperature, args.max_new_tokens, run.accelerator.mixed_precision]
@@ -369,27 +217,23 @@ def candidate_key(run, weights: list[str], generator, rows: list[dict], first: i
 
 
 def kept_candidates(run, name: str, make: Callable[[], list[dict]]) -> tuple[list[dict], str]:
-    """(candidates, folder they were taken from): of that name in this run or in --candidates-from; else made and kept, and ""."""
+    """(candidates, folder they were taken from): from the file of that name in candidates/ of this run or of --candidates-from.
+
+    If neither has it, make() makes them, they are kept in this run, and the folder is "".
+    """
     from accelerate.utils import broadcast_object_list
 
     own = run.dir / "candidates"
     folders = [own, *([Path(run.args.candidates_from) / "candidates"] if run.args.candidates_from else [])]
     (found,) = broadcast_object_list([next((str(f) for f in folders if (f / name).is_file()), "")])
-    if found:
-        return read_pairs(Path(found) / name), found
-    candidates = make()
-    if run.is_main:
-        own.mkdir(exist_ok=True)
-        write_pairs(own / name, candidates)
-    run.accelerator.wait_for_everyone()
-    return candidates, ""
+    return run.stored(Path(found or own) / name, make), found
 
 
 def choose_pairs(run, rows: list[dict], candidates: list[dict], reference) -> list[dict]:
-    """The pair of every prompt, with the log-probs of policy and reference; for best_of_n the best candidate is its chosen one.
+    """Choose the pair of every prompt, with the log-probs of policy and reference. In best_of_n the best candidate is chosen.
 
-    The policy's log-probs are those the answers were sampled with; the reference sees the two that are kept, for DPO alone.
-    reference() is a context that yields the reference policy.
+    The policy's log-probs are those the answers were sampled with. The reference scores the two answers that are kept, and only
+    for DPO. reference() is a context that yields the reference policy.
     """
     args, dpo = run.args, run.args.policy_objective == "dpo"
     scores = torch.tensor([c["scores"] for c in candidates], dtype=torch.float64)
@@ -415,13 +259,14 @@ def choose_pairs(run, rows: list[dict], candidates: list[dict], reference) -> li
     return pairs
 
 
+# ---- a policy update: the pairs, optimizer steps ----
 def makes_pair(pair: dict) -> bool:
-    """Whether one answer is preferred to another. (Equal ones can differ in score: padding changes the rounding.)"""
+    """True if one answer is preferred to another. (Equal answers can differ in score: padding changes the rounding.)"""
     return pair["score_chosen"] > pair["score_rejected"] and pair["chosen_ids"] != pair["rejected_ids"]
 
 
 def measure_candidates(pairs: list[dict]) -> dict[str, float]:
-    """Metrics of all N candidates of the prompts of an update."""
+    """Metrics of all N answers to the prompts of an update."""
     scores = torch.tensor([p["scores"] for p in pairs], dtype=torch.float64)
     best, worst = scores.amax(-1), scores.amin(-1)
     return {
@@ -435,19 +280,10 @@ def measure_candidates(pairs: list[dict]) -> dict[str, float]:
     }
 
 
-def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
-    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
-    total = steps.updates * steps.per_update
-    return [
-        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
-    ]
-
-
 def policy_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *key: int) -> dict[str, float]:
-    """--num-policy-epochs passes of DPO over the pairs, or of fine-tuning on the best candidates -> metrics, means of steps.
+    """--num-policy-epochs passes of DPO over the pairs, or of SFT on the best candidates -> metrics, means over the steps.
 
-    rates: learning rate of each step; prompts that make no pair leave the last ones unused.
+    rates: learning rate of each step. The last ones stay unused if some prompts make no pair.
     """
     args, device, steps = run.args, run.accelerator.device, []
     if args.policy_objective == "dpo":
@@ -477,22 +313,28 @@ def policy_update(run, policy, optimizer, pairs: list[dict], rates: list[float],
     return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": first}
 
 
-def row_length(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["response_ids"])
+def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
+    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
+    total = steps.updates * steps.per_update
+    return [
+        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
+    ]
 
 
-def pair_length(pair: dict) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+# ---- the loop: Algorithm 1 ----
+SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
 
 
-# ---- the algorithm ----
 class IRL:
-    """The parts of a run and Alg. 1's steps over them. Every step skips what a resumed run has done already."""
+    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
 
     def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict], preferences: list[dict]):
         args = run.args
         self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.held_rows, self.preferences = demonstrations, held_rows, preferences
+        self.demonstrations, self.prompts, self.held_rows, self.held = demonstrations, demonstrations, held_rows, None
+        self.preferences, self.reused = preferences, {}
+        self.method, self.paper = "IRL", "arXiv:2503.13538, Alg. 1"
         self.steps = count_steps(len(demonstrations), args)
         policy = models.autocast_forward(run, models.prepare_policy(args))
         reward_model = models.autocast_forward(run, rewards.prepare_scalar(args, args.model, "--model"))
@@ -503,68 +345,47 @@ class IRL:
         self.bare, self.bare_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
         self.generator = make_generator(run, self.bare, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
-        self.position = {"outer_iteration": 0, "step": 0}
-        self.held, self.reused = None, {}
 
-    def done(self, t: int, k: int, save: bool) -> None:
-        """One more optimizer step, or policy update, is done: move the position, save where due, stop where asked."""
-        self.position.update(outer_iteration=t, step=k)
-        if save:
-            self.run.save_checkpoint(self.position)
-        self.run.stop_if_asked(self.position)
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        run.load_checkpoint()
+        if args.gold_reward_model and run.position["step"] < self.steps.sft:
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
+        self.warm_start()
+        self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
+        for t in range(run.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
 
     def warm_start(self) -> None:
         """D3: the SFT policy from --model. Kept in sft/ as reference, as start of every reward, and for comparison."""
-        run, args, total = self.run, self.args, self.steps.sft
+        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
         self.policy.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
-        with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
-            for step, batch in enumerate(batches):
-                if step >= self.position["step"]:
-                    rows = [self.demonstrations[i] for i in batch]
-                    scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-
-                    def loss_fn(part, scale=scale):
-                        losses, stats = sft_batch_loss(self.policy, part, run.accelerator.device)
-                        return losses * scale, stats
-
-                    lr = learning_rate_at(
-                        step, total, args.sft_learning_rate, args.warmup_ratio, args.lr_scheduler_type
-                    )
-                    row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate")
-                    if (step + 1) % args.logging_steps == 0:
-                        run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
-                    self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
-                advance(1)
-        if total and self.position["step"] == total:
+        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
+        for k, batch in run.updates("SFT", batches):
+            rows = [self.demonstrations[i] for i in batch]
+            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+            loss_fn = lambda part, scale=scale: sft_batch_loss(self.policy, part, device, scale)  # noqa: E731
+            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+            row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate")
+            run.log_update({"sft/loss": row.pop("loss"), **row})
+        if total and run.position["step"] == total:
             card = run.model_card("SFT", "arXiv:2503.13538, Eq. 1")
-            run.save_final(self.policy, self.tokenizer, card, name="sft")
+            run.save_final(self.policy, self.tokenizer, card, "sft")
 
     def sample_pairs(self, t: int) -> list[dict]:
-        """Alg. 1, data sample: (demonstration, policy's answer) for every demonstration's prompt; read if already made."""
+        """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
         run, args, rows = self.run, self.args, self.demonstrations
-        path = run.dir / "generations" / f"iter_{t}.parquet"
-        if not path.exists():
-            if self.position["step"] > self.steps.first(t):
-                raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
+
+        def make() -> list[dict]:
             with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                temperature = args.temperature if args.negatives == "sampled" else args.greedy_temperature
                 seed = stream_seed(args.seed, t, PAIRS)
+                temperature = args.temperature if args.negatives == "sampled" else args.greedy_temperature
                 rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
-            pairs = [
-                {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
-                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-                    "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-                    "chosen_finished": r.get("response_finished", True),
-                }
-                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
-            ]  # fmt: skip
-            if run.is_main:
-                write_pairs(path, pairs)
-            run.accelerator.wait_for_everyone()
-        return read_pairs(path)
+            return pair_rows(self.tokenizer, rows, rollout, t)
+
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
 
     def start_reward(self, t: int) -> None:
         """theta_{t,0}: made anew from the SFT policy, or carried over."""
@@ -577,47 +398,41 @@ class IRL:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, reward optimization: gradient steps on the pairs; then the reward is centred and measured."""
-        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K(t)
+        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
         pairs = self.sample_pairs(t)
         if args.pairs == "accumulated":
             pairs = [p for i in range(t) for p in self.sample_pairs(i)] + pairs
-        if self.position["step"] <= first:
+        if run.position["step"] <= first:
             self.optimizer.state.clear()  # D2; and its memory, until the policy step
             self.start_reward(t)
         self.reward_model.train()
-        batches = [b for e in range(args.num_train_epochs) for b in run.batches(len(pairs), t, REWARD, e)]
-        with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
-            for k, batch in enumerate(batches):
-                if first + k >= self.position["step"]:
-                    lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-                    row = run.step(
-                        self.reward_model, self.reward_optimizer, [pairs[i] for i in batch],
-                        lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        pair_length, lr, "reward_learning_rate",
-                    )  # fmt: skip
-                    if (k + 1) % args.logging_steps == 0:
-                        run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
-                    self.done(t, first + k + 1, (k + 1) % args.save_steps == 0 or k + 1 == K)
-                advance(1)
-        if self.position["step"] == first + K:
+        model, device = self.reward_model, run.accelerator.device
+        loss_fn = lambda part: reward_batch_loss(model, part, args, device)  # noqa: E731
+        batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
+        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
+            rows = [pairs[i] for i in batch]
+            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+            row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
+            run.log_update({"reward/loss": row.pop("loss"), **row})
+        if run.position["step"] == end:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
             self.bare_reward.center += center  # D1
             row |= evals.evaluate_preferences(run, self.bare_reward, self.preferences, t)
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
+            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
         """Before the policy step. Returns the reference's model or folder."""
-        run = self.run
-        if self.args.ref == "initial" or t == 0:
-            return self.sft_policy
-        if self.position["step"] <= self.steps.first(t) + self.steps.K(t):
-            card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
-            run.save_final(self.policy, self.tokenizer, card, name=f"policy_{t}")
-        return str(run.dir / f"policy_{t}")
+        run, args = self.run, self.args
+        previous = args.ref == "previous" and t > 0
+        if run.position["step"] <= self.steps.policy(t):  # else the policy step has begun already
+            if previous:
+                card = run.model_card(self.method, self.paper)
+                run.save_final(self.policy, self.tokenizer, card, f"policy_{t}")
+        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
 
     def collect(self, t: int, u: int, rows: list[dict], reference) -> list[dict]:
-        """choose_pairs of update u's prompts, block by block; candidates are kept, and none is scored twice."""
+        """choose_pairs for the prompts of update u, block by block. Candidates are kept on disk, and none is scored twice."""
         run, pairs, seed = self.run, [], stream_seed(self.args.seed, t, PROMPTS)
         weights = [models.weights_digest(run, m) for m in (self.policy, self.reward_model)]
         for begin in range(0, len(rows), BLOCK):
@@ -627,11 +442,11 @@ class IRL:
             candidates, folder = kept_candidates(run, f"iter_{t}_{first:07d}_{key}.parquet", make)
             self.reused[folder] = self.reused.get(folder, 0) + len(block)
             pairs += choose_pairs(run, block, candidates, reference)
-            run.stop_if_asked(self.position)
+            run.stop_if_asked()
         return pairs
 
     def say_reused(self, t: int) -> None:
-        """Where the iteration's candidates are from, if not all of them were made here and now."""
+        """Print where the candidates of the iteration come from, unless all of them were made here and now."""
         given, made = self.args.candidates_from, self.reused.pop("", 0)
         for folder, count in self.reused.items():
             self.run.say(f"iteration {t}: candidates of {count} prompts taken from {folder}")
@@ -643,44 +458,27 @@ class IRL:
     def policy_step(self, t: int) -> None:
         """Alg. 1, policy alignment: online DPO (or best-of-N) on the reward, with an evaluation every --eval-updates updates."""
         run, args, steps = self.run, self.args, self.steps
-        first = steps.first(t) + steps.K(t)
-        source = self.start_policy(t)
-        reference, name = None, "best of N"
+        source, reference, name = self.start_policy(t), None, "best of N"
         if args.policy_objective == "dpo":
             reference, name = models.open_reference(run, self.bare, source), "online DPO"
-        save_every = max(1, args.save_steps // steps.per_update)
-        n, total, size = len(self.demonstrations), steps.prompts, args.rollout_batch_size
-        order = [i for e in range(math.ceil(total / n)) for i in data_order(n, args.seed, t, PROMPTS, e)][:total]
+        initial = reference if source == self.sft_policy else None
+        total = args.total_prompts or len(self.prompts)
+        batches = run.prompt_batches(len(self.prompts), total, t, PROMPTS)
         self.policy.train()
-        with run.phase(f"iteration {t}: {name}", steps.updates, updates=True, outer_iteration=t) as advance:
-            for u in range(steps.updates + 1):
-                if self.position["step"] > first + u * steps.per_update:
-                    advance(1)
-                    continue
-                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
-                    # an evaluation is long, and a stop in it would lose what is not saved
-                    run.save_checkpoint(self.position)
-                    with run.timed("evaluate"):
-                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
-                if u == steps.updates:
-                    break
-                rows = [self.demonstrations[i] for i in order[u * size : (u + 1) * size]]
-                pairs = self.collect(t, u, rows, reference)
-                row = measure_candidates(pairs)
-                with run.timed("update"):
-                    row |= policy_update(
-                        run, self.policy, self.optimizer, pairs, policy_rates(steps, u, args), t, STEPS, u
-                    )
-                step = first + (u + 1) * steps.per_update
-                if (u + 1) % args.logging_steps == 0:
-                    run.log(row, step=step, outer_iteration=t, episodes=self.episodes(t, u + 1))
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
-                advance(1)
+        for u, batch in run.updates(
+            f"iteration {t}: {name}", batches, t, steps.policy(t), steps.per_update,
+            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
+        ):  # fmt: skip
+            pairs = self.collect(t, u, [self.prompts[i] for i in batch], reference)
+            row = measure_candidates(pairs)
+            with run.timed("update"):
+                row |= policy_update(run, self.policy, self.optimizer, pairs, policy_rates(steps, u, args), t, STEPS, u)
+            run.log_update(row, episodes=self.episodes(t, u + 1))
         self.say_reused(t)
 
     def episodes(self, t: int, updates: int) -> int:
-        """Candidates of the policy steps so far."""
-        total = self.steps.prompts
+        """Answers that the policy steps have sampled, after so many updates of outer iteration t."""
+        total = self.args.total_prompts or len(self.prompts)
         return (t * total + min(updates * self.args.rollout_batch_size, total)) * self.args.num_generations
 
     def measure(self, t: int, updates: int, reference=None) -> None:
@@ -692,24 +490,39 @@ class IRL:
             self.bare_reward,
         )  # fmt: skip
         episodes = self.episodes(t, updates - t * self.steps.updates)
-        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
-
-    def learn(self) -> None:
-        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
-        run, args = self.run, self.args
-        if args.resume and (position := run.load_checkpoint()):
-            self.position = position
-        if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
-        self.warm_start()
-        self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
-        for t in range(self.position["outer_iteration"], args.T):
-            self.reward_step(t)
-            self.policy_step(t)
+        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
 
 
-def with_expert(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
-    """gold.expert_rows within --max-length."""
+# ---- the plan: numbers of optimizer steps, known before anything runs ----
+@dataclass
+class Steps:
+    sft: int
+    K: list[int]  # reward steps of each outer iteration
+    updates: int  # policy updates in one outer iteration
+    per_update: int  # optimizer steps of one policy update, at most
+
+    def first(self, t: int) -> int:
+        """Optimizer steps before outer iteration t."""
+        return self.sft + sum(self.K[:t]) + t * self.updates * self.per_update
+
+    def policy(self, t: int) -> int:
+        """Optimizer steps before the policy step of outer iteration t."""
+        return self.first(t) + self.K[t]
+
+
+def count_steps(n: int, args: Args) -> Steps:
+    """Steps for n demonstrations; the last batch of an epoch may be smaller."""
+    kept = [t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)]  # iterations whose pairs are used
+    reward = [args.num_train_epochs * math.ceil(n * k / args.batch_size) for k in kept]
+    prompts = args.total_prompts or n
+    updates = math.ceil(prompts / args.rollout_batch_size)
+    per_update = args.num_policy_epochs * math.ceil(min(args.rollout_batch_size, prompts) / args.batch_size)
+    return Steps(args.sft_epochs * math.ceil(n / args.batch_size), reward, updates, per_update)
+
+
+# ---- a run, from data to the saved models ----
+def expert_rows(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
+    """gold.expert_rows, with answers that fit in --max-length."""
     args = run.args
     return gold.expert_rows(
         run, tokenizer, rows, args.greedy_temperature, lambda r: args.max_length - len(r["prompt_ids"])
@@ -722,50 +535,169 @@ def train(args: Args) -> None:
         models.load_tokenizer(args, args.expert_model, "--expert-model")
     demonstrations = demos.load_demonstrations(args, tokenizer)
     if args.dry_run:
-        print_steps(args, args.select_top_k or len(demonstrations))
-        return
+        n, tokens = args.select_top_k or len(demonstrations), args.max_new_tokens
+        steps, expert = count_steps(n, args), args.expert_model or "the data set's own"
+        reward_steps = f"{steps.K[0]} to {steps.K[-1]}" if args.pairs == "accumulated" else steps.K[0]
+        prompts = args.total_prompts or n
+        candidates, dpo = prompts * args.num_generations, args.policy_objective == "dpo"
+        kind = f"DPO on pairs ({args.pair_choice})" if dpo else "fine-tuning on the best of them"
+        return Run.print_plan(
+            args, "irl_dpo_ultrachat", f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
+            f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
+            f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",
+            f"{candidates} candidates of {prompts} prompts ({candidates * tokens} tokens at most), each scored once,",
+            f"{steps.updates} policy updates of {steps.per_update} optimizer steps: {kind}",
+            f"in all {steps.first(args.T)} optimizer steps",
+        )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations)
     preferences = demos.load_eval_preferences(args, tokenizer)
 
     run = Run(args, "irl_dpo_ultrachat", METRICS)
     if run.finished():
         return
-    demonstrations = demos.select_demonstrations(run, with_expert(run, tokenizer, demonstrations))
-    irl = IRL(run, tokenizer, demonstrations, with_expert(run, tokenizer, held_rows), preferences)
+    demonstrations = demos.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
+    irl = IRL(run, tokenizer, demonstrations, expert_rows(run, tokenizer, held_rows), preferences)
     records.record_prompts(run, demonstrations)
-    steps = irl.steps
+    steps, prompts = irl.steps, args.total_prompts or len(irl.prompts)
     run.say(
-        f"irl_dpo_ultrachat: {len(demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K(0)},"
-        f" {steps.updates} policy updates, {args.policy_objective} on {steps.prompts} prompts x {args.num_generations}"
+        f"irl_dpo_ultrachat: {len(demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K[0]},"
+        f" {steps.updates} policy updates, {args.policy_objective} on {prompts} prompts x {args.num_generations}"
         f" candidates, {run.world} process(es), {run.dir}"
     )
     irl.learn()
-    reward_path = rewards.save_reward(run, irl.reward_model, "IRL", "arXiv:2503.13538, Alg. 1", "demonstrations")
-    card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
-    path = run.save_final(irl.policy, tokenizer, card)
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
+    reward_path = rewards.save_reward(run, irl.reward_model, irl.method, irl.paper, "demonstrations")
+    path = run.save_final(irl.policy, tokenizer, run.model_card(irl.method, irl.paper))
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", irl.method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 
 
-def print_steps(args: Args, n: int) -> None:
-    """--dry-run with n demonstrations: what would run, and what it would cost."""
-    steps, tokens, dpo = count_steps(n, args), args.max_new_tokens, args.policy_objective == "dpo"
-    expert = args.expert_model or "the data set's own"
-    print(
-        f"irl_dpo_ultrachat --dry-run: model {args.model}, data {args.dataset}, demonstrations: {expert}, T = {args.T}"
-    )
-    print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
-    reward_steps = f"{steps.K(0)} to {steps.K(args.T - 1)}" if args.pairs == "accumulated" else steps.K(0)
-    print(f"  {n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,")
-    candidates = steps.prompts * args.num_generations
-    print(
-        f"  {candidates} candidates of {steps.prompts} prompts ({candidates * tokens} tokens at most), each scored once,"
-    )
-    kind = f"DPO on pairs ({args.pair_choice})" if dpo else "fine-tuning on the best of them"
-    print(f"  {steps.updates} policy updates of {steps.per_update} optimizer steps: {kind}")
-    print(f"  in all {steps.first(args.T)} optimizer steps")
-    memory.print_memory_plan(args)
+# ---- what flags mean and what is logged ----
+@dataclass
+class Args(RunArgs):
+    scalar_models: ClassVar[int] = 1
+
+    T: Annotated[int, AT_LEAST_1] = 2
+    """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 2."""
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
+    """passes of the reward model over its pairs in one outer iteration, >= 1. Paper: 1."""
+    expert_model: str = ""
+    """model whose answers are the demonstrations, training and held-out, kept in the cache folder; empty: --dataset's own."""
+    greedy_temperature: Annotated[float, POSITIVE] = 0.01
+    """temperature of the expert's answers and of --negatives greedy, > 0. Released code: 0.01."""
+    eval_preference_dataset: str = "none"
+    """held-out preferences of people, on which every reward is measured (Fig. 2a); none, a file, folder, short name or hub id."""
+    beta: Annotated[float, POSITIVE] = 0.1
+    """weight of KL(pi || pi_ref), reward units per nat, > 0: in DPO, and in a linear reward step. Paper: 0.1."""
+    negatives: Literal["sampled", "greedy"] = "sampled"
+    """the policy's answers in the reward's pairs: at --temperature (Alg. 1), or near-greedy (released code)."""
+    pairs: Literal["current", "accumulated"] = "current"
+    """what a reward learns from: this outer iteration's pairs (paper), or those of the earlier ones too (released code, which
+    leaves out the first)."""
+    reward_loss: Literal["logistic", "linear"] = "logistic"
+    """logistic: Eq. 11, bounded; linear: the likelihood's own gradient (Eq. 10), unbounded."""
+    reward_init: Literal["sft", "previous"] = "sft"
+    """where a reward step starts: the SFT policy every time (Sec. 6.1, released code), or the last iteration's reward."""
+    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
+    """peak learning rate of the reward model, > 0. Released code (TL;DR): 3e-6."""
+    ref: Literal["initial", "previous"] = "initial"
+    """reference policy of DPO: the SFT policy (Eq. 5), or that of the last iteration (released code, Online-RLHF)."""
+    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
+    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
+    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
+    """peak learning rate of --sft-epochs, > 0."""
+    temperature: Annotated[float, POSITIVE] = 1.0
+    """of sampled answers, > 0; it divides the logits of every log-prob the policy step uses. Online-RLHF: 1."""
+    lr_scheduler_type: Literal["linear", "cosine"] = "cosine"
+    """how a learning rate falls to 0 after its warm-up. Paper: cosine."""
+    policy_objective: Literal["dpo", "best_of_n"] | Auto = "auto"
+    """dpo: on a pair of each prompt's candidates; best_of_n: supervised fine-tuning on the best of them, with no reference (the
+    draft's policy trainer)."""
+    pair_choice: Literal["max_min", "max_max", "max_random", "random"] = "max_min"
+    """DPO's pair of a prompt: the best candidate and the worst (paper), the best and the second, the best and any other, or any
+    two. Names of Online-RLHF."""
+    num_generations: Annotated[int | Auto, AT_LEAST_2] = "auto"
+    """N, candidates of a prompt, >= 2. Paper: 32."""
+    candidates_from: str = ""
+    """run whose candidates and scores are used if they come from the same weights, prompts and settings; empty: none."""
+    total_prompts: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
+    """prompts the policy step answers in one outer iteration; 0 means all there are. Online-RLHF: 20,000."""
+    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
+    """prompts answered at a time, over all devices, before the policy takes its steps on them, > 0. Online-RLHF: all at once."""
+    num_policy_epochs: Annotated[int, AT_LEAST_1] = 1
+    """passes of the policy over each batch of pairs, >= 1. Online-RLHF: 2."""
+    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 1.0
+    """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
+    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
+    """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
+    optimizer: Literal["rmsprop", "adamw"] = "adamw"
+    """both without weight decay; rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
+    warmup_ratio: float = 0.0
+    """part of the updates in which a learning rate rises linearly; then it falls to 0. Online-RLHF, released code: 0."""
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.policy_objective == "dpo" or self.ref == "initial", "ref", self.ref,
+            "--policy-objective dpo beside it: best_of_n has no reference",
+        )  # fmt: skip
+        require(
+            not self.candidates_from or self.resume or (Path(self.candidates_from) / "candidates").is_dir(),
+            "candidates_from", self.candidates_from, "the directory of a run of this script, with a folder candidates/",
+        )  # fmt: skip
+
+    @property
+    def sequences_per_row(self) -> int:
+        return 2 if self.policy_objective == "dpo" else 1
+
+
+MISTRAL = dict(  # IRL paper, Sec. 6.2 and App. 8.2; lengths, prompts and the rate of DPO: Online-RLHF; of the reward: IRL's code
+    dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=2048, max_new_tokens=1024, learning_rate=5e-7,
+    reward_learning_rate=3e-6, sft_epochs=0, sft_learning_rate=2e-5, batch_size=64, policy_objective="dpo", num_generations=32,
+    total_prompts=20_000, rollout_batch_size=20_000, eval_updates=1, per_device_train_batch_size=2,
+    per_device_eval_batch_size=32,
+)  # fmt: skip
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=800, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
+        reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, policy_objective="dpo",
+        num_generations=8, total_prompts=320, rollout_batch_size=64, eval_updates=5, per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+    ),
+    "zephyr-7b-sft-full": {**MISTRAL, "policy_objective": "best_of_n"},  # the draft's model; its tables give no more
+    "other": MISTRAL,
+}  # fmt: skip
+
+
+METRICS = {  # name -> meaning, unit, range
+    "sft/loss": "NLL, nats per response token, of --sft-epochs",
+    "reward/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
+    "reward/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
+    "reward/margin": "mean of r(demonstration) - r(answer), reward units; rises",
+    "reward/demonstrations": "mean reward of the demonstrations in the batch",
+    "reward/answers": "mean reward of the policy's answers in the batch",
+    "eval/reward/center": "what was subtracted so that held-out demonstrations average 0",
+    "objective/scores": "mean score of all candidates, missing-EOS penalty taken off; rises",
+    "objective/scores_best": "mean score of the best candidate of a prompt",
+    "objective/scores_margin": "mean difference of best and worst score of a prompt",
+    "objective/pairs": "share of prompts with a pair whose scores, and tokens, differ; DPO leaves out the others",
+    "policy/loss": "dpo_loss, mean over the pairs of a step, or NLL, nats per response token; mean over the steps of an update",
+    "rewards/chosen": "DPO: beta (log pi - log pi_ref) of the preferred answers; 0 at the start",
+    "rewards/rejected": "the same of the other ones; 0 at the start, falls",
+    "rewards/margins": "rewards/chosen - rewards/rejected; 0 at the start, rises",
+    "rewards/accuracies": "share of pairs with a margin above 0, ties half; 0.5 at the start",
+    "logps/chosen": "log pi of the preferred answers, nats per response",
+    "logps/rejected": "log pi of the other ones, nats per response",
+    "entropy": "of the next-token distribution, exact, nats per response token",
+    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
+    "completions/mean_length": "tokens of the answers, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    **evals.EVAL_METRICS,
+    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+    **evals.PREFERENCE_METRICS,
+}
 
 
 if __name__ == "__main__":

@@ -520,13 +520,14 @@ def test_count_steps():
     given = dict(batch_size=64, num_train_epochs=2, sft_epochs=3, rollout_batch_size=256, num_policy_epochs=2)
     count = lambda n, **more: irl.count_steps(n, arguments(**{**given, **more}))  # noqa: E731
     steps = count(10_000, total_prompts=0)
-    assert (steps.sft, steps.K(0), steps.K(1), steps.updates, steps.per_update) == (3 * 157, 2 * 157, 2 * 157, 40, 8)
-    assert steps.prompts == 10_000 and count(10_000, total_prompts=300).updates == 2
+    assert (steps.sft, steps.K[0], steps.K[1], steps.updates, steps.per_update) == (3 * 157, 2 * 157, 2 * 157, 40, 8)
+    assert count(10_000, total_prompts=300).updates == 2
     assert count(10_000, total_prompts=20_000, rollout_batch_size=20_000).updates == 1  # the paper's: all at once
     assert count(100, total_prompts=0).per_update == 4  # 100 prompts at most, in 2 batches, twice
     grown = count(650, total_prompts=256, pairs="accumulated", T=3)
-    assert [grown.K(t) for t in range(3)] == [22, 42, 62]  # of 650, 1300 and 1950 pairs, not of so many batches each
+    assert grown.K == [22, 42, 62]  # of 650, 1300 and 1950 pairs, not of so many batches each
     assert [grown.first(t) for t in range(4)] == [33, 33 + 30, 33 + 30 + 50, 33 + 30 + 50 + 70]
+    assert [grown.policy(t) - grown.first(t) for t in range(3)] == grown.K
 
 
 def test_settings_of_the_models():
@@ -583,7 +584,7 @@ def test_a_reward_learns_from_this_iterations_pairs_or_the_earlier_ones_too(loop
     stored = [read_pairs(run.dir / "generations" / f"iter_{t}.parquet") for t in range(3)]
     assert stored[0] != stored[1] != stored[2] and all(p["iteration"] == t for t in range(3) for p in stored[t])
     for t in range(3):
-        K = learner.steps.K(t)
+        K = learner.steps.K[t]
         used = [p for s in seen[begin : begin + K] for p in s["rows"]]
         expected = sum(stored[: t + 1], []) if pairs == "accumulated" else stored[t]
         for epoch in (used[: len(expected)], used[len(expected) :]):
@@ -604,7 +605,7 @@ def test_the_reward_is_made_anew_or_carried_over(loop, monkeypatch, start):
     learner.learn()
     fresh = irl.rewards.prepare_scalar(learner.args, learner.args.model, "--model").state_dict()
     same = lambda a, b: all(torch.equal(a[k].double(), b[k].double()) for k in a)  # noqa: E731
-    K = learner.steps.K(0)
+    K = learner.steps.K[0]
     assert same(seen[0]["weights"], fresh) and left[0]["center"] != 0
     for t in (1, 2):
         begun = seen[t * K]["weights"]

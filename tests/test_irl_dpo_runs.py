@@ -68,11 +68,11 @@ def test_a_run_leaves_what_it_promises(finished, place):
     assert set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"} == set(irl.METRICS) - set(
         evals.JUDGE_METRICS
     )
-    steps = irl.Steps(sft=3, reward=[3, 6], prompts=8, updates=2, per_update=1)
+    steps = irl.Steps(sft=3, K=[3, 6], updates=2, per_update=1)
     assert "12 demonstrations, 3 SFT steps, T = 2, K = 3" in printed and "dpo on 8 prompts x 3 candidates" in printed
     assert sum("sft/loss" in r for r in rows) == 3 and sum("reward/loss" in r for r in rows) == 3 + 6
     updates = [r for r in rows if "objective/scores" in r]
-    first = [steps.first(t) + steps.K(t) for t in range(2)]
+    first = [steps.policy(t) for t in range(2)]
     assert [r["step"] for r in updates] == [f + u for f in first for u in (1, 2)]
     assert [r["episodes"] for r in updates] == [12, 24, 36, 48]
     measured = [(r["outer_iteration"], r["updates"], r["episodes"]) for r in rows if "eval/nll" in r]
@@ -336,11 +336,11 @@ POINTS = [  # (function, n-th call): one or more in every phase
     ("common.run.Run.step", 3),  # SFT
     ("common.evals.prepare_held_out", 1),
     ("common.run.Run.save_final", 1),  # after 5 SFT steps, sft/ not yet kept
-    ("irl_dpo_ultrachat.write_pairs", 1),  # answers sampled, not yet on disk
+    ("common.run.write_pairs", 1),  # answers sampled, not yet on disk
     ("common.run.Run.step", 8),  # reward step: 6 to 10
     ("common.evals.evaluate_reward", 1),
     ("common.evals.evaluate_preferences", 1),
-    ("irl_dpo_ultrachat.write_pairs", 2),  # candidates scored, not yet on disk
+    ("common.run.write_pairs", 2),  # candidates scored, not yet on disk
     ("irl_dpo_ultrachat.choose_pairs", 2),  # candidates on disk, no step taken
     ("common.run.Run.step", 12),  # inside a policy update
     ("common.evals.evaluate", 2),  # between updates

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import functools
 import json
 import re
@@ -252,7 +253,8 @@ def test_a_circle_of_imports_is_found(tmp_path, name):
 OWN = {
     "train",
     "count_steps",
-    "print_steps",
+    "plan_lines",
+    "expert_rows",
     "collect",
     "reward_batch_loss",
     "sft_batch_loss",
@@ -264,7 +266,16 @@ OWN_PPO = {
     "pad",
 }  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
-    ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "loop.sample_pairs", "loop.start_reward"),
+    ("aihf.py", "aihf_ppo.py"): (
+        "reward_batch_loss",
+        "loop.sample_pairs",
+        "loop.start_reward",
+        "weighted_rows",
+        "mixed_batches",
+        "Steps.first",
+        "Steps.policy",
+        "Args.needs_demonstrations",
+    ),
     ("rft.py", "aihf_ppo.py"): (
         "collect",
         "sft_batch_loss",
@@ -277,8 +288,22 @@ SHARED = {  # of these, what two scripts have in common all the same: proved for
     ),  # fmt: skip
     ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss", "ActorCritic.forward"),
     ("rft.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss",),
-    ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss", "loop.start_reward"),
-    ("aihf.py", "irl_dpo_ultrachat.py"): ("sft_batch_loss", "dpo_batch_loss", "policy_rates"),
+    ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): (
+        "reward_batch_loss",
+        "loop.sample_pairs",
+        "loop.start_reward",
+    ),
+    ("aihf.py", "irl_dpo_ultrachat.py"): (
+        "sft_batch_loss",
+        "dpo_batch_loss",
+        "makes_pair",
+        "measure_candidates",
+        "policy_rates",
+        "loop.learn",
+        "loop.episodes",
+        "loop.measure",
+    ),
+    ("aihf.py", "aihf_direct.py"): ("dpo_loss", "mixed_batches", "weighted_rows"),
 }
 
 
@@ -310,6 +335,19 @@ def test_functions_of_the_same_name_in_two_scripts_are_the_same():
     for scripts, names in SHARED.items():
         first, second = (functions(ROOT / script) for script in scripts)
         assert all(first[name] == second[name] for name in names), scripts
+
+
+DIFFS = {  # two scripts -> lines that `diff` of them shows at most, of both
+    ("aihf_ppo.py", "aihf.py"): 540,
+    ("aihf.py", "irl_dpo_ultrachat.py"): 600,
+}
+
+
+@pytest.mark.parametrize("scripts", DIFFS, ids=" ".join)
+def test_a_diff_of_two_scripts_shows_the_method(scripts):
+    first, second = ((ROOT / script).read_text().splitlines() for script in scripts)
+    shown = [line for line in difflib.unified_diff(first, second, n=0) if line[0] in "+-"][2:]  # without the names
+    assert len(shown) <= DIFFS[scripts]
 
 
 def test_no_pickle_and_no_unsafe_load():
