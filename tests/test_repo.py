@@ -180,14 +180,13 @@ SHARED = {  # of these, what two scripts have in common all the same: proved for
     ("rft.py", "aihf_ppo.py"): (
         "collect",
         "sft_batch_loss",
-        "ActorCritic.forward",
         "loop.learn",
         "loop.start_reward",
         "loop.start_policy",
         "loop.policy_step",
         "loop.measure",
     ),  # fmt: skip
-    ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss", "ActorCritic.forward"),
+    ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss",),
     ("rft.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss",),
     ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss", "loop.start_reward"),
     ("aihf.py", "irl_dpo_ultrachat.py"): ("sft_batch_loss", "dpo_batch_loss", "policy_rates"),
