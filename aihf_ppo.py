@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, demos, evals, models, rewards
+from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
-from common.generation import make_generator
+from common.generation import check_first_step, make_generator
 from common.logprobs import masked_mean, masked_sum
 from common.rewards import ActorCritic
 from common.run import Run
@@ -276,14 +276,9 @@ def ppo_update(
             )
             rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
             steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            first = steps[0]["sampling/logp_difference"]
-            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
-                raise UserError(
-                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
-                    " expected rounding: the policy that is trained is not the one that answered"
-                )
+            check_first_step("PPO", steps[0], args.temperature)
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
-    return {**row, "sampling/logp_difference": first}
+    return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
 
 # ---- the loop: Algorithm 1 ----
