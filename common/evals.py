@@ -135,7 +135,8 @@ def prepare_held_out(
     from extras.gold import gold_columns
 
     path = run.dir / "evals" / "reference.parquet"
-    if not path.exists():
+
+    def make() -> list[dict]:
         if run.is_main and any("eval/nll" in row for row in run.logged()):
             raise UserError(
                 f"--resume: found no {path}, expected what the first policy said of the held-out rows; this one has been trained"
@@ -160,12 +161,9 @@ def prepare_held_out(
         if with_gold:
             base = [(texts[r["row"]], done) for r, done in zip(rows, rollout.finished, strict=True)]
             columns |= gold_columns(run, rows, base, temperature)
-        if run.is_main:
-            write_pairs(
-                path, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            )
-        run.accelerator.wait_for_everyone()
-    stored = read_pairs(path)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    stored = run.stored(path, make)
     ref = {kind: [s[f"ref_{kind}"] for s in stored] for kind in KINDS}
     gold = {name[5:]: [s[name] for s in stored] for name in stored[0] if name.startswith("gold_")}
     return HeldOut(rows, [s["rejected_ids"] for s in stored], ref, gold)
