@@ -15,14 +15,14 @@ from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from helpers import ROOT, jsonl, make_data, make_model, make_tokenizer
+from helpers import ROOT, jsonl, make_data, make_model, make_tokenizer, slow_unless
 
 from common import UserError, args
 from common.args import LARGEST, RANGES, flag, main, parse_args, resolve_auto, settings_row
 from extras import command_line, launch, trackers
 
 sys.path[:0] = [str(ROOT / "docs")]
-from generate import MODULES, field_docs  # noqa: E402
+from generate import MODULES, flag_rows  # noqa: E402
 
 SCRIPTS = {module.__name__: module for module in MODULES}
 SCRIPTS |= {f"benchmark.{name}": importlib.import_module(f"benchmark.{name}") for name in ("gold", "preferences")}
@@ -89,7 +89,7 @@ def wrong_values(name: str, kind, cls) -> list[str]:
     return ["", " "] if default and name not in cls.may_be_empty else []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", slow_unless(lambda script: script in ("sft", "irft", "evaluate"), SCRIPTS))
 def test_no_flag_takes_a_value_outside_what_it_declares(script, refused):
     cls = SCRIPTS[script].Args
     kinds, tried, failed = get_type_hints(cls), 0, []
@@ -115,7 +115,8 @@ STATED = {  # in a flag's help -> its declared range
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_number_declares_a_range_and_its_help_says_the_same(script):
     cls = SCRIPTS[script].Args
-    kinds, docs, ranges = get_type_hints(cls), field_docs(cls), declared(cls)
+    kinds, ranges = get_type_hints(cls), declared(cls)
+    docs = {name: meaning for name, (_, meaning) in flag_rows(cls).items()}
     numbers = [f.name for f in dataclasses.fields(cls) if {int, float} & set(command_line.kinds_of(kinds[f.name]))]
     assert set(numbers) == set(ranges)
     for name in numbers:

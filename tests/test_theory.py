@@ -499,6 +499,7 @@ def test_an_irft_loop_that_goes_the_wrong_way_is_told_apart(irft_path, setting, 
     assert not check_rise(irft_path(T=1, beta=0.1, learning_rate=1e-3, later_learning_rate=1e-3), setting)
 
 
+@pytest.mark.slow
 def test_t_chooses_between_imitation_and_sharpening(irft_path, setting):
     """72 updates at beta = 0.1. T = 1 passes the expert's hidden reward and loses likelihood; T = 12 stays below and gains it."""
     (start, gold), (sharp, sharp_gold) = irft_path(T=1, num_train_epochs=12, beta=0.1)
@@ -608,6 +609,7 @@ def test_a_wrong_covariate_shift_is_caught(name):
 
 
 # ---- as programs ----
+@pytest.mark.slow
 def test_the_programs_run_and_draw(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(theory, "SEEDS", 1)
     assert theory.example(theory.Args(output_dir=str(tmp_path)))
