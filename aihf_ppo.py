@@ -442,7 +442,6 @@ class AIHF:
 # ---- the plan: numbers of optimizer steps, and the rows and weights of each, known before anything runs ----
 @dataclass
 class Steps:
-    demonstrations: int
     sft: int
     K: int  # reward steps in one outer iteration
     updates: int  # PPO updates in one outer iteration
@@ -463,7 +462,7 @@ def count_steps(n: int, m: int, args: Args) -> Steps:
     mixed = math.ceil(max(n if args.demo_weight else 0, m) / args.batch_size)
     updates = math.ceil(args.total_episodes / args.rollout_batch_size)
     per_update = args.num_ppo_epochs * args.num_mini_batches
-    return Steps(n, args.sft_epochs * batches, args.num_train_epochs * mixed, updates, per_update)
+    return Steps(args.sft_epochs * batches, args.num_train_epochs * mixed, updates, per_update)
 
 
 def mixed_batches(n: int, m: int, args, *key: int) -> list[tuple[list[int], list[int]]]:

@@ -785,8 +785,8 @@ def test_dpo_step_is_the_mean_over_the_pairs_that_differ(make_run):
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("if differs(p)", "if True"),
-        ("if differs(p)", "if p[\"scores\"][0] > min(p[\"scores\"])"),
+        ("if makes_pair(p)", "if True"),
+        ("if makes_pair(p)", "if p[\"scores\"][0] > min(p[\"scores\"])"),
         ("args.batch_size):", "2):\n            begin = 0"),
         ("optimizer, rows, loss_fn", "optimizer, rows[:-1], loss_fn"),
         ("rates[len(steps)]", "rates[len(steps)] / 2"),
@@ -802,7 +802,7 @@ def test_one_score_for_all_answers_makes_no_step(make_run):
     policy, pairs = collect(run, 6, Table(torch.zeros(3, 121)))
     moved, row = dpo_step(run, policy, pairs)
     assert not moved.any() and row == {}
-    measured = aihf.measure_answers(pairs)
+    measured = aihf.measure_candidates(pairs)
     assert measured["objective/pairs"] == measured["objective/scores_margin"] == 0
 
 
@@ -811,7 +811,7 @@ def test_equal_answers_make_no_pair_whatever_rounding_makes_of_their_scores(make
     policy, pairs = collect(run, 7, Table(noise(3, 121, seed=3)))
     same = {**pairs[0], "rejected_ids": pairs[0]["chosen_ids"], "sampled_rejected": pairs[0]["sampled_chosen"]}
     same["scores"] = [1.0, *[1.0 + 1e-7] * (len(same["scores"]) - 1)]
-    assert not aihf.differs(same) and aihf.measure_answers([same, pairs[1]])["objective/pairs"] == 0.5
+    assert not aihf.makes_pair(same) and aihf.measure_candidates([same, pairs[1]])["objective/pairs"] == 0.5
     assert torch.equal(dpo_step(run, policy, [same, *pairs[1:]])[0], dpo_step(run, policy, pairs[1:])[0])
 
 
@@ -821,7 +821,7 @@ def test_one_schedule_runs_over_all_steps_of_an_iteration_however_they_are_group
     expected = [learning_rate_at(k, 20, 2.0, 0.1, "cosine") for k in range(20)]
     assert expected[0] < expected[1] < expected[2] == 2.0 > expected[3] and expected[-1] < 0.05
     for updates, per_update in ((20, 1), (5, 4), (1, 20)):
-        steps = aihf.Steps(0, 0, 0, updates, per_update)
+        steps = aihf.Steps(0, 0, updates, per_update)
         assert sum((aihf.policy_rates(steps, u, args) for u in range(updates)), []) == expected
 
 
@@ -877,7 +877,7 @@ def test_metrics_of_the_answers():
             "rejected_ids": [1],
         },
     ]
-    row = {k.split("/")[1]: v for k, v in aihf.measure_answers(pairs).items()}
+    row = {k.split("/")[1]: v for k, v in aihf.measure_candidates(pairs).items()}
     assert row == pytest.approx(
         {
             "scores": 0.75,
@@ -897,19 +897,17 @@ def test_count_steps():
     online = dict(rollout_batch_size=256, num_policy_epochs=2)
     count = lambda n, m, **more: aihf.count_steps(n, m, arguments(**given, **online, **more))  # noqa: E731
     whole = dict(total_prompts=0)
-    assert count(10_000, 3000, **whole) == aihf.Steps(10_000, sft=3 * 157, K=2 * 157, updates=12, per_update=8)
+    assert count(10_000, 3000, **whole) == aihf.Steps(sft=3 * 157, K=2 * 157, updates=12, per_update=8)
     assert count(10_000, 3000, **whole, demo_weight=0.0).K == 2 * 47
     assert count(10_000, 3000, **whole, prompts="demonstrations").updates == 40
     assert count(10, 3000, total_prompts=300).updates == 2 and count(10, 3000, total_prompts=300).K == 2 * 47
     assert count(10, 100, **whole).per_update == 4  # 100 prompts at most, in 2 batches, twice
-    steps = aihf.Steps(9, sft=5, K=7, updates=3, per_update=4)
+    steps = aihf.Steps(sft=5, K=7, updates=3, per_update=4)
     assert [steps.first(t) for t in range(3)] == [5, 5 + 19, 5 + 2 * 19]
     ppo = dict(total_episodes=1000, rollout_batch_size=256, num_ppo_epochs=4, num_mini_batches=2)
     args = arguments(aihf_ppo, **given, **ppo)
-    assert aihf_ppo.count_steps(10_000, 3000, args) == aihf_ppo.Steps(
-        10_000, sft=3 * 157, K=2 * 157, updates=4, per_update=8
-    )
-    names = "demonstrations sft K updates per_update".split()
+    assert aihf_ppo.count_steps(10_000, 3000, args) == aihf_ppo.Steps(sft=3 * 157, K=2 * 157, updates=4, per_update=8)
+    names = "sft K updates per_update".split()
     assert all([f.name for f in dataclasses.fields(script.Steps)] == names for script in SCRIPTS.values())
 
 

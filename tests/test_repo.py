@@ -265,7 +265,13 @@ OWN_PPO = {
     "pad",
 }  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
-    ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "loop.sample_pairs", "loop.start_reward"),
+    ("aihf.py", "aihf_ppo.py"): (
+        "reward_batch_loss",
+        "loop.sample_pairs",
+        "loop.start_reward",
+        "weighted_rows",
+        "mixed_batches",
+    ),
     ("rft.py", "aihf_ppo.py"): (
         "collect",
         "sft_batch_loss",
