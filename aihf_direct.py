@@ -20,7 +20,7 @@ The paper's run:       accelerate launch aihf_direct.py --model mistral-7b-sft-b
 """
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -32,13 +32,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, memory, models
-from common.data import collate, end_of_turn, read_pairs, write_pairs
+from common import UserError, demos, evals, models
+from common.args import Auto, RunArgs, main, parse_args, require
+from common.data import collate, end_of_turn
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
-from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
+from common.run import Run
+from common.store import read_pairs, write_pairs
+from common.streams import data_order, learning_rate_at, make_optimizer
+from extras import memory, records, sharding
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
         max_new_tokens=48, learning_rate=1e-4, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
@@ -345,7 +349,7 @@ def score_reference(run, t: int, pairs: list[dict], policy, path) -> list[dict]:
     with (
         run.phase(f"iteration {t}: reference, {path.stem}", 2 * len(pairs), outer_iteration=t) as advance,
         models.reference_policy(run, policy, is_reference) as ref_policy,
-        evals.evaluating(ref_policy),
+        sharding.evaluating(ref_policy),
     ):
         for kind in ("chosen", "rejected"):
             sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
@@ -376,20 +380,20 @@ def check_first_losses(run, row: dict[str, float]) -> None:
 
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
-    demonstrations, preferences = evals.load_both(args, tokenizer)
+    demonstrations, preferences = demos.load_both(args, tokenizer)
     K = count_updates(args.select_top_k or len(demonstrations), len(preferences), args)
     if args.dry_run:
         print_updates(args, args.select_top_k or len(demonstrations), len(preferences), K)
         return
-    held_rows = evals.load_held_out(
+    held_rows = demos.load_held_out(
         args, tokenizer, demonstrations + preferences, args.preference_dataset if preferences else ""
     )
 
     run = Run(args, "aihf_direct", METRICS)
     if run.finished():
         return
-    demonstrations = evals.select_demonstrations(run, demonstrations)
-    evals.record_prompts(run, demonstrations, preferences)
+    demonstrations = demos.select_demonstrations(run, demonstrations)
+    records.record_prompts(run, demonstrations, preferences)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.unwrap(policy)

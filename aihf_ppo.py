@@ -21,7 +21,7 @@ The paper's run:       accelerate launch aihf_ppo.py --model pythia-1b
 """
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -33,24 +33,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, engines, evals, memory, models, rewards
-from common.data import collate, pad_right, read_pairs, write_pairs
+from common import UserError, demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
+from common.data import collate, pad_right
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
-from common.run import (
-    Auto,
-    Run,
-    RunArgs,
-    data_order,
-    learning_rate_at,
-    main,
-    make_optimizer,
-    parse_args,
-    require,
-    stream_seed,
-)
+from common.run import Run
+from common.store import read_pairs, write_pairs
+from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
+from extras import gold, memory, records, sharding
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
         max_new_tokens=48, learning_rate=2e-4, reward_model="", reward_learning_rate=1e-3, sft_epochs=2,
@@ -301,7 +294,7 @@ class ActorCritic(torch.nn.Module):
         scores = response_logprobs(self.policy, batch, temperature)
         if with_values:
             return scores, self.value(batch, every=True)
-        return scores, engines.zero_of(self.value)
+        return scores, sharding.zero_of(self.value)
 
 
 def sft_batch_loss(actor_critic, rows: list[dict], device) -> tuple[Tensor, dict]:
@@ -434,11 +427,11 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
             prompts = [rows[i]["prompt_ids"] for i in indices]
             rollout = generator.sample(prompts, indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evals.evaluating(reward_model):
+        with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        with run.timed("value"), evals.evaluating(actor_critic.value):
+        with run.timed("value"), sharding.evaluating(actor_critic.value):
             values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
             {
@@ -719,7 +712,7 @@ class AIHF:
         if args.resume and (position := run.load_checkpoint()):
             self.position = position
         if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
         for t in range(self.position["outer_iteration"], args.T):
@@ -731,17 +724,17 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations, preferences = evals.load_both(args, tokenizer)
+    demonstrations, preferences = demos.load_both(args, tokenizer)
     if args.dry_run:
         print_steps(args, count_steps(args.select_top_k or len(demonstrations), len(preferences), args))
         return
-    held_rows = evals.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
 
     run = Run(args, "aihf_ppo", METRICS)
     if run.finished():
         return
-    aihf = AIHF(run, tokenizer, evals.select_demonstrations(run, demonstrations), preferences, held_rows)
-    evals.record_prompts(run, aihf.demonstrations, preferences)
+    aihf = AIHF(run, tokenizer, demos.select_demonstrations(run, demonstrations), preferences, held_rows)
+    records.record_prompts(run, aihf.demonstrations, preferences)
     steps, method = aihf.steps, "AIHF" if args.demo_weight else "RLHF"
     run.say(
         f"aihf_ppo: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {steps.sft} SFT steps,"

@@ -16,7 +16,7 @@ After a run of rft.py:  python evaluate.py --model runs/x/final --ref-model runs
 """
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -26,12 +26,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from common import evals, models, rewards
-from common.data import write_pairs
+from common import demos, evals, models, rewards
+from common.args import BaseArgs, main, parse_args
 from common.generation import Rollout, make_generator
-from common.run import BaseArgs, Run, main, parse_args, without_nan, write_json
+from common.run import Run
+from common.store import without_nan, write_json, write_pairs
+from extras import statistics
+from extras.gold import gold_columns
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(dataset="pydoc", eval_samples=200, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
     "pythia": dict(dataset="hh-rlhf", eval_samples=500, max_length=1024, max_new_tokens=256, per_device_eval_batch_size=32),
     "other": dict(dataset="ultrachat_200k", eval_samples=500, max_length=2048, max_new_tokens=256, per_device_eval_batch_size=16),
@@ -71,7 +74,7 @@ def hold_out(run, reference, samples: Rollout, rows: list[dict], tokenizer) -> e
         return evals.prepare_held_out(run, reference, generator, rows, tokenizer, args.temperature)
     rejected = [r.get("rejected_ids", y) for r, y in zip(rows, samples.response_ids, strict=True)]
     columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
-    columns |= evals.gold_columns(run, rows, None, args.temperature) if args.gold_reward_model else {}
+    columns |= gold_columns(run, rows, None, args.temperature) if args.gold_reward_model else {}
     if run.is_main:
         stored = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         write_pairs(run.dir / "evals" / "reference.parquet", stored)
@@ -85,7 +88,7 @@ def evaluate(args: Args) -> None:
         rewards.check_same_tokenizer(args, tokenizer, args.ref_model, "--ref-model")
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    rows = evals.load_held_out(args, tokenizer, [])
+    rows = demos.load_held_out(args, tokenizer, [])
     if args.reward_model:
         scalar = rewards.load_scalar_model(args, args.reward_model, "--reward-model").eval()
 
@@ -97,7 +100,7 @@ def evaluate(args: Args) -> None:
         reference = models.for_inference(run, models.load_model(args, args.ref_model, "--ref-model"))
     generator = make_generator(run, policy, tokenizer)
     with run.phase("samples", len(rows), step=0) as advance:
-        samples = evals.sample_rows(run, generator, rows, evals.EVAL_SEED, args.temperature, advance)
+        samples = evals.sample_rows(run, generator, rows, demos.EVAL_SEED, args.temperature, advance)
     held = hold_out(run, reference, samples, rows, tokenizer)
     against = None if reference is None else contextlib.nullcontext(reference)
     values = evals.evaluate(
@@ -123,14 +126,14 @@ def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
     reward = evals.read_columns(folder / "reward_0000.parquet") if args.reward_model else {}
     measures = {name: {"value": values[name], "low": None, "high": None} for name in METRICS if name in values}
     for name, column in (columns | (evals.reward_columns(reward) if reward else {})).items():
-        measures[name]["low"], measures[name]["high"] = evals.bootstrap_interval(column)
+        measures[name]["low"], measures[name]["high"] = statistics.bootstrap_interval(column)
     if (win := measures.get("eval/judge/win_rate_demonstrations")) is not None:
         win["low"], win["high"] = (measures.pop(f"eval/judge/win_rate_{end}")["value"] for end in ("low", "high"))
     result = {"rows": len(held.rows), "measures": {name: without_nan(m) for name, m in measures.items()}}
     if reward:
         margins = reward["chosen"] - reward["rejected"]
         bins = [dict(zip(("confidence", "accuracy", "pairs"), b, strict=True)) for b in evals.calibration(margins)[1]]
-        low, high = evals.calibrated_range(margins)
+        low, high = statistics.calibrated_range(margins)
         result["calibration"] = {"bins": bins, "if_calibrated": {"low": low, "high": high}}
     names = ("model", "ref_model", "reward_model", "gold_reward_model", "baseline", "judge_model", "judge_base_url")
     names += ("judge_task", "dataset", "eval_dataset", "beta")

@@ -18,7 +18,7 @@ The paper's run:       accelerate launch irft.py --T 5 --model zephyr-7b-sft-ful
 """
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -30,13 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, memory, models
-from common.data import collate, read_pairs, write_pairs
+from common import UserError, demos, evals, models
+from common.args import Auto, RunArgs, main, parse_args, require
+from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
-from common.run import Auto, Run, RunArgs, data_order, learning_rate_at, main, make_optimizer, parse_args, require
+from common.run import Run
+from common.store import read_pairs, write_pairs
+from common.streams import data_order, learning_rate_at, make_optimizer
+from extras import memory, records, sharding
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=6e-5,
         later_learning_rate=1.2e-5, batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
@@ -228,7 +232,7 @@ def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, genera
     with (
         run.phase(f"iteration {t}: reference", 2 * len(pairs), outer_iteration=t) as advance,
         models.reference_policy(run, policy, is_reference) as ref_policy,
-        evals.evaluating(ref_policy),
+        sharding.evaluating(ref_policy),
     ):
         for kind in ("chosen", "rejected"):
             sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
@@ -254,18 +258,18 @@ def check_first_loss(run, row: dict[str, float]) -> None:
 
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
-    demonstrations = evals.load_demonstrations(args, tokenizer)
+    demonstrations = demos.load_demonstrations(args, tokenizer)
     plan = make_plan(args.select_top_k or len(demonstrations), args)
     if args.dry_run:
         print_plan(args, plan)
         return
-    held_rows = evals.load_held_out(args, tokenizer, demonstrations)
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
 
     run = Run(args, "irft", METRICS)
     if run.finished():
         return
-    demonstrations = evals.select_demonstrations(run, demonstrations)
-    evals.record_prompts(run, demonstrations)
+    demonstrations = demos.select_demonstrations(run, demonstrations)
+    records.record_prompts(run, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.unwrap(policy)

@@ -21,7 +21,7 @@ The paper's run:       accelerate launch irl_dpo_ultrachat.py --model mistral-7b
 """
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -38,22 +38,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, evals, memory, models, rewards
-from common.data import collate, read_pairs, write_pairs
+from common import UserError, demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
+from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
-from common.run import (
-    Auto,
-    Run,
-    RunArgs,
-    data_order,
-    learning_rate_at,
-    main,
-    make_optimizer,
-    parse_args,
-    require,
-    stream_seed,
-)
+from common.run import Run
+from common.store import read_pairs, write_pairs
+from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
+from extras import gold, memory, records, sharding
 
 MISTRAL = dict(  # IRL paper, Sec. 6.2 and App. 8.2; lengths, prompts and the rate of DPO: Online-RLHF; of the reward: IRL's code
     dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=2048, max_new_tokens=1024, learning_rate=5e-7,
@@ -61,7 +54,7 @@ MISTRAL = dict(  # IRL paper, Sec. 6.2 and App. 8.2; lengths, prompts and the ra
     total_prompts=20_000, rollout_batch_size=20_000, eval_updates=1, per_device_train_batch_size=2,
     per_device_eval_batch_size=32,
 )  # fmt: skip
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=800, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=1e-4,
         reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, policy_objective="dpo",
@@ -367,7 +360,7 @@ def score_candidates(run, reward_model, generator, rows: list[dict], first: int,
             asked = [(rows[i]["prompt_ids"], (first + i) * n + j) for i in indices for j in range(n)]
             rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evals.evaluating(reward_model):
+        with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
         names = {"response_ids": rollout.response_ids, "finished": rollout.finished, "logprobs": rollout.logprobs}
         names["scores"] = scores
@@ -424,7 +417,7 @@ def choose_pairs(run, rows: list[dict], candidates: list[dict], reference) -> li
             "lengths": list(map(len, candidate["response_ids"])), "finished": candidate["finished"],
         })  # fmt: skip
     if dpo:
-        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
             ref = run.map_sequences(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
         for pair, (chosen, _), (rejected, _) in zip(pairs, ref[: len(rows)], ref[len(rows) :], strict=True):
             pair |= {"ref_chosen": chosen, "ref_rejected": rejected}
@@ -716,7 +709,7 @@ class IRL:
         if args.resume and (position := run.load_checkpoint()):
             self.position = position
         if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
         for t in range(self.position["outer_iteration"], args.T):
@@ -725,9 +718,9 @@ class IRL:
 
 
 def with_expert(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
-    """evals.expert_rows within --max-length."""
+    """gold.expert_rows within --max-length."""
     args = run.args
-    return evals.expert_rows(
+    return gold.expert_rows(
         run, tokenizer, rows, args.greedy_temperature, lambda r: args.max_length - len(r["prompt_ids"])
     )
 
@@ -736,19 +729,19 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.expert_model:
         models.load_tokenizer(args, args.expert_model, "--expert-model")
-    demonstrations = evals.load_demonstrations(args, tokenizer)
+    demonstrations = demos.load_demonstrations(args, tokenizer)
     if args.dry_run:
         print_steps(args, args.select_top_k or len(demonstrations))
         return
-    held_rows = evals.load_held_out(args, tokenizer, demonstrations)
-    preferences = evals.load_eval_preferences(args, tokenizer)
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
+    preferences = demos.load_eval_preferences(args, tokenizer)
 
     run = Run(args, "irl_dpo_ultrachat", METRICS)
     if run.finished():
         return
-    demonstrations = evals.select_demonstrations(run, with_expert(run, tokenizer, demonstrations))
+    demonstrations = demos.select_demonstrations(run, with_expert(run, tokenizer, demonstrations))
     irl = IRL(run, tokenizer, demonstrations, with_expert(run, tokenizer, held_rows), preferences)
-    evals.record_prompts(run, demonstrations)
+    records.record_prompts(run, demonstrations)
     steps = irl.steps
     run.say(
         f"irl_dpo_ultrachat: {len(demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K(0)},"

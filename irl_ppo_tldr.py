@@ -21,7 +21,7 @@ accelerate launch irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR -
 """
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -34,24 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, engines, evals, memory, models, rewards
-from common.data import Frame, collate, encode, end_of_turn, pad_right, read_pairs, tokenise, write_pairs
+from common import UserError, demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
+from common.data import Frame, collate, encode, end_of_turn, pad_right, tokenise
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
-from common.run import (
-    Auto,
-    Run,
-    RunArgs,
-    data_order,
-    learning_rate_at,
-    main,
-    make_optimizer,
-    parse_args,
-    require,
-    stream_seed,
-)
+from common.run import Run
+from common.store import read_pairs, write_pairs
+from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
+from extras import gold, memory, records, sharding
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=960, prompts="demonstrations", eval_samples=200, max_length=208, max_new_tokens=48,
         learning_rate=1e-4, reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, eval_temperature=0.7,
@@ -354,7 +347,7 @@ class ActorCritic(torch.nn.Module):
         scores = response_logprobs(self.policy, batch, temperature)
         if with_values:
             return scores, self.value(batch, every=True)
-        return scores, engines.zero_of(self.value)
+        return scores, sharding.zero_of(self.value)
 
 
 def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device) -> tuple[Tensor, dict]:
@@ -472,12 +465,12 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
             prompts = [rows[i]["prompt_ids"] for i in indices]
             rollout = generator.sample(prompts, indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evals.evaluating(reward_model):
+        with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
         stepped = [with_last_step(x, y, args) for x, y in sequences]
-        with run.timed("value"), evals.evaluating(actor_critic.value):
+        with run.timed("value"), sharding.evaluating(actor_critic.value):
             values = run.score_batches(stepped, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
             {
@@ -698,7 +691,7 @@ class IRL:
             scores = torch.tensor(evals.sequence_scores(run, self.bare_reward, sequences, advance), dtype=torch.float64)
         std = scores.std(correction=0).item()
         if kind != "none":
-            with engines.whole(self.bare_reward, cast=False):
+            with sharding.whole(self.bare_reward, cast=False):
                 self.bare_reward.normalise(scores.mean().item(), std if kind == "mean_std" else 1.0)
                 run.load_weights(self.reward_model, self.bare_reward)
         center = self.bare_reward.center.item()
@@ -778,7 +771,7 @@ class IRL:
         if args.resume and (position := run.load_checkpoint()):
             self.position = position
         if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(
             run, self.bare.policy, self.generator, self.held_rows, self.tokenizer, args.eval_temperature
@@ -789,9 +782,9 @@ class IRL:
 
 
 def expert_rows(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
-    """evals.expert_rows in the form of TL;DR: the expert reads the same query."""
+    """gold.expert_rows in the form of TL;DR: the expert reads the same query."""
     args = run.args
-    return evals.expert_rows(
+    return gold.expert_rows(
         run, tokenizer, rows, args.greedy_temperature, lambda _: args.max_new_tokens, tldr_frame(tokenizer),
         lambda _, row: row["prompt_text"],
     )  # fmt: skip
@@ -802,23 +795,23 @@ def train(args: Args) -> None:
     tokenizer.chat_template = TLDR_TEMPLATE
     if args.expert_model:
         models.load_tokenizer(args, args.expert_model, "--expert-model")
-    demonstrations = prompts = evals.load_demonstrations(args, tokenizer, encode_tldr)
+    demonstrations = prompts = demos.load_demonstrations(args, tokenizer, encode_tldr)
     if args.dry_run:
         print_steps(args, args.select_top_k or len(demonstrations))
         return
     if args.prompts == "all":
-        prompts = evals.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
-    held_rows = evals.load_held_out(args, tokenizer, prompts, encode=encode_tldr)
+        prompts = demos.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
+    held_rows = demos.load_held_out(args, tokenizer, prompts, encode=encode_tldr)
     longer = dataclasses.replace(args, max_length=args.max_prompt_length + COMPARISON_TOKENS)
-    preferences = evals.load_eval_preferences(longer, tokenizer, encode_tldr)
+    preferences = demos.load_eval_preferences(longer, tokenizer, encode_tldr)
 
     run = Run(args, "irl_ppo_tldr", METRICS)
     if run.finished():
         return
-    demonstrations = evals.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
+    demonstrations = demos.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
     posts = demonstrations if args.prompts == "demonstrations" else prompts
     irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
-    evals.record_prompts(run, demonstrations, posts)
+    records.record_prompts(run, demonstrations, posts)
     steps = irl.steps
     run.say(
         f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {steps.sft} SFT steps,"

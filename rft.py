@@ -21,8 +21,10 @@ The paper's run, from a pythia-1.4b that sft.py has fine-tuned on all of HH (doc
 accelerate launch rft.py --model runs/base/final --max-samples 0 --select-top-k 10000 --gold-reward-model beaver-7b-v3.0-reward
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -34,47 +36,463 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, engines, evals, memory, models, rewards
-from common.data import collate, pad_right, read_pairs, write_pairs
+from common import UserError, demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
+from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
-from common.run import (
-    Auto,
-    Run,
-    RunArgs,
-    data_order,
-    learning_rate_at,
-    main,
-    make_optimizer,
-    parse_args,
-    require,
-    stream_seed,
-)
-
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=2e-4,
-        reward_model="", reward_learning_rate=1e-3, sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, total_episodes=1920,
-        rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=15, per_device_train_batch_size=32,
-        per_device_eval_batch_size=64,
-    ),
-    # RFT paper, Sec. 5.1 and App. C: rates, window, batch 8 (two devices with 4), also of PPO; 35,000 answers are the 17,500
-    # policy steps of Fig. 2, if a step is one of the optimizer: 4 for every 8 answers. Answers up to 256, rate of SFT: ours
-    "pythia": dict(
-        dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
-        reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8,
-        total_episodes=35_000, rollout_batch_size=8, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=4,
-        per_device_eval_batch_size=32,
-    ),
-    "other": dict(  # ours, since the paper has Alg. 1 on pythia alone; batch 16 is that of its 7B runs, as many steps as above
-        dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
-        reward_model="", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=16,
-        total_episodes=70_000, rollout_batch_size=16, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=2,
-        per_device_eval_batch_size=16,
-    ),
-}  # fmt: skip
+from common.run import Run
+from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
+from extras import gold, records, sharding
 
 
+# ---- the maths: SFT, and the reward ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
+
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
+
+
+def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
+    """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
+
+    linear:   -(r(x, y) - r(x, y~)) / beta, whose gradient is -g_{t,k} (RFT paper, Alg. 1 and Eq. 13).
+    logistic: -log sigmoid(r(x, y) - r(x, y~)) (IRL paper, Eq. 11): the same direction, bounded.
+    ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = demonstration_scores - answer_scores
+    return -F.logsigmoid(d) if kind == "logistic" else -d / beta
+
+
+# ---- the maths: PPO. All tensors (B, T), aligned to the response; mask is True through EOS ----
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """-beta (log pi - log pi_ref) at every token, plus the score (B,) at the last one. Sums to r - beta log pi/pi_ref."""
+    last = mask.long().cumsum(-1) == mask.sum(-1, keepdim=True)
+    penalised = -beta * (logprobs - ref_logprobs) + torch.where(last, scores[:, None], torch.zeros_like(logprobs))
+    return torch.where(mask, penalised, torch.zeros_like(penalised))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), no gradient. A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
+
+    Schulman et al., arXiv:1506.02438, Eq. 16. The value after the last token is 0. Zero outside the mask.
+    """
+    values, rewards = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, rewards))
+    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = delta + gamma * lam * following
+        advantages[:, t] = following
+    return torch.where(mask, advantages, torch.zeros_like(values)), torch.where(
+        mask, advantages + values, torch.zeros_like(values)
+    )
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """x shifted and scaled to mean 0 and variance 1 over all True positions; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), torch.zeros_like(x))
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) at every token, rho = pi / pi_old; 0 outside the mask.
+
+    Schulman et al., arXiv:1707.06347, Eq. 7. Gradient through `logprobs` alone.
+    """
+    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs)))
+    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+    return torch.where(mask, losses, torch.zeros_like(losses))
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
+    """max((V - R)^2, (clip(V, V_old +- eps) - R)^2) / 2 at every token; 0 outside the mask. N+ details. Gradient through V."""
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    losses = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return torch.where(mask, losses, torch.zeros_like(losses))
+
+
+# ---- what is scored, by which model ----
+class ActorCritic(torch.nn.Module):
+    """Policy and value model in one module: one optimizer, one backward pass."""
+
+    def __init__(self, policy, value):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def forward(self, batch, temperature: float = 1.0, with_values: bool = True):
+        """(ResponseScores of the policy, values (B, T)). Without values a 0 that touches the value's weights, for DDP."""
+        scores = response_logprobs(self.policy, batch, temperature)
+        if with_values:
+            return scores, self.value(batch, every=True)
+        return scores, sharding.zero_of(self.value)
+
+
+def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, times scale -> ((B,), {})."""
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    scores, nothing = actor_critic(batch, with_values=False)
+    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
+
+
+def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """reward_loss of (demonstration, answer) pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
+    losses = reward_loss(chosen, rejected, args.beta, args.reward_loss)
+    with torch.no_grad():
+        count = chosen.new_tensor(len(pairs))
+        stats = {
+            "reward/accuracy": (((chosen > rejected) + 0.5 * (chosen == rejected)).sum(), count),
+            "reward/margin": ((chosen - rejected).sum(), count),
+            "reward/demonstrations": (chosen.sum(), count),
+            "reward/answers": (rejected.sum(), count),
+        }
+    return losses, stats
+
+
+def ppo_batch_loss(
+    actor_critic, rows: list[dict], args: Args, device, scale: float, policy_weight: float = 1.0
+) -> tuple[Tensor, dict]:
+    """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
+
+    scale: answers over response tokens of the whole minibatch, so that the mean over answers is the mean over its tokens.
+    policy_weight: 0 while the value model learns alone.
+    """
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    mask = batch.response_mask
+    scores, values = actor_critic(batch, args.temperature)
+    old_logprobs, old_values, advantages, returns = (
+        pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
+    )
+    pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
+    vf = value_loss(values, old_values, returns, mask, args.cliprange_value)
+    losses = masked_sum(policy_weight * pg + args.vf_coef * vf, mask) * scale
+    with torch.no_grad():
+        logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
+        ratio, tokens = logratio.exp(), mask.sum()
+        stats = {
+            "loss/policy_avg": (pg.sum(), tokens),
+            "loss/value_avg": (vf.sum(), tokens),
+            "policy/approxkl_avg": (0.5 * (logratio**2).sum(), tokens),
+            "policy/clipfrac_avg": ((((ratio - 1).abs() > args.cliprange) & mask).sum(), tokens),
+            "policy/entropy_avg": (scores.entropy.sum(), tokens),
+            "val/ratio": (masked_sum(ratio, mask).sum(), tokens),
+            "val/clipfrac_avg": ((((values - old_values).abs() > args.cliprange_value) & mask).sum(), tokens),
+            "sampling/logp_difference": (logratio.abs().sum(), tokens),
+        }
+    return losses, stats
+
+
+def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
+    """The rows' lists of that name as (B, T), 0 beyond each response; type and device of `like`."""
+    return pad_right([r[name] for r in rows], 0.0, like.dtype).to(like.device)
+
+
+# ---- a PPO update: answers, advantages, optimizer steps ----
+def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
+    """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
+
+    The policy's log-probs are those it was sampled with. reference() is a context that yields the reference policy.
+    """
+    args = run.args
+
+    def work(indices: list[int]) -> list[dict]:
+        with run.timed("sample"):
+            prompts = [rows[i]["prompt_ids"] for i in indices]
+            rollout = generator.sample(prompts, indices, seed, args.temperature)
+        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
+        with run.timed("score"), sharding.evaluating(reward_model):
+            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
+        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
+            ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
+        with run.timed("value"), sharding.evaluating(actor_critic.value):
+            values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
+        return [
+            {
+                "prompt_ids": x, "response_ids": y, "finished": done, "logprobs": logp, "ref_logprobs": ref_logp,
+                "values": value[: len(y)], "score": score - args.missing_eos_penalty * (not done),
+            }
+            for (x, y), done, logp, score, (_, ref_logp), value in zip(
+                sequences, rollout.finished, rollout.logprobs, scores, ref, values, strict=True
+            )
+        ]  # fmt: skip
+
+    return run.map_rows(len(rows), work)
+
+
+def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
+    """Put advantages (whitened over all answers) and returns into the rollouts -> metrics of the batch."""
+    like = torch.zeros((), dtype=torch.float64)
+    logprobs, ref_logprobs, values = (pad(rollouts, name, like) for name in ("logprobs", "ref_logprobs", "values"))
+    lengths = torch.tensor([len(r["response_ids"]) for r in rollouts])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
+    advantages, returns = gae(
+        token_rewards(scores, logprobs, ref_logprobs, mask, args.beta), values, mask, args.gamma, args.lam
+    )
+    whitened = whiten(advantages, mask)
+    for r, a, g, n in zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True):
+        r["advantages"], r["returns"] = a[:n], g[:n]
+    kl = masked_sum(logprobs - ref_logprobs, mask).mean()
+    error, returned = (returns - values)[mask], returns[mask]
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/kl": kl.item(),
+        "objective/non_score_reward": -args.beta * kl.item(),
+        "objective/rlhf_reward": (scores.mean() - args.beta * kl).item(),
+        "val/explained_variance": (1 - error.var() / returned.var().clamp(min=1e-12)).item(),
+        "val/num_eos_tokens": sum(r["finished"] for r in rollouts),
+        "completions/mean_length": lengths.double().mean().item(),
+        "completions/clipped_ratio": 1 - sum(r["finished"] for r in rollouts) / len(rollouts),
+    }
+
+
+def ppo_update(
+    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
+) -> dict[str, float]:
+    """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
+    args, steps = run.args, []
+    for epoch in range(args.num_ppo_epochs):
+        order = data_order(len(rollouts), args.seed, *key, epoch)
+        size = math.ceil(len(rollouts) / args.num_mini_batches)
+        for begin in range(0, len(order), size):
+            rows = [rollouts[i] for i in order[begin : begin + size]]
+            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+
+            def loss_fn(part, scale=scale):
+                return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
+
+            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
+            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
+            first = steps[0]["sampling/logp_difference"]
+            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
+                raise UserError(
+                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
+                    " expected rounding: the policy that is trained is not the one that answered"
+                )
+    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
+    return {**row, "sampling/logp_difference": first}
+
+
+# ---- the loop: Algorithm 1 ----
+SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
+
+
+class RFT:
+    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
+
+    def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict]):
+        args = run.args
+        self.run, self.args, self.tokenizer = run, args, tokenizer
+        self.demonstrations, self.held_rows, self.held = demonstrations, held_rows, None
+        self.steps = count_steps(len(demonstrations), args)
+        source = args.reward_model or args.model
+        policy = models.autocast_forward(run, models.prepare_policy(args))
+        value, reward_model = (
+            models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model")) for _ in range(2)
+        )
+        self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
+            ActorCritic(policy, value), make_optimizer(args.optimizer, policy.parameters(), value.parameters()),
+            reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
+        )  # fmt: skip
+        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
+        self.generator = make_generator(run, self.bare.policy, tokenizer)
+        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
+
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        run.load_checkpoint()
+        if args.gold_reward_model and run.position["step"] < self.steps.sft:
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
+        self.warm_start()
+        self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
+        for t in range(run.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
+
+    def warm_start(self) -> None:
+        """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
+        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
+        self.actor_critic.train()
+        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
+        for k, batch in run.updates("SFT", batches):
+            rows = [self.demonstrations[i] for i in batch]
+            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+            loss_fn = lambda part, scale=scale: sft_batch_loss(self.actor_critic, part, device, scale)  # noqa: E731
+            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio)
+            rates = (lr, 0.0)  # the value model rests
+            row = run.step(self.actor_critic, self.optimizer, rows, loss_fn, row_length, rates, "sft_learning_rate")
+            run.log_update({"sft/loss": row.pop("loss"), **row})
+        if total and run.position["step"] == total:
+            card = run.model_card("SFT", "arXiv:2405.17888, Eq. 1")
+            run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
+
+    def sample_pairs(self, t: int) -> list[dict]:
+        """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
+        run, rows = self.run, self.demonstrations
+
+        def make() -> list[dict]:
+            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
+                seed = stream_seed(self.args.seed, t, PAIRS)
+                rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
+            return pair_rows(self.tokenizer, rows, rollout, t)
+
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
+
+    def start_reward(self, t: int) -> None:
+        """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
+        args = self.args
+        if args.reward_init == "previous" and (t > 0 or args.reward_model):
+            return
+        source = self.sft_policy if args.reward_init != "base" else args.reward_model or args.model
+        torch.manual_seed(args.seed)  # LoRA's first weights
+        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, source, "--reward-model"))
+        self.reward_optimizer.state.clear()
+
+    def reward_step(self, t: int) -> None:
+        """Alg. 1, inner loop: K gradient steps on the pairs; then the reward is centred and measured."""
+        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
+        pairs = self.sample_pairs(t)
+        if run.position["step"] <= first:
+            self.optimizer.state.clear()  # D3; and its memory, until PPO
+            self.start_reward(t)
+        self.reward_model.train()
+        loss_fn = lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device)  # noqa: E731
+        batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
+        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
+            rows = [pairs[i] for i in batch]
+            lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio)
+            row = run.step(
+                self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
+            )
+            run.log_update({"reward/loss": row.pop("loss"), **row})
+        if run.position["step"] == first + K:
+            row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
+            center = row.pop("eval/reward/demonstrations")
+            self.bare_reward.center += center  # D2
+            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
+
+    def start_policy(self, t: int) -> str:
+        """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
+        run, args = self.run, self.args
+        previous = args.ref == "previous" and t > 0
+        if run.position["step"] <= self.steps.first(t) + self.steps.K:  # else PPO has begun already
+            if previous:
+                card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
+                run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
+            run.load_weights(self.actor_critic, self.bare_reward, "value")
+            if args.init == "initial" and t > 0:
+                torch.manual_seed(args.seed)
+                run.load_weights(self.actor_critic, models.prepare_policy(args, self.sft_policy), "policy")
+        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
+
+    def policy_step(self, t: int) -> None:
+        """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
+        run, args, steps = self.run, self.args, self.steps
+        reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
+        initial = reference if source == self.sft_policy else None
+        warmup = int(steps.updates * args.value_warmup_ratio)  # D5
+        batches = run.prompt_batches(len(self.demonstrations), steps.updates * args.rollout_batch_size, t, PPO)
+        self.actor_critic.train()
+        for u, batch in run.updates(
+            f"iteration {t}: PPO", batches, t, steps.first(t) + steps.K, steps.per_update,
+            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
+        ):  # fmt: skip
+            rows = [self.demonstrations[i] for i in batch]
+            seed = stream_seed(args.seed, t, PPO, u)
+            rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+            run.stop_if_asked()
+            row = add_advantages(rollouts, args)
+            with run.timed("update"):
+                if u == warmup:
+                    self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
+                after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
+                lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
+                row |= ppo_update(
+                    run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
+                )
+            run.log_update(row, episodes=(t * steps.updates + u + 1) * args.rollout_batch_size)
+
+    def measure(self, t: int, updates: int, reference=None) -> None:
+        """Evaluation of the policy after so many PPO updates, against the initial policy, loaded unless it is given."""
+        run = self.run
+        reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
+        row = evals.evaluate(
+            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
+            self.bare_reward,
+        )  # fmt: skip
+        episodes = updates * self.args.rollout_batch_size
+        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+
+
+# ---- the plan: numbers of optimizer steps, known before anything runs ----
+@dataclass
+class Steps:
+    sft: int
+    K: int  # reward steps in one outer iteration
+    updates: int  # PPO updates in one outer iteration
+    per_update: int  # optimizer steps of one PPO update
+
+    def first(self, t: int) -> int:
+        """Optimizer steps before outer iteration t."""
+        return self.sft + t * (self.K + self.updates * self.per_update)
+
+
+def count_steps(n: int, args: Args) -> Steps:
+    """Steps for n demonstrations. K = n epochs / batch, rounded up per epoch (RFT paper, after Alg. 1)."""
+    batches = math.ceil(n / args.batch_size)
+    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
+    per_update = args.num_ppo_epochs * args.num_mini_batches
+    return Steps(args.sft_epochs * batches, args.num_train_epochs * batches, updates, per_update)
+
+
+# ---- a run, from data to the saved models ----
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    if args.reward_model:
+        rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
+    demonstrations = demos.load_demonstrations(args, tokenizer)
+    if args.dry_run:
+        n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
+        steps = count_steps(n, args)
+        return Run.print_plan(
+            args, "rft", f"reward from {args.reward_model or args.model}, data {args.dataset}, T = {args.T}",
+            f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
+            f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {steps.K} reward steps,",
+            f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
+            f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
+            f"in all {steps.first(args.T)} optimizer steps",
+        )  # fmt: skip
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
+
+    run = Run(args, "rft", METRICS)
+    if run.finished():
+        return
+    rft = RFT(run, tokenizer, demos.select_demonstrations(run, demonstrations), held_rows)
+    records.record_prompts(run, rft.demonstrations)
+    steps = rft.steps
+    run.say(
+        f"rft: {len(rft.demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K},"
+        f" {steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
+    )
+    rft.learn()
+    reward_path = rewards.save_reward(run, rft.reward_model, "RFT", "arXiv:2405.17888, Alg. 1", "demonstrations")
+    card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
+    path = run.save_final(rft.actor_critic, tokenizer, card, part="policy")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
+    run.say(f"model: {path}   reward model: {reward_path}")
+    run.end()
+
+
+# ---- what flags mean and what is logged ----
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 2
@@ -152,7 +570,29 @@ class Args(RunArgs):
         )  # fmt: skip
 
 
-SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=2e-4,
+        reward_model="", reward_learning_rate=1e-3, sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, total_episodes=1920,
+        rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=15, per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+    ),
+    # RFT paper, Sec. 5.1 and App. C: rates, window, batch 8 (two devices with 4), also of PPO; 35,000 answers are the 17,500
+    # policy steps of Fig. 2, if a step is one of the optimizer: 4 for every 8 answers. Answers up to 256, rate of SFT: ours
+    "pythia": dict(
+        dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
+        reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8,
+        total_episodes=35_000, rollout_batch_size=8, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=4,
+        per_device_eval_batch_size=32,
+    ),
+    "other": dict(  # ours, since the paper has Alg. 1 on pythia alone; batch 16 is that of its 7B runs, as many steps as above
+        dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
+        reward_model="", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=16,
+        total_episodes=70_000, rollout_batch_size=16, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=2,
+        per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
 
 METRICS = {  # name -> meaning, unit, range
     "sft/loss": "NLL, nats per response token, of --sft-epochs",
@@ -183,523 +623,6 @@ METRICS = {  # name -> meaning, unit, range
     **evals.EVAL_METRICS,
     **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
 }
-
-
-# ---- the maths: reward ----
-def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
-    """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
-
-    linear:   -(r(x, y) - r(x, y~)) / beta, whose gradient is -g_{t,k} (RFT paper, Alg. 1 and Eq. 13).
-    logistic: -log sigmoid(r(x, y) - r(x, y~)) (IRL paper, Eq. 11): the same direction, bounded.
-    ValueError unless beta > 0.
-    """
-    if beta <= 0:
-        raise ValueError(f"beta must be > 0, got {beta}")
-    d = demonstration_scores - answer_scores
-    return -F.logsigmoid(d) if kind == "logistic" else -d / beta
-
-
-# ---- the maths: PPO. All tensors (B, T), aligned to the response; mask is True through EOS ----
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """-beta (log pi - log pi_ref) at every token, plus the score (B,) at the last one. Sums to r - beta log pi/pi_ref."""
-    last = mask.long().cumsum(-1) == mask.sum(-1, keepdim=True)
-    penalised = -beta * (logprobs - ref_logprobs) + torch.where(last, scores[:, None], torch.zeros_like(logprobs))
-    return torch.where(mask, penalised, torch.zeros_like(penalised))
-
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), no gradient. A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
-
-    Schulman et al., arXiv:1506.02438, Eq. 16. The value after the last token is 0. Zero outside the mask.
-    """
-    values, rewards = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, rewards))
-    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = delta + gamma * lam * following
-        advantages[:, t] = following
-    return torch.where(mask, advantages, torch.zeros_like(values)), torch.where(
-        mask, advantages + values, torch.zeros_like(values)
-    )
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """x shifted and scaled to mean 0 and variance 1 over all True positions; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), torch.zeros_like(x))
-
-
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> Tensor:
-    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) at every token, rho = pi / pi_old; 0 outside the mask.
-
-    Schulman et al., arXiv:1707.06347, Eq. 7. Gradient through `logprobs` alone.
-    """
-    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs)))
-    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
-    return torch.where(mask, losses, torch.zeros_like(losses))
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
-    """max((V - R)^2, (clip(V, V_old +- eps) - R)^2) / 2 at every token; 0 outside the mask. N+ details. Gradient through V."""
-    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
-    losses = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return torch.where(mask, losses, torch.zeros_like(losses))
-
-
-def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of each response, RFT paper Eq. 1.
-
-    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
-    Returns (B,), nats per response, summed over its tokens.
-    """
-    return -masked_sum(token_logprobs, response_mask)
-
-
-# ---- what is scored, by which model ----
-class ActorCritic(torch.nn.Module):
-    """Policy and value model in one module: one optimizer, one backward pass."""
-
-    def __init__(self, policy, value):
-        super().__init__()
-        self.policy, self.value = policy, value
-
-    def forward(self, batch, temperature: float = 1.0, with_values: bool = True):
-        """(ResponseScores of the policy, values (B, T)). Without values a 0 that touches the value's weights, for DDP."""
-        scores = response_logprobs(self.policy, batch, temperature)
-        if with_values:
-            return scores, self.value(batch, every=True)
-        return scores, engines.zero_of(self.value)
-
-
-def sft_batch_loss(actor_critic, rows: list[dict], device) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations -> ((B,), {})."""
-    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    scores, nothing = actor_critic(batch, with_values=False)
-    return nll_loss(scores.logprobs, batch.response_mask) + nothing, {}
-
-
-def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """reward_loss of (demonstration, answer) pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
-    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
-    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
-    losses = reward_loss(chosen, rejected, args.beta, args.reward_loss)
-    with torch.no_grad():
-        count = chosen.new_tensor(len(pairs))
-        stats = {
-            "reward/accuracy": (((chosen > rejected) + 0.5 * (chosen == rejected)).sum(), count),
-            "reward/margin": ((chosen - rejected).sum(), count),
-            "reward/demonstrations": (chosen.sum(), count),
-            "reward/answers": (rejected.sum(), count),
-        }
-    return losses, stats
-
-
-def ppo_batch_loss(
-    actor_critic, rows: list[dict], args: Args, device, scale: float, policy_weight: float = 1.0
-) -> tuple[Tensor, dict]:
-    """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
-
-    scale: answers over response tokens of the whole minibatch, so that the mean over answers is the mean over its tokens.
-    policy_weight: 0 while the value model learns alone.
-    """
-    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    mask = batch.response_mask
-    scores, values = actor_critic(batch, args.temperature)
-    old_logprobs, old_values, advantages, returns = (
-        pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
-    )
-    pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
-    vf = value_loss(values, old_values, returns, mask, args.cliprange_value)
-    losses = masked_sum(policy_weight * pg + args.vf_coef * vf, mask) * scale
-    with torch.no_grad():
-        logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
-        ratio, tokens = logratio.exp(), mask.sum()
-        stats = {
-            "loss/policy_avg": (pg.sum(), tokens),
-            "loss/value_avg": (vf.sum(), tokens),
-            "policy/approxkl_avg": (0.5 * (logratio**2).sum(), tokens),
-            "policy/clipfrac_avg": ((((ratio - 1).abs() > args.cliprange) & mask).sum(), tokens),
-            "policy/entropy_avg": (scores.entropy.sum(), tokens),
-            "val/ratio": (masked_sum(ratio, mask).sum(), tokens),
-            "val/clipfrac_avg": ((((values - old_values).abs() > args.cliprange_value) & mask).sum(), tokens),
-            "sampling/logp_difference": (logratio.abs().sum(), tokens),
-        }
-    return losses, stats
-
-
-def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
-    """The rows' lists of that name as (B, T), 0 beyond each response; type and device of `like`."""
-    return pad_right([r[name] for r in rows], 0.0, like.dtype).to(like.device)
-
-
-# ---- the plan: numbers of optimizer steps, known before anything runs ----
-@dataclass
-class Steps:
-    sft: int
-    K: int  # reward steps in one outer iteration
-    updates: int  # PPO updates in one outer iteration
-    per_update: int  # optimizer steps of one PPO update
-
-    def first(self, t: int) -> int:
-        """Optimizer steps before outer iteration t."""
-        return self.sft + t * (self.K + self.updates * self.per_update)
-
-
-def count_steps(n: int, args: Args) -> Steps:
-    """Steps for n demonstrations. K = n epochs / batch, rounded up per epoch (RFT paper, after Alg. 1)."""
-    batches = math.ceil(n / args.batch_size)
-    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
-    return Steps(
-        args.sft_epochs * batches, args.num_train_epochs * batches, updates, args.num_ppo_epochs * args.num_mini_batches
-    )
-
-
-# ---- rollouts of PPO ----
-def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
-    """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
-
-    The policy's log-probs are those it was sampled with. reference() is a context that yields the reference policy.
-    """
-    args = run.args
-
-    def work(indices: list[int]) -> list[dict]:
-        with run.timed("sample"):
-            prompts = [rows[i]["prompt_ids"] for i in indices]
-            rollout = generator.sample(prompts, indices, seed, args.temperature)
-        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evals.evaluating(reward_model):
-            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, evals.evaluating(ref_policy):
-            ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        with run.timed("value"), evals.evaluating(actor_critic.value):
-            values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
-        return [
-            {
-                "prompt_ids": x, "response_ids": y, "finished": done, "logprobs": logp, "ref_logprobs": ref_logp,
-                "values": value[: len(y)], "score": score - args.missing_eos_penalty * (not done),
-            }
-            for (x, y), done, logp, score, (_, ref_logp), value in zip(
-                sequences, rollout.finished, rollout.logprobs, scores, ref, values, strict=True
-            )
-        ]  # fmt: skip
-
-    return run.map_rows(len(rows), work)
-
-
-def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
-    """Put advantages (whitened over all answers) and returns into the rollouts -> metrics of the batch."""
-    like = torch.zeros((), dtype=torch.float64)
-    logprobs, ref_logprobs, values = (pad(rollouts, name, like) for name in ("logprobs", "ref_logprobs", "values"))
-    lengths = torch.tensor([len(r["response_ids"]) for r in rollouts])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
-    advantages, returns = gae(
-        token_rewards(scores, logprobs, ref_logprobs, mask, args.beta), values, mask, args.gamma, args.lam
-    )
-    whitened = whiten(advantages, mask)
-    for r, a, g, n in zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True):
-        r["advantages"], r["returns"] = a[:n], g[:n]
-    kl = masked_sum(logprobs - ref_logprobs, mask).mean()
-    error, returned = (returns - values)[mask], returns[mask]
-    return {
-        "objective/scores": scores.mean().item(),
-        "objective/kl": kl.item(),
-        "objective/non_score_reward": -args.beta * kl.item(),
-        "objective/rlhf_reward": (scores.mean() - args.beta * kl).item(),
-        "val/explained_variance": (1 - error.var() / returned.var().clamp(min=1e-12)).item(),
-        "val/num_eos_tokens": sum(r["finished"] for r in rollouts),
-        "completions/mean_length": lengths.double().mean().item(),
-        "completions/clipped_ratio": 1 - sum(r["finished"] for r in rollouts) / len(rollouts),
-    }
-
-
-def ppo_update(
-    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
-) -> dict[str, float]:
-    """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
-    args, steps = run.args, []
-    for epoch in range(args.num_ppo_epochs):
-        order = data_order(len(rollouts), args.seed, *key, epoch)
-        size = math.ceil(len(rollouts) / args.num_mini_batches)
-        for begin in range(0, len(order), size):
-            rows = [rollouts[i] for i in order[begin : begin + size]]
-            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-
-            def loss_fn(part, scale=scale):
-                return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
-
-            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
-            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            first = steps[0]["sampling/logp_difference"]
-            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
-                raise UserError(
-                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
-                    " expected rounding: the policy that is trained is not the one that answered"
-                )
-    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
-    return {**row, "sampling/logp_difference": first}
-
-
-def row_length(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["response_ids"])
-
-
-def pair_length(pair: dict) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-
-
-# ---- the algorithm ----
-class RFT:
-    """The parts of a run and Alg. 1's steps over them. Every step skips what a resumed run has done already."""
-
-    def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict]):
-        args = run.args
-        self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.held_rows = demonstrations, held_rows
-        self.steps = count_steps(len(demonstrations), args)
-        source = args.reward_model or args.model
-        policy = models.autocast_forward(run, models.prepare_policy(args))
-        value, reward_model = (
-            models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model")) for _ in range(2)
-        )
-        actor_critic = ActorCritic(policy, value)
-        self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
-            actor_critic, make_optimizer(args.optimizer, policy.parameters(), value.parameters()),
-            reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
-        )  # fmt: skip
-        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
-        self.generator = make_generator(run, self.bare.policy, tokenizer)
-        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
-        self.position = {"outer_iteration": 0, "step": 0}
-        self.held = None
-
-    def done(self, t: int, k: int, save: bool) -> None:
-        """One more optimizer step, or PPO update, is done: move the position, save where due, stop where asked."""
-        self.position.update(outer_iteration=t, step=k)
-        if save:
-            self.run.save_checkpoint(self.position)
-        self.run.stop_if_asked(self.position)
-
-    def warm_start(self) -> None:
-        """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
-        run, args, total = self.run, self.args, self.steps.sft
-        self.actor_critic.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
-        with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
-            for step, batch in enumerate(batches):
-                if step >= self.position["step"]:
-                    rows = [self.demonstrations[i] for i in batch]
-                    scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-
-                    def loss_fn(part, scale=scale):
-                        losses, stats = sft_batch_loss(self.actor_critic, part, run.accelerator.device)
-                        return losses * scale, stats
-
-                    lr = learning_rate_at(step, total, args.sft_learning_rate, args.warmup_ratio)
-                    row = run.step(  # the value model rests
-                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, (lr, 0.0), "sft_learning_rate"
-                    )
-                    if (step + 1) % args.logging_steps == 0:
-                        run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
-                    self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
-                advance(1)
-        if total and self.position["step"] == total:
-            card = run.model_card("SFT", "arXiv:2405.17888, Eq. 1")
-            run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
-
-    def sample_pairs(self, t: int) -> list[dict]:
-        """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
-        run, rows = self.run, self.demonstrations
-        path = run.dir / "generations" / f"iter_{t}.parquet"
-        if not path.exists():
-            if self.position["step"] > self.steps.first(t):
-                raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
-            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                seed = stream_seed(self.args.seed, t, PAIRS)
-                rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
-            pairs = [
-                {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
-                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-                    "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-                    "chosen_finished": r.get("response_finished", True),
-                }
-                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
-            ]  # fmt: skip
-            if run.is_main:
-                write_pairs(path, pairs)
-            run.accelerator.wait_for_everyone()
-        return read_pairs(path)
-
-    def start_reward(self, t: int) -> None:
-        """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
-        args = self.args
-        if args.reward_init == "previous" and (t > 0 or args.reward_model):
-            return
-        source = self.sft_policy if args.reward_init != "base" else args.reward_model or args.model
-        torch.manual_seed(args.seed)  # LoRA's first weights
-        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, source, "--reward-model"))
-        self.reward_optimizer.state.clear()
-
-    def reward_step(self, t: int) -> None:
-        """Alg. 1, inner loop: K gradient steps on the pairs; then the reward is centred and measured."""
-        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
-        pairs = self.sample_pairs(t)
-        if self.position["step"] <= first:
-            self.optimizer.state.clear()  # D3; and its memory, until PPO
-            self.start_reward(t)
-        self.reward_model.train()
-        batches = [b for e in range(args.num_train_epochs) for b in run.batches(len(pairs), t, REWARD, e)]
-        with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
-            for k, batch in enumerate(batches):
-                if first + k >= self.position["step"]:
-                    row = run.step(
-                        self.reward_model, self.reward_optimizer, [pairs[i] for i in batch],
-                        lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio), "reward_learning_rate",
-                    )  # fmt: skip
-                    if (k + 1) % args.logging_steps == 0:
-                        run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
-                    self.done(t, first + k + 1, (k + 1) % args.save_steps == 0 or k + 1 == K)
-                advance(1)
-        if self.position["step"] == first + K:
-            row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
-            center = row.pop("eval/reward/demonstrations")
-            self.bare_reward.center += center  # D2
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
-
-    def start_policy(self, t: int) -> str:
-        """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
-        run, args = self.run, self.args
-        begun = self.position["step"] > self.steps.first(t) + self.steps.K
-        reference = self.sft_policy
-        if args.ref == "previous" and t > 0:
-            reference = str(run.dir / f"policy_{t}")
-            if not begun:
-                card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
-                run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
-        if not begun:
-            run.load_weights(self.actor_critic, self.bare_reward, "value")
-            if args.init == "initial" and t > 0:
-                torch.manual_seed(args.seed)
-                run.load_weights(self.actor_critic, models.prepare_policy(args, self.sft_policy), "policy")
-        return reference
-
-    def policy_step(self, t: int) -> None:
-        """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
-        run, args, steps = self.run, self.args, self.steps
-        first = steps.first(t) + steps.K
-        source = self.start_policy(t)
-        reference = models.open_reference(run, self.bare.policy, source)
-        save_every = max(1, args.save_steps // steps.per_update)
-        n, size = len(self.demonstrations), args.rollout_batch_size
-        epochs = math.ceil(steps.updates * size / n)
-        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, PPO, e)]
-        self.actor_critic.train()
-        with run.phase(f"iteration {t}: PPO", steps.updates, updates=True, outer_iteration=t) as advance:
-            for u in range(steps.updates + 1):
-                if self.position["step"] > first + u * steps.per_update:
-                    advance(1)
-                    continue
-                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
-                    # an evaluation is long, and a stop in it would lose what is not saved
-                    run.save_checkpoint(self.position)
-                    with run.timed("evaluate"):
-                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
-                if u == steps.updates:
-                    break
-                rows = [self.demonstrations[i] for i in order[u * size : (u + 1) * size]]
-                seed = stream_seed(args.seed, t, PPO, u)
-                rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
-                run.stop_if_asked(self.position)
-                row = add_advantages(rollouts, args)
-                with run.timed("update"):
-                    warmup = int(steps.updates * args.value_warmup_ratio)  # D5
-                    if u == warmup:
-                        self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
-                    after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
-                    lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
-                    row |= ppo_update(
-                        run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
-                    )
-                step = first + (u + 1) * steps.per_update
-                if (u + 1) % args.logging_steps == 0:
-                    run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
-                advance(1)
-
-    def measure(self, t: int, updates: int, reference=None) -> None:
-        """Evaluation of the policy after so many PPO updates, against the initial policy, loaded unless it is given."""
-        run = self.run
-        reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
-        row = evals.evaluate(
-            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
-            self.bare_reward,
-        )  # fmt: skip
-        episodes = updates * self.args.rollout_batch_size
-        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
-
-    def learn(self) -> None:
-        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
-        run, args = self.run, self.args
-        if args.resume and (position := run.load_checkpoint()):
-            self.position = position
-        if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            rewards.GoldReward(run)  # one that cannot be used is refused before anything is trained
-        self.warm_start()
-        self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
-        for t in range(self.position["outer_iteration"], args.T):
-            self.reward_step(t)
-            self.policy_step(t)
-
-
-def train(args: Args) -> None:
-    tokenizer = models.load_tokenizer(args)
-    if args.reward_model:
-        rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations = evals.load_demonstrations(args, tokenizer)
-    if args.dry_run:
-        print_steps(args, count_steps(args.select_top_k or len(demonstrations), args))
-        return
-    held_rows = evals.load_held_out(args, tokenizer, demonstrations)
-
-    run = Run(args, "rft", METRICS)
-    if run.finished():
-        return
-    rft = RFT(run, tokenizer, evals.select_demonstrations(run, demonstrations), held_rows)
-    evals.record_prompts(run, rft.demonstrations)
-    steps = rft.steps
-    run.say(
-        f"rft: {len(rft.demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K},"
-        f" {steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
-    )
-    rft.learn()
-    reward_path = rewards.save_reward(run, rft.reward_model, "RFT", "arXiv:2405.17888, Alg. 1", "demonstrations")
-    card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
-    path = run.save_final(rft.actor_critic, tokenizer, card, part="policy")
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
-    run.say(f"model: {path}   reward model: {reward_path}")
-    run.end()
-
-
-def print_steps(args: Args, steps: Steps) -> None:
-    """--dry-run: what would run, and what it would cost."""
-    print(
-        f"rft --dry-run: model {args.model}, reward from {args.reward_model or args.model}, data {args.dataset}, T = {args.T}"
-    )
-    answers, tokens = steps.K // args.num_train_epochs * args.batch_size, args.max_new_tokens
-    episodes = steps.updates * args.rollout_batch_size
-    print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
-    print(
-        f"  up to {answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,"
-    )
-    print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
-    print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
-    print(f"  in all {steps.first(args.T)} optimizer steps")
-    memory.print_memory_plan(args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ At scale:               accelerate launch sft.py --model zephyr-7b-sft-full
 """
 
 if __name__ == "__main__":
-    from common import terminal
+    from extras import terminal
 
     terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
 
@@ -26,13 +26,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from common import evals, memory, models
+from common import demos, evals, models
+from common.args import RunArgs, main, parse_args
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
-from common.run import Run, RunArgs, learning_rate_at, main, make_optimizer, parse_args
+from common.run import Run
+from common.streams import learning_rate_at, make_optimizer
+from extras import memory, records
 
-SETTINGS = {  # what auto means: the row that run.settings_row finds by the model's name; a flag that is given wins
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=4e-4, batch_size=32,
         per_device_train_batch_size=32, per_device_eval_batch_size=64,
@@ -105,7 +108,7 @@ def demonstration_loss(policy, rows: list[dict], device) -> tuple[Tensor, dict[s
 
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
-    demonstrations = evals.load_demonstrations(args, tokenizer)
+    demonstrations = demos.load_demonstrations(args, tokenizer)
     count = args.select_top_k or len(demonstrations)
     updates = -(-count // args.batch_size)  # in one epoch
     total = updates * args.num_train_epochs
@@ -114,13 +117,13 @@ def train(args: Args) -> None:
         print(f"  {total} updates of {args.batch_size} demonstrations, {args.num_train_epochs} epoch(s)")
         memory.print_memory_plan(args)
         return
-    held_rows = evals.load_held_out(args, tokenizer, demonstrations)
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
 
     run = Run(args, "sft", METRICS)
     if run.finished():
         return
-    demonstrations = evals.select_demonstrations(run, demonstrations)
-    evals.record_prompts(run, demonstrations)
+    demonstrations = demos.select_demonstrations(run, demonstrations)
+    records.record_prompts(run, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     bare = run.unwrap(policy)

@@ -24,8 +24,8 @@ from benchmark.tables import (  # noqa: E402
     require_same_rows,
 )
 from common import UserError  # noqa: E402
-from common.evals import wins  # noqa: E402
-from common.run import main  # noqa: E402
+from common.args import main
+from common.evals import wins
 
 METHODS = {  # folder -> label
     "sft": "SFT", "dpo": "DPO", "ipo": "IPO", "spin": "SPIN", "rlhf": "RLHF (online DPO)", "rlhf_ppo": "RLHF (PPO)",

@@ -27,8 +27,8 @@ from benchmark.tables import (  # noqa: E402
     require_same_rows,
 )
 from common import UserError  # noqa: E402
-from common.evals import TABLE  # noqa: E402
-from common.run import main  # noqa: E402
+from common.args import main
+from common.evals import TABLE
 
 COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee"]
 BETTER = {"eval/nll": "lower is better", "eval/rouge_l": "higher is better", "eval/logps/gap": "higher is better"}

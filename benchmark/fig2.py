@@ -25,8 +25,8 @@ from benchmark.tables import (  # noqa: E402
     script_of,
 )
 from common import UserError  # noqa: E402
-from common.evals import wins  # noqa: E402
-from common.run import main  # noqa: E402
+from common.args import main
+from common.evals import wins
 
 MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
     "gold score": ("gold/score", 2),

@@ -22,10 +22,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rft  # noqa: E402
 from benchmark.families import family_names, in_first_half  # noqa: E402
-from common import evals, models, rewards  # noqa: E402
-from common.data import encode, load_rows  # noqa: E402
-from common.generation import make_generator  # noqa: E402
-from common.run import Auto, BaseArgs, Run, data_order, learning_rate_at, main, make_optimizer, parse_args  # noqa: E402
+from common import evals, models, rewards
+from common.args import Auto, BaseArgs, main, parse_args
+from common.data import encode
+from common.generation import make_generator
+from common.run import Run
+from common.streams import data_order, learning_rate_at, make_optimizer
+from extras import records
+from extras.sources import load_rows
 
 SETTINGS = {
     "other": dict(
@@ -154,7 +158,7 @@ def train(args: Args) -> None:
     if args.split_only:
         return run.end()
     rows = encode([r for r in train_rows if for_gold(r)], tokenizer, args.max_length, args.max_prompt_length)
-    evals.record_prompts(run, rows)
+    records.record_prompts(run, rows)
     held_rows = encode(test_rows[: args.eval_samples], tokenizer, args.max_length, args.max_prompt_length)
     held = {"eval/accuracy": with_others(held_rows, 0)}
     if args.sampler:

@@ -29,7 +29,7 @@ import tyro
 CONFIGS = Path(__file__).parent.parent / "configs"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import UserError  # noqa: E402
-from common.run import main  # noqa: E402
+from common.args import main  # noqa: E402
 
 
 @dataclass
@@ -145,8 +145,10 @@ def measure(device: str, case: Case) -> dict[str, float]:
     import irft
     import sft
     from common import models
+    from common.args import resolve_auto
     from common.generation import make_generator
-    from common.run import Run, make_optimizer, resolve_auto
+    from common.run import Run
+    from common.streams import make_optimizer
 
     shape, rows = SHAPES[case.shape], SHAPES[case.shape].sequences
     per_device = rows if case.step == "sft" else rows // 2  # a pair has two sequences

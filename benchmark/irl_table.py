@@ -24,8 +24,8 @@ from benchmark.tables import (  # noqa: E402
     require_measures,
 )
 from common import UserError  # noqa: E402
-from common.evals import wins  # noqa: E402
-from common.run import main  # noqa: E402
+from common.args import main
+from common.evals import wins
 
 COLUMNS = {  # column -> measure, digits
     "(a) accuracy, labelled pairs": ("accuracy", 3),

@@ -94,7 +94,7 @@ def measure_phase(phase: str, args) -> int:
     from common.data import collate
     from common.generation import make_generator
     from common.logprobs import response_logprobs
-    from common.run import make_optimizer
+    from common.streams import make_optimizer
 
     def update(model, optimizer, loss, rows) -> None:
         for start in range(0, len(rows), args.per_device_train_batch_size):
@@ -180,7 +180,7 @@ def phase_args(script: str, folder: Path, **settings):
 
 def planned(args) -> dict[str, float]:
     """{phase: bytes} of the plan."""
-    from common.memory import Plan
+    from extras.memory import Plan
 
     plan = Plan(args)
     phases = plan.training(args.gradient_checkpointing) | plan.answering()

@@ -13,7 +13,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.tables import read_log  # noqa: E402
 from common import UserError  # noqa: E402
-from common.run import main  # noqa: E402
+from common.args import main
 
 KNOWN = ("outer_iteration", "step", "evaluation", "phase", "items", "seconds")
 

@@ -19,10 +19,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmark.families import family_names, in_first_half  # noqa: E402
-from common import evals, models, rewards  # noqa: E402
-from common.data import encode, load_rows, plain_prompt  # noqa: E402
-from common.generation import make_generator  # noqa: E402
-from common.run import BaseArgs, Run, main, parse_args  # noqa: E402
+from common import evals, models
+from common.args import BaseArgs, main, parse_args
+from common.data import encode, plain_prompt
+from common.generation import make_generator
+from common.run import Run
+from extras.gold import GoldReward
+from extras.sources import load_rows
 
 SETTINGS = {
     "other": dict(dataset="pydoc", eval_samples=1, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
@@ -59,7 +62,7 @@ def make(args: Args) -> None:
             rollout = evals.sample_rows(run, generator, asked, args.seed * 2 + k, 1.0, advance)
         texts = [evals.decode(tokenizer, y) for y in rollout.response_ids]
         answers.append(list(zip(texts, rollout.finished, strict=True)))
-    gold = rewards.GoldReward(run)
+    gold = GoldReward(run)
     a, b = (np.array(gold.score(asked, *map(list, zip(*drawn, strict=True)))) for drawn in answers)
     first = np.random.default_rng(args.seed).random(len(asked)) < 1 / (1 + np.exp(b - a))
     pairs = []

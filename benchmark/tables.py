@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
-from common.evals import bootstrap_interval, read_columns
-from common.run import read_metrics
+from common.evals import read_columns
+from common.store import read_metrics
+from extras.statistics import bootstrap_interval
 
 Columns = dict[str, np.ndarray]  # measure -> (rows,)
 

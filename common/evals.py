@@ -3,39 +3,19 @@
 Every measure is kept per row (evals/<iteration>.parquet), so that intervals and paired comparisons can be made later.
 """
 
-import functools
-import hashlib
-import json
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import tiny
-from common import UserError, judge, models, rewards
-from common.data import (
-    Frame,
-    encode,
-    load_rows,
-    plain_prompt,
-    read_frame,
-    read_pairs,
-    render_prompt,
-    respond,
-    source_id,
-    tokenise_prompts,
-    write_pairs,
-)
-from common.engines import evaluating
-from common.generation import Generator, Rollout, make_generator
+from common import UserError
+from common.demos import EVAL_SEED
+from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
-from common.run import data_order, flag, require
+from common.store import read_pairs, write_pairs
+from extras.sharding import evaluating
 
-EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
-
 JUDGE_METRICS = {  # with --judge-model, each pair asked in both orders
     "eval/judge/win_rate_demonstrations": "share of prompts whose sample the judge prefers, ties half (IRL Fig. 2c)",
     "eval/judge/win_rate_low": "lower end of its 95% bootstrap interval over prompts",
@@ -98,215 +78,6 @@ class HeldOut:
         return [(r["prompt_ids"], y) for r, y in zip(self.rows, self.responses(kind), strict=True)]
 
 
-def draw(args, tokenizer, rows: list[dict], n: int, *key: int, encode=encode, **how) -> list[dict]:
-    """n of the rows that can be used, all if n is 0, encoded, in their old order; which ones is a function of the key.
-
-    Rows are drawn until n are kept: what the window leaves out does not make them fewer. how: more of encode's arguments.
-    """
-    drawn = [rows[i] for i in data_order(len(rows), *key)] if n else rows
-    encoded = encode(drawn, tokenizer, args.max_length, args.max_prompt_length, limit=n, **how)
-    return sorted(encoded, key=lambda row: row["row"])
-
-
-def longest_response(args) -> int:
-    """Return the length of cut demonstrations: --max-new-tokens with --cut-demonstrations, else 0 (the window alone)."""
-    return args.max_new_tokens if args.cut_demonstrations else 0
-
-
-def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
-    """--max-samples training rows of --dataset, encoded; which ones depends on the seed, their order does not matter.
-
-    encode: what turns rows into tokens, data.encode or a script's own of the same arguments.
-    """
-    rows = load_rows(args.dataset, "train", turns=args.turns)
-    longest = longest_response(args)
-    encoded = draw(args, tokenizer, rows, args.max_samples, args.seed, encode=encode, longest_response=longest)
-    long = [d for d in encoded if len(d["response_ids"]) > args.max_new_tokens]
-    if long:
-        found = f"found {len(long)} of {len(encoded)} demonstrations longer than --max-new-tokens {args.max_new_tokens}"
-        detail = f"(row {long[0]['row']} has {len(long[0]['response_ids'])} tokens), where sampled answers are cut"
-        warnings.warn(f"--dataset: {found} {detail}; --cut-demonstrations cuts both", stacklevel=2)
-    expected = f"at most {len(encoded)}, the demonstrations"
-    require(args.select_top_k <= len(encoded), "select_top_k", args.select_top_k, expected)
-    return encoded
-
-
-def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
-    """(demonstrations, preferences) to train on; either may be empty, demonstrations where the settings have no use for them.
-
-    A source of both is shared out all the same: what the preferences are does not depend on the use of the rest.
-    """
-    demonstrations, preferences = [], []
-    if args.needs_demonstrations() or source_id(args.preference_dataset) == source_id(args.dataset):
-        demonstrations = load_demonstrations(args, tokenizer)
-    if args.preference_dataset != "none":
-        preferences = load_preferences(args, tokenizer, demonstrations)
-    return demonstrations if args.needs_demonstrations() else [], preferences
-
-
-def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
-    """--max-preferences training rows of --preference-dataset, encoded: prompt_ids, chosen_ids, rejected_ids.
-
-    Where it is --dataset itself, no row serves as demonstration and as preference. Pairs whose responses have the same
-    tokens are dropped and counted; prompts shared with the demonstrations are counted.
-    """
-    flag, name = "--preference-dataset", args.preference_dataset
-    rows = load_rows(name, "train", "preferences", flag)
-    if source_id(name) == source_id(args.dataset):
-        taken = {d["row"] for d in demonstrations}
-        rows = [r for r in rows if r["row"] not in taken]
-        expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"
-        require(bool(rows), "preference_dataset", f"none of {name}", expected)
-    kept = [
-        {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
-        for r in draw(args, tokenizer, rows, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
-    ]
-    prompts = {d["prompt_text"] for d in demonstrations}
-    if shared := sum(p["prompt_text"] in prompts for p in kept):
-        warnings.warn(f"{flag}: found {shared} of {len(kept)} prompts among the demonstrations' too", stacklevel=2)
-    return kept
-
-
-def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", encode=encode) -> list[dict]:
-    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that cannot be had.
-
-    training: rows that are trained on; held-out prompts that are among theirs are counted.
-    preferences: the source to take held-out preferences from where --eval-dataset is auto; their chosen responses stand
-    as demonstrations beside their rejected ones. encode: as in load_demonstrations.
-    """
-    if args.baseline:
-        models.load_tokenizer(args, args.baseline, "--baseline")
-        models.load_model(args, args.baseline, "--baseline", only_check=True)
-        models.check_window(args, args.baseline, "--baseline")
-    if args.gold_reward_model:
-        rewards.refuse_unusable(args)
-    models.check_window(args)
-    judge.refuse_unusable(args)
-    if args.eval_dataset != "auto":
-        rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns)
-    elif preferences:
-        rows = load_rows(preferences, "test", "preferences", "--preference-dataset")
-    else:
-        rows = load_rows(args.dataset, "test", turns=args.turns)
-    how = dict(flag="--eval-dataset", encode=encode, longest_response=longest_response(args))
-    rows = draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, **how)
-    prompts = {r["prompt_text"] for r in training}
-    if known := sum(r["prompt_text"] in prompts for r in rows):
-        found = f"found {known} of {len(rows)} held-out prompts among those trained on"
-        warnings.warn(f"--eval-dataset: {found}: what is measured on them is not held out", stacklevel=2)
-    say_known(args, rows)
-    return rows
-
-
-def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
-    """--eval-samples held-out pairs of --eval-preference-dataset, encoded: response_ids is the chosen one. Empty without it."""
-    flag, name = "--eval-preference-dataset", args.eval_preference_dataset
-    if name == "none":
-        return []
-    rows = load_rows(name, "all", "preferences", flag)
-    return draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
-
-
-# ---- what models in run folders were trained on before ----
-TRAINED = "trained_prompts.parquet"  # of a run: prompt_keys of the rows it trains on, column key
-
-
-def prompt_keys(row: dict) -> set[int]:
-    """Two numbers of 64 bits by which a row's prompt is known again: of its own text, and of what the model sees of it.
-
-    Letter case and white space do not count. The first is the same under every template, the second for every longer
-    prompt that was cut to the same text.
-    """
-    texts = {plain_prompt(row["prompt"]), row.get("prompt_text", "")} - {""}
-    words = (" ".join(text.lower().split()).encode() for text in texts)
-    return {int.from_bytes(hashlib.sha256(w).digest()[:8], "big", signed=True) for w in words}
-
-
-def record_prompts(run, *trained: list[dict]) -> None:
-    """Keep the prompts that the run trains on in its folder, for load_held_out of runs on its models."""
-    if run.is_main:
-        keys = set().union(*(prompt_keys(row) for rows in trained for row in rows))
-        write_pairs(run.dir / TRAINED, [{"key": key} for key in sorted(keys)])
-
-
-def trained_before(name: str) -> tuple[set[int], list[Path]]:
-    """(prompt_keys of all that a model was trained on, folders of runs among these that kept no record).
-
-    Those are the run whose folder it lies in, and the runs that made the --model and --reward-model which that one began
-    with, and so on. The embedded model was trained on pydoc's training rows; of other models nothing is known.
-    """
-    keys, without_record, pending, seen = set(), [], [name], set()
-    while pending:
-        model = pending.pop()
-        if tiny.is_tiny(model):
-            keys = keys.union(*map(prompt_keys, load_rows("pydoc", "train")))
-        folder = Path(model).resolve().parent
-        if folder in seen or not Path(model).is_dir():
-            continue
-        seen.add(folder)
-        try:
-            args = json.loads((folder / "args.json").read_text())["args"]
-            pending += [m for m in (args["model"], args.get("reward_model")) if m]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the folder of no run
-            continue
-        if (folder / TRAINED).is_file():
-            keys |= {row["key"] for row in read_pairs(folder / TRAINED)}
-        else:
-            without_record.append(folder)
-    return keys, without_record
-
-
-def say_known(args, rows: list[dict]) -> None:
-    """One line for each model of the settings that was trained on prompts among the held-out rows.
-
-    The rows stay: other runs are measured on the same ones.
-    """
-    without_record = {}
-    for name in ("model", "ref_model", "reward_model", "gold_reward_model", "baseline"):
-        if not (model := getattr(args, name, "")):
-            continue
-        known, unknown = trained_before(model)
-        without_record |= dict.fromkeys(map(str, unknown))
-        if n := sum(not known.isdisjoint(prompt_keys(row)) for row in rows):
-            found = f"found {n} of {len(rows)} held-out prompts among those that {flag(name)} {model} was trained on,"
-            warnings.warn(f"--eval-dataset: {found} by its run or by one before it", stacklevel=3)
-    if without_record:
-        found = f"found no {TRAINED} in {', '.join(without_record)}"
-        warnings.warn(f"--eval-dataset: {found}: held-out prompts may have been trained on there", stacklevel=3)
-
-
-def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
-    """The --select-top-k demonstrations that the gold reward scores highest, in their old order; all without the flag.
-
-    RFT paper, Sec. 5.2. Ties go to the earlier row. Their ids and scores are kept in generations/selected.parquet, with
-    prompt and completion columns that any script here reads as --dataset.
-    """
-    k = run.args.select_top_k
-    if not k:
-        return demonstrations
-    path = run.dir / "generations" / "selected.parquet"
-    if path.exists():
-        kept = {r["row"] for r in read_pairs(path)}
-        return [d for d in demonstrations if d["row"] in kept]
-    scores = rewards.cached_gold_scores(run, demonstrations, [d["response_text"] for d in demonstrations])
-    best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
-    if run.is_main:
-        columns = [
-            {
-                "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],
-                "finished": d.get("response_finished", True), "gold_score": scores[i],
-            }
-            for i, d in ((i, demonstrations[i]) for i in best)
-        ]  # fmt: skip
-        write_pairs(path, columns)
-    run.accelerator.wait_for_everyone()
-    mean = sum(scores[i] for i in best) / len(best)
-    run.say(
-        f"kept {len(best)} of {len(scores)} demonstrations, mean gold score {mean:.3f} against {np.mean(scores):.3f} of all"
-    )
-    return [demonstrations[i] for i in best]
-
-
 def sequence_logprobs(
     run, model, sequences, temperature: float = 1.0, advance=lambda n: None
 ) -> list[tuple[float, list]]:
@@ -341,6 +112,8 @@ def prepare_held_out(
     run, reference, generator: Generator, rows: list[dict], tokenizer, temperature: float = 1.0
 ) -> HeldOut:
     """Rejected responses, reference log-probs and gold rewards. `reference` is the model `generator` samples from."""
+    from extras.gold import gold_columns
+
     path = run.dir / "evals" / "reference.parquet"
     if not path.exists():
         if run.is_main and any("eval/nll" in row for row in run.logged()):
@@ -378,108 +151,6 @@ def prepare_held_out(
     return HeldOut(rows, [s["rejected_ids"] for s in stored], ref, gold)
 
 
-def gold_columns(run, rows: list[dict], base: list[tuple[str, bool]] | None, temperature: float) -> dict[str, list]:
-    """Gold rewards of demonstrations, of the reference's samples (where there are any) and of --baseline's, with the texts.
-
-    base: [(text, ended in EOS)] of the reference's samples, or None.
-    """
-    samples = {} if base is None else {"base": base}
-    if run.args.baseline:
-        samples["baseline"] = baseline_samples(run, rows, temperature)
-    columns = {f"{name}_sample": [text for text, _ in drawn] for name, drawn in samples.items()}
-    gold = rewards.GoldReward(run)
-    finished = [r.get("response_finished", True) for r in rows]
-    columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows], finished)
-    for name, drawn in samples.items():
-        columns[f"gold_{name}"] = gold.score(rows, *map(list, zip(*drawn, strict=True)))
-    return columns
-
-
-def baseline_samples(run, rows: list[dict], temperature: float) -> list[tuple[str, bool]]:
-    """One sample of --baseline for each row, (text, ended in EOS), through its own tokenizer and template."""
-    with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
-        return foreign_sampler(run, run.args.baseline, "--baseline", rows, temperature)(range(len(rows)), advance)
-
-
-def foreign_sampler(run, name: str, flag: str, rows: list[dict], temperature: float, render=None):
-    """A function (indices, advance) -> [(text, ended in EOS)]: samples of the model of that name, loaded when first called.
-
-    render(tokenizer, row) -> the text before the response; its own template unless given. A prompt that is longer in its
-    tokens than --max-prompt-length loses its beginning.
-    """
-    args = run.args
-    render = render or (lambda tokenizer, row: render_prompt(tokenizer, row["prompt"]))
-
-    @functools.cache
-    def load():
-        tokenizer = models.load_tokenizer(args, name, flag)
-        models.check_window(args, name, flag)
-        model = models.for_inference(run, models.load_model(args, name, flag))
-        return tokenizer, make_generator(run, model, tokenizer)
-
-    def work(indices, advance) -> list[tuple[str, bool]]:
-        tokenizer, generator = load()
-        texts = []
-        for i in indices:
-            try:
-                texts.append(render(tokenizer, rows[i]))
-            except UserError as error:
-                raise UserError(f"{flag} {name}: row {rows[i]['row']}: {error}") from None
-        prompts = tokenise_prompts(tokenizer, texts)
-        asked = [
-            {"row": rows[i]["row"], "prompt_ids": p[-args.max_prompt_length :]}
-            for i, p in zip(indices, prompts, strict=True)
-        ]
-        rollout = sample_rows(run, generator, asked, EVAL_SEED, temperature, advance)
-        texts = sampled_texts(tokenizer, rollout)
-        return list(zip(texts, rollout.finished, strict=True))
-
-    return work
-
-
-def expert_rows(
-    run,
-    tokenizer,
-    rows: list[dict],
-    temperature: float,
-    longest: Callable[[dict], int],
-    frame: Frame | None = None,
-    render=None,
-) -> list[dict]:
-    """The rows with the answers of --expert-model as demonstrations, kept in the user's cache folder; without it the rows.
-
-    The answers' tokens are those of data.respond with `frame`, the tokenizer's own unless given, without the end of a
-    turn where the expert was cut, and up to longest(row) of them. render: as in foreign_sampler. Rows with an empty answer
-    are left out.
-    """
-    args = run.args
-    if not args.expert_model:
-        return rows
-    sampler = foreign_sampler(run, args.expert_model, "--expert-model", rows, temperature, render)
-    sizes = [temperature, args.max_prompt_length, args.max_new_tokens, args.dtype, run.accelerator.mixed_precision]
-    path = rewards.cache_file("expert", args.expert_model, *sizes)
-    keys = [hashlib.sha256(f"{r['row']} {r['prompt_text']}".encode()).hexdigest() for r in rows]
-
-    def work(part: list[int], advance) -> list[dict]:
-        return [{"text": text, "finished": finished} for text, finished in sampler(part, advance)]
-
-    answers = run.cached(path, keys, work, "expert's answers", 1024)
-    texts = [r["prompt_text"] for r in rows]
-    written, finished = [a["text"] for a in answers], [a["finished"] for a in answers]
-    ids = respond(tokenizer, texts, written, finished, frame or read_frame(tokenizer))
-    kept = [
-        {**r, "response_text": a["text"], "response_ids": own[: longest(r)], "response_finished": a["finished"]}
-        for r, a, own in zip(rows, answers, ids, strict=True)
-        if a["text"] and own
-    ]
-    found = f"--expert-model {args.expert_model}: found {len(rows) - len(kept)} of {len(rows)} answers empty"
-    if not kept:
-        raise UserError(f"{found}, expected text")
-    if len(kept) < len(rows):
-        warnings.warn(f"{found}: left out", stacklevel=2)
-    return kept
-
-
 def sampled_texts(tokenizer, rollout: Rollout) -> list[str]:
     """The texts of samples, without the token that ended them, which not every tokenizer counts as special."""
     ids = [y[:-1] if done else y for y, done in zip(rollout.response_ids, rollout.finished, strict=True)]
@@ -509,6 +180,9 @@ def evaluate(
     (None) there is no KL, without its log-probs in `held` no implicit reward. rollout: the policy's samples, where they have
     been drawn already. temperature: of these samples; unless it is 1 they say nothing of the policy's KL, which is left out.
     """
+    from extras import gold, judge
+    from extras.judge import judge_values
+
     rows, with_kl = held.rows, reference is not None and temperature == 1.0
     passes = len(KINDS) + (rollout is None) + with_kl
     with run.phase(f"evaluation {iteration}", passes * len(rows), evaluation=iteration) as advance:
@@ -547,7 +221,7 @@ def evaluate(
     if reward_model is not None:
         table["reward/samples"] = np.array(sequence_scores(run, reward_model, sequences))
     if held.gold:
-        score = np.array(rewards.GoldReward(run).score(rows, texts, rollout.finished))
+        score = np.array(gold.GoldReward(run).score(rows, texts, rollout.finished))
         table |= {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
         for name, values in held.gold.items():
             table[f"gold/win_rate_{name}"] = wins(score, np.array(values))
@@ -560,22 +234,6 @@ def evaluate(
     if run.is_main:
         save_evaluation(run.dir, iteration, rows, texts, columns)
     return {f"eval/{name}": float(values.mean()) for name, values in table.items()} | judged
-
-
-def judge_values(votes: np.ndarray) -> dict[str, float]:
-    """JUDGE_METRICS of the votes of Judge.compare (n, 2); without a row that has both votes only the counts."""
-    both = votes[~np.isnan(votes).any(1)]
-    counts = {"eval/judge/ties": float((votes == 0.5).sum()), "eval/judge/unparsable": float(np.isnan(votes).sum())}
-    if not len(both):
-        return counts
-    low, high = bootstrap_interval(both.mean(1))
-    return {
-        "eval/judge/win_rate_demonstrations": float(both.mean()),
-        "eval/judge/win_rate_low": low,
-        "eval/judge/win_rate_high": high,
-        "eval/judge/first_position": float((both[:, 0] + 1 - both[:, 1]).mean() / 2),
-        **counts,
-    }
 
 
 def sequence_scores(run, reward_model, sequences, advance=lambda n: None) -> list[float]:
@@ -653,18 +311,6 @@ def calibration(margins: np.ndarray, bins: int = 10) -> tuple[float, list[tuple[
     return sum(abs(c - a) * n for c, a, n in table) / len(margins), sorted(table)
 
 
-def calibrated_range(margins: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Where 95% of the calibration errors of pairs with these |margins| (n,) lie if the reward is calibrated.
-
-    In place of a bootstrap interval: the error is a sum of absolute values, which resampling makes larger.
-    """
-    size, uniforms = np.abs(margins), np.random.default_rng(seed).random((draws, len(margins)))
-    won = uniforms < 1 / (1 + np.exp(-size))
-    errors = [calibration(np.where(w, size, -size))[0] for w in won]
-    low, high = np.quantile(errors, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def kl_estimates(policy: list[list[float]], ref: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
     """(k1, k3) of KL(pi || pi_ref) for each response sampled from pi, from its token log-probs; each (B,), nats.
 
@@ -710,32 +356,6 @@ def rouge_l(candidate: str, reference: str) -> float:
     return rouge_l.scorer.score(reference, candidate)["rougeL"].fmeasure
 
 
-def bootstrap_interval(
-    values: np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of values: (rows,), or (seeds, rows) of several seeds on the same rows.
-
-    Hierarchical: seeds are drawn first, then rows, the same ones for every seed. The mean of S drawn seeds varies too
-    little, so its distance from the mean of all is multiplied by sqrt(S / c), c drawn from the chi-squared distribution of S - 1
-    degrees: this makes Student's t of a normal variable. In simulations the interval of three seeds holds the truth in 95% of
-    cases, and in 77% without this factor. The interval of one seed says nothing of other seeds.
-    """
-    values = np.atleast_2d(np.asarray(values, dtype=float))
-    seeds, rows = values.shape
-    stream = np.random.default_rng(seed)
-    picks = stream.integers(0, rows, (draws, rows))
-    of_seed = np.stack([own[picks].mean(1) for own in values], 1)  # (draws, seeds)
-    drawn = of_seed.mean(1)
-    if seeds > 1:
-        chosen = stream.integers(0, seeds, (draws, seeds))
-        share = (chosen[..., None] == np.arange(seeds)).mean(1)  # (draws, seeds), of each seed in a draw
-        distance = share @ values.mean(1) - values.mean()
-        wider = np.sqrt(seeds / stream.chisquare(seeds - 1, draws))
-        drawn = (share * of_seed).sum(1) + distance * (wider - 1)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 TABLE = {  # column of the printed table -> metric, digits
     "NLL": ("eval/nll", 2),
     "logp gap": ("eval/logps/gap", 2),
@@ -746,8 +366,6 @@ TABLE = {  # column of the printed table -> metric, digits
     "KL k1": ("eval/kl_k1", 3),
     "KL k3": ("eval/kl_k3", 3),
 }
-
-
 GOLD_TABLE = {
     "reward": ("eval/reward/samples", 3),
     "gold": ("eval/gold/score", 3),

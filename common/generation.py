@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from common import UserError
+from common.args import uses_bf16
 from common.data import collate, end_of_turn
-from common.engines import evaluating, ran_out_of_memory
 from common.logprobs import CHECKED, LIMITS, language_model, response_logprobs, temper
-from common.run import uses_bf16
+from extras.sharding import evaluating, ran_out_of_memory
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Rollout:
 def make_generator(run, model, tokenizer):
     """The sampler of `model` that --generation names. Every process calls its `sample` equally often, with its own prompts."""
     if run.args.generation == "vllm":
-        from common.vllm_engine import VllmGenerator
+        from extras.vllm_engine import VllmGenerator
 
         return VllmGenerator(run, model, tokenizer)
     generator = Generator(model, tokenizer, run.args.per_device_eval_batch_size, run.args.max_new_tokens)
@@ -98,7 +98,7 @@ class Generator:
     """Backend `hf`: plain transformers forward passes with a KV cache; runs anywhere, CPU included.
 
     Prompts are sorted by length and left-padded in batches; a row leaves the batch, and its cache is dropped, as soon as
-    it has ended. Another backend (common/vllm_engine.py) implements `sample` with the same arguments.
+    it has ended. Another backend (extras/vllm_engine.py) implements `sample` with the same arguments.
     """
 
     def __init__(self, model, tokenizer, batch_size: int, max_new_tokens: int):

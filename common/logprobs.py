@@ -18,8 +18,6 @@ from common.data import Batch
 
 CHUNK = 2**26  # logits made at a time; 256 MiB in float32
 PROBED = 8  # positions on which a model is seen to change its head's logits
-
-
 LIMITS = {  # backend -> mean |log pi (scorer) - log pi (sampler)| per token, nats at temperature 1, that rounding can explain
     "hf": {"float32": 1e-4, "bfloat16": 0.05},  # the same kernels: 1e-6 was seen; bf16 numbers near 32 are 0.125 apart
     "vllm": {"float32": 1e-3, "bfloat16": 0.05},  # kernels of its own, which may multiply in TF32

@@ -3,9 +3,6 @@
 Dims: B sequences, L prompt + response tokens, T response tokens, H hidden size.
 """
 
-import functools
-import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -14,19 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, logprobs, models
-from common.data import (
-    Batch,
-    Frame,
-    cache_folder,
-    end_of_turn,
-    end_texts,
-    read_frame,
-    render_prompt,
-    respond,
-    tokenise,
-    tokenise_prompts,
-    without_end,
-)
+from common.data import Batch, end_of_turn
 
 
 class ScalarModel(torch.nn.Module):
@@ -101,13 +86,15 @@ def load_scalar_model(
     """
     from transformers import AutoModelForSequenceClassification
 
+    from extras import loading
+
     kind = {"device_map": "meta"} if only_check else {}
     if head_seed is not None:
         config = models.load_config(name, args.trust_remote_code, flag)
         kind = {"attn_implementation": models.attention(args, config)}
-    with models.one_line_error(name, flag), models.quiet_load():
+    with loading.one_line_error(name, flag), loading.quiet_load():
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            models.resolve_model(name),
+            loading.resolve_model(name),
             num_labels=1,
             dtype=getattr(torch, args.dtype),
             trust_remote_code=args.trust_remote_code,
@@ -118,10 +105,10 @@ def load_scalar_model(
         )
     if any(name.startswith(("score.", "classifier.")) for name, *_ in info["mismatched_keys"]):
         raise UserError(f"{flag} {name}: found a classifier of several labels, expected one label")
-    models.refuse_mismatched(info, f"{flag} {name}")
+    loading.refuse_mismatched(info, f"{flag} {name}")
     expected = "a model with a scalar head" if head_seed is None else "a causal model, or a classifier on one"
     missing = info["missing_keys"]
-    models.refuse_missing(
+    loading.refuse_missing(
         info, f"{flag} {name}", expected, frozenset() if head_seed is None else frozenset({"score.weight"})
     )
     if "score.weight" in missing:
@@ -129,7 +116,7 @@ def load_scalar_model(
         hidden = model.score.weight.shape[1]
         with torch.no_grad():
             model.score.weight.copy_(torch.randn(1, hidden, generator=stream) / math.sqrt(hidden + 1))
-    models.refuse_not_finite(model, name, flag)
+    loading.refuse_not_finite(model, name, flag)
     return ScalarModel(models.without_noise(model))
 
 
@@ -186,109 +173,3 @@ def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> 
     source = getattr(args, "reward_model", "") or args.model
     card = run.model_card(f"{method}, reward model", paper, note, source, "eval/reward/accuracy")
     return run.save_final(reward_model, tokenizer, card, name="reward", part="model")
-
-
-# ---- a gold reward model: text in, since its tokenizer is its own ----
-FLAG = "--gold-reward-model"
-BEAVER = ("BEGINNING OF CONVERSATION: ", "USER: {} ", "ASSISTANT:")  # the prompt format of safe-rlhf
-
-
-def refuse_unusable(args) -> None:
-    """UserError for a --gold-reward-model that could not score: no scalar head, weights missing or cut short, no tokenizer."""
-    models.read_tokenizer(args.gold_reward_model, args.trust_remote_code, FLAG)
-    load_scalar_model(args, args.gold_reward_model, FLAG, only_check=True)
-
-
-def is_beaver(name: str) -> bool:
-    return Path(name).name.startswith("beaver")
-
-
-def render_gold(name: str, tokenizer, prompt) -> str:
-    """The prompt as the gold model expects it: safe-rlhf's format for beaver, else chat template or plain template."""
-    if not is_beaver(name):
-        return render_prompt(tokenizer, prompt)
-    begin, user, assistant = BEAVER
-    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    text = begin
-    for turn in turns:
-        text += (
-            user.format(turn["content"]) + assistant
-            if turn["role"] == "user"
-            else turn["content"] + tokenizer.eos_token
-        )
-    return text
-
-
-class GoldReward:
-    """--gold-reward-model, loaded for as long as this object lives. A prompt too long for its window loses its beginning."""
-
-    def __init__(self, run):
-        self.run, self.name = run, run.args.gold_reward_model
-        self.scalar = models.for_inference(run, load_scalar_model(run.args, self.name, FLAG))
-
-    def score(
-        self, rows: list[dict], responses: list[str], finished: list[bool], advance=lambda n: None
-    ) -> list[float]:
-        """Score of each response to its row's prompt, shared over ranks; EOS ends those that are finished."""
-        sequences = gold_sequences(self.run.args, rows, responses, finished, self.scalar.model.config)
-        return self.run.map_sequences(sequences, lambda batch: self.scalar(batch).tolist(), advance)
-
-
-def gold_sequences(
-    args, rows: list[dict], responses: list[str], finished: list[bool], config
-) -> list[tuple[list[int], list[int]]]:
-    """[(prompt ids, response ids)] in the gold model's tokens, cut to its window; the end of a turn after finished responses.
-
-    A response that its sampler was cut in has no end, as in the policy's own tokens; one without any text has the end alone.
-    """
-    name = args.gold_reward_model
-    tokenizer = models.read_tokenizer(name, args.trust_remote_code, FLAG)
-    texts = []
-    for row in rows:
-        try:
-            texts.append(render_gold(name, tokenizer, row["prompt"]))
-        except UserError as error:
-            raise UserError(f"{FLAG} {name}: row {row['row']}: {error}") from None
-    prompts, ends = tokenise_prompts(tokenizer, texts), end_texts(tokenizer)
-    bare = [without_end(t, ends) for t in responses]
-    frame = Frame(end=tokenizer.eos_token_id) if is_beaver(name) else read_frame(tokenizer)
-    alone = tokenise(tokenizer, bare, split_special=True)  # for an answer, such as an empty one, that none follow
-    window = getattr(models.text_config(config), "max_position_embeddings", None) or 4096
-    out, answers = [], respond(tokenizer, texts, bare, finished, frame)
-    for prompt, answer, own, done in zip(prompts, answers, alone, finished, strict=True):
-        answer = (own + [frame.end] * (done or not own) if answer is None else answer)[: window - 1]
-        out.append((prompt[-(window - len(answer)) :], answer))
-    return out
-
-
-def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int = 4096) -> list[float]:
-    """Gold scores of responses to rows through the user's cache folder; a row's response_finished says if it is False."""
-    config = models.load_config(run.args.gold_reward_model, run.args.trust_remote_code, FLAG)
-    precision = [run.args.dtype, run.accelerator.mixed_precision]
-    path = cache_file("gold", run.args.gold_reward_model, config.to_json_string(use_diff=False), precision)
-    finished = [r.get("response_finished", True) for r in rows]
-    asked = zip(rows, responses, finished, strict=True)
-    pairs = [json.dumps([r["prompt"], t] + ([] if done else ["unfinished"])) for r, t, done in asked]
-    keys = [hashlib.sha256(p.encode()).hexdigest() for p in pairs]
-    gold = functools.cache(lambda: GoldReward(run))  # loaded if a score is missing
-
-    def work(part: list[int], advance) -> list[float]:
-        return gold().score(*([column[i] for i in part] for column in (rows, responses, finished)), advance)
-
-    return run.cached(path, keys, work, "gold scores of demonstrations", block)
-
-
-def cache_file(kind: str, model: str, *settings) -> Path:
-    """Where results of a model under these settings are kept; other weights have another file."""
-    name = models.resolve_model(model)
-    identity = json.dumps([kind, name, weights_identity(Path(name)), *settings])
-    return cache_folder() / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.parquet"
-
-
-def weights_identity(folder: Path) -> list:
-    """Name, size and time of a local model's weight files; a hub model is known by its name."""
-    return sorted(
-        (p.name, p.stat().st_size, p.stat().st_mtime_ns)
-        for p in folder.glob("*")
-        if p.suffix in (".safetensors", ".bin")
-    )

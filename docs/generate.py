@@ -1,10 +1,18 @@
-"""Write the flags and metrics tables of docs/<script>.md from the scripts. `--check` only says whether they are up to date."""
+"""Write the generated parts of the docs: tables of settings, flags and metrics.
+
+`python docs/generate.py --check` writes nothing and fails if a page is out of date.
+
+A flag that common/ declares is listed once, on flags.md. A script's page lists the flags that the script declares itself, and
+those for which it has another default or meaning. A metric that means the same in six or more scripts is listed once, on
+metrics.md. A script's page lists its other metrics.
+"""
 
 import ast
 import dataclasses
 import inspect
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,68 +28,131 @@ import irl_ppo_tldr  # noqa: E402
 import rft  # noqa: E402
 import sft  # noqa: E402
 
-MODULES = (aihf, aihf_direct, aihf_ppo, evaluate, irft, irl_dpo_ultrachat, irl_ppo_tldr, rft, sft)
+MODULES = (sft, irft, rft, aihf, aihf_ppo, aihf_direct, irl_ppo_tldr, irl_dpo_ultrachat, evaluate)  # in reading order
 SCRIPTS = {module.__name__: module for module in MODULES}
+TRAINING = [name for name in SCRIPTS if name != "evaluate"]
+SHARED_BY = 6  # scripts that log a metric with the same meaning, from which on metrics.md lists it
 
 
-def field_docs(cls) -> dict[str, str]:
-    """{field: the docstring below it}, base class first."""
+def own_docs(cls) -> dict[str, str]:
+    """{field: the docstring below it} of the fields that the class itself declares."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {
+        node.target.id: " ".join(following.value.value.split())
+        for node, following in zip(body, body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+    }
+
+
+def flag_rows(cls) -> dict[str, tuple[str, str]]:
+    """{field: (default, meaning)} of a dataclass of flags; fields of base classes come first."""
     docs = {}
     for base in reversed(cls.__mro__[:-1]):
-        body = ast.parse(inspect.getsource(base)).body[0].body
-        for node, following in zip(body, body[1:], strict=False):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-            ):
-                docs[node.target.id] = " ".join(following.value.value.split())
-    return docs
+        docs |= own_docs(base)
+    defaults = {f.name: "(empty)" if f.default == "" else f"`{f.default}`" for f in dataclasses.fields(cls)}
+    return {name: (default, docs[name]) for name, default in defaults.items()}
 
 
-def flags_table(module) -> str:
-    docs = field_docs(module.Args)
-    lines = ["| flag | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(module.Args):
-        default = "(empty)" if field.default == "" else f"`{field.default}`"
-        meaning = docs[field.name].replace("|", "\\|")
-        lines.append(f"| `--{field.name.replace('_', '-')}` | {default} | {meaning} |")
-    return "\n".join(lines)
+def shared_flags() -> dict[str, dict[str, tuple[str, str]]]:
+    """Rows of the flags that the scripts inherit: {"every": those of every program, "training": those of training scripts}."""
+    inherited = {
+        name: {field: row for base in module.Args.__mro__[1:-1] for field, row in flag_rows(base).items()}
+        for name, module in SCRIPTS.items()
+    }
+    every = {k: row for k, row in inherited["evaluate"].items() if all(k in rows for rows in inherited.values())}
+    training = {k: row for name in TRAINING for k, row in inherited[name].items() if k not in every}
+    return {"every": every, "training": training}
 
 
-def settings_table(module) -> str:
-    names = list(dict.fromkeys(k for row in module.SETTINGS.values() for k in row))
+def own_flags(name: str) -> dict[str, tuple[str, str]]:
+    """Rows of a script's flags that flags.md does not have, or has with another default or meaning."""
+    shared = {k: row for rows in shared_flags().values() for k, row in rows.items()}
+    return {k: row for k, row in flag_rows(SCRIPTS[name].Args).items() if shared.get(k) != row}
+
+
+def shared_metrics() -> dict[tuple[str, str], tuple[str, ...]]:
+    """{(metric, meaning): the scripts that log it} of what means the same in SHARED_BY or more scripts."""
+    logged = {}
+    for name, module in SCRIPTS.items():
+        for row in module.METRICS.items():
+            logged.setdefault(row, []).append(name)
+    return {row: tuple(names) for row, names in logged.items() if len(names) >= SHARED_BY}
+
+
+def own_metrics(name: str) -> dict[str, str]:
+    """{metric: meaning} of a script's metrics that metrics.md does not have, or has with another meaning."""
+    return {k: v for k, v in SCRIPTS[name].METRICS.items() if (k, v) not in shared_metrics()}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def flag(field: str) -> str:
+    return f"`--{field.replace('_', '-')}`"
+
+
+def flags_table(rows: dict[str, tuple[str, str]]) -> str:
+    return table(["flag", "default", "meaning"], [[flag(k), *row] for k, row in rows.items()])
+
+
+def settings_table(name: str) -> str:
+    settings = SCRIPTS[name].SETTINGS
     models = {"other": "any other", "pythia": "`pythia-14m` to `pythia-2.8b`"}
-    lines = ["| flag | " + " | ".join(models.get(k, f"`{k}`") for k in module.SETTINGS) + " |"]
-    lines.append("|---" * (len(module.SETTINGS) + 1) + "|")
-    for name in names:
-        cells = [str(row.get(name, "")) for row in module.SETTINGS.values()]
-        lines.append(f"| `--{name.replace('_', '-')}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    fields = dict.fromkeys(k for row in settings.values() for k in row)
+    rows = [[flag(k), *(str(row.get(k, "")) for row in settings.values())] for k in fields]
+    return table(["flag", *(models.get(k, f"`{k}`") for k in settings)], rows)
 
 
-def metrics_table(module) -> str:
-    escaped = {name: text.replace("|", "\\|") for name, text in module.METRICS.items()}
-    return "\n".join(["| metric | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in escaped.items())])
+def metrics_table(rows: dict[str, str]) -> str:
+    return table(["metric", "meaning"], [[f"`{k}`", v] for k, v in rows.items()])
 
 
-TABLES = {"flags": flags_table, "settings": settings_table, "metrics": metrics_table}
+def shared_metrics_tables() -> str:
+    """A table for each set of scripts that log the same metrics, the largest set first."""
+    sets = Counter(shared_metrics().values())
+    parts = []
+    for names in sorted(sets, key=lambda names: (-len(names), names)):
+        title = {tuple(SCRIPTS): "Every script", tuple(TRAINING): "Every training script"}.get(names, ", ".join(names))
+        rows = {metric: meaning for (metric, meaning), scripts in shared_metrics().items() if scripts == names}
+        parts.append(f"### {title}\n\n{metrics_table(rows)}")
+    return "\n\n".join(parts)
 
 
-def render(name: str, text: str) -> str:
-    """The page with what stands between `<!-- table:NAME -->` and `<!-- end -->` made anew."""
-    for table, make in TABLES.items():
-        made = f"<!-- table:{table} -->\n\n{make(SCRIPTS[name])}\n\n<!-- end -->"
-        text = re.sub(rf"<!-- table:{table} -->.*?<!-- end -->", lambda _, made=made: made, text, flags=re.S)
+def tables(page: str) -> dict[str, str]:
+    """{name of a table: its text} of a page of docs/."""
+    if page == "flags":
+        return {kind: flags_table(rows) for kind, rows in shared_flags().items()}
+    if page == "metrics":
+        return {"metrics": shared_metrics_tables()}
+    if page not in SCRIPTS:
+        return {}
+    return {
+        "settings": settings_table(page),
+        "flags": flags_table(own_flags(page)),
+        "metrics": metrics_table(own_metrics(page)),
+    }
+
+
+def render(page: str, text: str) -> str:
+    """The page, with new text between each `<!-- table:NAME -->` and its `<!-- end -->`."""
+    for name, made in tables(page).items():
+        block = f"<!-- table:{name} -->\n\n{made}\n\n<!-- end -->"
+        text, found = re.subn(rf"<!-- table:{name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
+        if found != 1:
+            sys.exit(f"docs/{page}.md: found table:{name} {found} times, expected once")
     return text
 
 
 def main() -> None:
     stale = []
-    for name in SCRIPTS:
-        path = ROOT / "docs" / f"{name}.md"
+    for path in sorted((ROOT / "docs").glob("*.md")):
         text = path.read_text()
-        if (made := render(name, text)) != text:
+        if (made := render(path.stem, text)) != text:
             stale.append(path.name)
             if "--check" not in sys.argv:
                 path.write_text(made)

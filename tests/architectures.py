@@ -28,6 +28,7 @@ from common import UserError, models  # noqa: E402
 from common.data import collate  # noqa: E402
 from common.generation import Generator, check_agreement  # noqa: E402
 from common.logprobs import response_logprobs  # noqa: E402
+from extras import adapters  # noqa: E402
 
 VOCABULARY, WINDOW = 320, 64
 SMALL = {  # field of a configuration -> its value where the architecture has the field
@@ -231,7 +232,7 @@ def examine(name: str, folder: Path) -> dict[str, float]:
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     found["resumed"] = furthest(batch, scored(again, sequences))
 
-    lora = models.add_lora(model, args)
+    lora = adapters.add_lora(model, args)
     stream = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in lora.parameters():
@@ -239,7 +240,7 @@ def examine(name: str, folder: Path) -> dict[str, float]:
                 p.copy_(torch.randn(p.shape, generator=stream) * 0.05)
     adapted = scored(lora.eval(), sequences)
     assert furthest(adapted, batch) > 1e-3, "the adapter changes nothing"
-    found["lora"] = furthest(adapted, scored(models.merged(args, lora).eval(), sequences))
+    found["lora"] = furthest(adapted, scored(adapters.merged(args, lora).eval(), sequences))
     with lora.disable_adapter():
         found["reference"] = furthest(batch, scored(lora, sequences))
     return found

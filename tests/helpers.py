@@ -246,8 +246,9 @@ def launch(config: str, processes: int = 2) -> list[str]:
 
 def assert_data_can_be_given_back(folder: Path, end: int) -> None:
     """A run's pairs say which answers were cut, and are read again so. The prompts it trained on are on record."""
-    from common.data import load_rows, read_pairs
-    from common.evals import TRAINED
+    from common.store import read_pairs
+    from extras.records import TRAINED
+    from extras.sources import load_rows
 
     pairs = read_pairs(folder / "generations" / "iter_0.parquet")
     assert [p["finished"] for p in pairs] == [p["rejected_ids"][-1] == end for p in pairs] and pairs

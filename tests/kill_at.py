@@ -74,7 +74,7 @@ def meet_apart(i: int) -> None:
 
 
 def child(scenario: dict) -> int:
-    import common.run
+    from common import args
 
     sys.argv = scenario["argv"]
     script = importlib.import_module(Path(sys.argv[0]).stem)
@@ -89,7 +89,7 @@ def child(scenario: dict) -> int:
         kill_self_at(scenario["at"], scenario["n"], scenario.get("signal", signal.SIGKILL))
     begin = "train" if hasattr(script, "train") else "evaluate"
     try:
-        common.run.main(lambda: getattr(script, begin)(common.run.parse_args(script.Args, "", script.SETTINGS)))
+        args.main(lambda: getattr(script, begin)(args.parse_args(script.Args, "", script.SETTINGS)))
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

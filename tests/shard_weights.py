@@ -9,7 +9,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.vllm_engine import checksum, full_weights
+from extras.vllm_engine import checksum, full_weights
 
 
 def lora(model):

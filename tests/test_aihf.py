@@ -39,7 +39,8 @@ import aihf_ppo
 from aihf import dpo_loss, preference_loss, reward_loss
 from common import UserError
 from common.generation import Generator
-from common.run import Run, data_order, learning_rate_at, make_optimizer
+from common.run import Run
+from common.streams import data_order, learning_rate_at, make_optimizer
 
 SCRIPTS = {"aihf": aihf, "aihf_ppo": aihf_ppo}
 

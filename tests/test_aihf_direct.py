@@ -33,9 +33,12 @@ import irft
 import sft
 from aihf_direct import dpo_loss, ipo_loss, mixed_batches, mixed_loss, weighted_rows
 from common import UserError
-from common.data import collate, read_pairs
+from common.args import resolve_auto
+from common.data import collate
 from common.evals import JUDGE_METRICS
-from common.run import Run, data_order, learning_rate_at, resolve_auto
+from common.run import Run
+from common.store import read_pairs
+from common.streams import data_order, learning_rate_at
 
 BETA, EOS = 0.3, exact.EOS
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}

@@ -25,9 +25,10 @@ from helpers import (
 
 import aihf
 import aihf_ppo
-from common import UserError, evals
-from common.data import load_rows, read_pairs
-from common.run import learning_rate_at
+from common import UserError, demos, evals
+from common.store import read_pairs
+from common.streams import learning_rate_at
+from extras.sources import load_rows
 
 SCRIPTS = {"aihf.py": aihf, "aihf_ppo.py": aihf_ppo}
 SHARED = "--sft-epochs 1 --sft-learning-rate 1e-4 --reward-learning-rate 1e-3 --eval-updates 1 --rollout-batch-size 4".split()
@@ -64,8 +65,8 @@ def load(place, tokenizer=None, **given) -> tuple[list[dict], list[dict]]:
     args, tokenizer = SimpleNamespace(**{**sizes, **names, **given}), tokenizer or make_tokenizer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        demonstrations = evals.load_demonstrations(args, tokenizer)
-    return demonstrations, evals.load_preferences(args, tokenizer, demonstrations)
+        demonstrations = demos.load_demonstrations(args, tokenizer)
+    return demonstrations, demos.load_preferences(args, tokenizer, demonstrations)
 
 
 def pairs(n: int, chosen="yes {i}", rejected="no") -> list[dict]:
@@ -102,7 +103,7 @@ def test_no_row_of_one_source_serves_twice(place, monkeypatch, written):
 
 
 def test_a_hub_id_is_its_short_name():
-    from common.data import source_id
+    from extras.sources import source_id
 
     assert source_id("Anthropic/hh-rlhf") == source_id("hh-rlhf") != source_id("pydoc")
 
@@ -133,12 +134,12 @@ def test_held_out_prompts_that_are_trained_on_are_counted(place):
         gold_reward_model="", baseline="", judge_model="", turns="auto", max_new_tokens=32, cut_demonstrations=False,
     )  # fmt: skip
     tokenizer, everything = make_tokenizer(), len(load_rows(name, "all"))
-    demonstrations = evals.load_demonstrations(args, tokenizer)
+    demonstrations = demos.load_demonstrations(args, tokenizer)
     with pytest.warns(UserWarning, match=f"found 5 of {everything} held-out prompts among those trained on"):
-        assert len(evals.load_held_out(args, tokenizer, demonstrations[3:8])) == everything
+        assert len(demos.load_held_out(args, tokenizer, demonstrations[3:8])) == everything
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evals.load_held_out(args, tokenizer, [])
+        demos.load_held_out(args, tokenizer, [])
 
 
 def test_prompts_of_both_sources_are_counted(place):

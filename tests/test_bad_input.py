@@ -17,9 +17,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 from helpers import ROOT, jsonl, make_data, make_model, make_tokenizer
 
-import common.run as runs
-from common import UserError
-from common.run import LARGEST, RANGES, flag, main, parse_args
+from common import UserError, args
+from common.args import LARGEST, RANGES, flag, main, parse_args, resolve_auto, settings_row
+from extras import command_line, launch, trackers
 
 sys.path[:0] = [str(ROOT / "docs")]
 from generate import MODULES, field_docs  # noqa: E402
@@ -73,7 +73,7 @@ def declared(cls) -> dict[str, str]:
 
 def wrong_values(name: str, kind, cls) -> list[str]:
     """Words that are no value of a flag."""
-    kinds = runs.kinds_of(kind)
+    kinds = command_line.kinds_of(kind)
     if any(k in (int, float) for k in kinds):
         tried = ["-1", "0", "1", "1.5"] if int in kinds else ["-1", "0", "1", "inf", "-inf", "nan"]
         fits = RANGES[declared(cls)[name]]
@@ -116,7 +116,7 @@ STATED = {  # in a flag's help -> its declared range
 def test_every_number_declares_a_range_and_its_help_says_the_same(script):
     cls = SCRIPTS[script].Args
     kinds, docs, ranges = get_type_hints(cls), field_docs(cls), declared(cls)
-    numbers = [f.name for f in dataclasses.fields(cls) if {int, float} & set(runs.kinds_of(kinds[f.name]))]
+    numbers = [f.name for f in dataclasses.fields(cls) if {int, float} & set(command_line.kinds_of(kinds[f.name]))]
     assert set(numbers) == set(ranges)
     for name in numbers:
         for stated, expected in STATED.items():
@@ -165,7 +165,7 @@ def place(tmp_path_factory):
 def stored(script: str = "irft", **changes) -> str:
     """args.json of a run of irft.py, with some of its args changed; None takes one out."""
     args = SCRIPTS["irft"].Args()
-    runs.resolve_auto(args, SCRIPTS["irft"].SETTINGS)
+    resolve_auto(args, SCRIPTS["irft"].SETTINGS)
     args.num_chunks = args.T
     values = {k: v for k, v in {**dataclasses.asdict(args), **changes}.items() if v is not None}
     return json.dumps({"script": script, "args": values, "commit": "abc123"})
@@ -355,10 +355,10 @@ def test_bad_input_ends_with_one_clear_line(case, place, refused):
 def test_a_launch_that_cannot_work_is_refused_before_anything_runs(monkeypatch, environment, expected):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    runs.check_launch()  # without a launcher there is nothing to refuse
+    launch.check_launch()  # without a launcher there is nothing to refuse
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["irft.py"])
     with pytest.raises(UserError) as error:
         parse_args(SCRIPTS["irft"].Args, "", SCRIPTS["irft"].SETTINGS)
@@ -372,7 +372,7 @@ def test_the_number_of_processes_is_read_however_it_is_written(monkeypatch, word
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     parent = SimpleNamespace(cmdline=lambda: ["python", "/bin/accelerate", "launch", "--cpu", *words, "irft.py"])
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
-    assert runs.expected_processes() == 2
+    assert launch.expected_processes() == 2
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_the_number_of_processes_is_read_however_it_is_written(monkeypatch, word
 def test_a_model_takes_the_settings_of_its_own_name_alone(model, row, monkeypatch, capsys):
     module = SCRIPTS["irft"]
     monkeypatch.setattr(sys, "argv", ["irft.py", "--model", model])
-    assert runs.settings_row(model, module.SETTINGS) == row
+    assert settings_row(model, module.SETTINGS) == row
     args = parse_args(module.Args, "", module.SETTINGS)
     assert (args.dataset == "pydoc") == (row == "tiny")
     said = {"tiny": "tiny", "pythia": "pythia up to 2.8b", "other": "any other model"}[row]
@@ -398,14 +398,14 @@ def test_every_row_of_settings_is_found_by_some_name():
     names = {"pythia": "pythia-1.4b", "other": "llama"}
     for module in SCRIPTS.values():
         for key in module.SETTINGS:
-            assert runs.settings_row(names.get(key, key), module.SETTINGS) == key
-    assert runs.settings_row("zephyr-7b-sft-full-2", SCRIPTS["irl_dpo_ultrachat"].SETTINGS) == "other"
+            assert settings_row(names.get(key, key), module.SETTINGS) == key
+    assert settings_row("zephyr-7b-sft-full-2", SCRIPTS["irl_dpo_ultrachat"].SETTINGS) == "other"
 
 
 def test_a_run_whose_model_is_named_after_itself_has_a_name(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "args.json").write_text(json.dumps({"args": {"model": str(tmp_path / "final")}}))
-    assert runs.first_model(str(tmp_path / "final")) == "final"
+    assert args.first_model(str(tmp_path / "final")) == "final"
 
 
 # ---- trackers ----
@@ -422,38 +422,38 @@ def test_wandb_without_a_key_is_refused_and_with_one_or_offline_is_not(tmp_path,
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: name == "wandb" or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or None)
     with pytest.raises(UserError, match="--report-to: found wandb, which has no key here, expected none, or a key"):
-        runs.check_tracker("wandb")
+        trackers.check_tracker("wandb")
     with pytest.raises(UserError, match="--report-to: found tensorboard, which is not installed here"):
-        runs.check_tracker("tensorboard")
-    runs.check_tracker("none")
+        trackers.check_tracker("tensorboard")
+    trackers.check_tracker("none")
     for name, value in (("WANDB_API_KEY", "k"), ("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            runs.check_tracker("wandb")
+            trackers.check_tracker("wandb")
     (tmp_path / ".netrc").write_text("machine elsewhere.org login user password word\n")
-    assert not runs.wandb_can_start()
+    assert not trackers.wandb_can_start()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password word\n")
-    assert runs.wandb_can_start()
+    assert trackers.wandb_can_start()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not runs.wandb_can_start()
+    assert not trackers.wandb_can_start()
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")  # what `wandb offline` writes
-    assert runs.wandb_can_start()
+    assert trackers.wandb_can_start()
     plan = SCRIPTS["irft"].Args(report_to="trackio", dry_run=True, mixed_precision="no")
-    runs.resolve_auto(plan, SCRIPTS["irft"].SETTINGS)
+    args.resolve_auto(plan, SCRIPTS["irft"].SETTINGS)
     plan.check()  # the plan for another machine
 
 
 def test_a_tracked_run_has_its_folders_name_and_keeps_its_id(tmp_path):
     first, again, other = tmp_path / "one", tmp_path / "one", tmp_path / "two"
     first.mkdir(), other.mkdir()
-    given = runs.tracker_settings("wandb", first)
+    given = trackers.tracker_settings("wandb", first)
     assert given["wandb"]["name"] == "one" and given["wandb"]["resume"] == "allow"
     assert given["trackio"]["name"] == f"one-{given['wandb']['id']}"
-    assert runs.tracker_settings("wandb", again) == given
-    assert runs.tracker_settings("wandb", other)["wandb"]["id"] != given["wandb"]["id"]
+    assert trackers.tracker_settings("wandb", again) == given
+    assert trackers.tracker_settings("wandb", other)["wandb"]["id"] != given["wandb"]["id"]
 
 
 # ---- resume ----

@@ -10,8 +10,8 @@ from helpers import ROOT, jsonl, make_classifier, make_model, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common.data import read_pairs, write_pairs
-from common.evals import bootstrap_interval
+from common.store import read_pairs, write_pairs
+from extras.statistics import bootstrap_interval
 
 sys.path.append(str(ROOT / "benchmark"))
 import aihf_table

@@ -13,9 +13,12 @@ from helpers import ZEPHYR_TEMPLATE, jsonl, make_model, make_tokenizer
 
 import sft
 import tiny
-from common import UserError, data, evals, models
-from common.data import collate, encode, load_rows, read_pairs, render_prompt, write_pairs
-from common.run import data_order
+from common import UserError, data, demos, models, store
+from common.data import collate, encode, render_prompt
+from common.store import read_pairs, write_pairs
+from common.streams import data_order
+from extras import sources
+from extras.sources import load_rows
 from tiny import make
 
 USER, ASSISTANT = {"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}
@@ -328,7 +331,7 @@ def test_local_copy_uses_the_splits_of_the_table(tmp_path, saved):
         else:
             for split, rows in splits.items():
                 write(tmp_path / name / "data" / f"{split}-00000-of-00001.parquet", rows)
-        for split, expected in zip(("train", "test"), data.DATASETS[name][2:], strict=True):
+        for split, expected in zip(("train", "test"), sources.DATASETS[name][2:], strict=True):
             assert {r["prompt"].split()[0] for r in load_rows(str(tmp_path / name), split)} == {expected}
 
 
@@ -472,7 +475,7 @@ def test_one_bad_row_is_left_out_and_counted_and_all_bad_are_an_error(tmp_path, 
 def test_empty_sets_and_splits(tmp_path):
     assert "found no rows" in error_of(write(tmp_path / "a.jsonl", []))
     name = write(tmp_path / "b.jsonl", pairs(1))
-    empty = "train" if data.held_out(pairs(1)[0]["prompt"]) else "test"
+    empty = "train" if sources.held_out(pairs(1)[0]["prompt"]) else "test"
     assert f"found 1 rows in {name}, none in its {empty} part" in error_of(name, empty)
 
 
@@ -595,7 +598,7 @@ def test_pairs_are_stored_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(data.os, "fsync", fail)
+    monkeypatch.setattr(store.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_pairs(path, rows[:1])
     assert read_pairs(path) == rows
@@ -1016,7 +1019,7 @@ def test_half_an_emoji_is_replaced(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))  # as escapes
     *halves, whole = load_rows(str(path), "all")
-    assert len({data.held_out(r["prompt"]) for r in halves}) <= 2  # a hash of its bytes
+    assert len({sources.held_out(r["prompt"]) for r in halves}) <= 2  # a hash of its bytes
     assert whole["prompt"] == whole["response"] == "😀"
     for row in halves:
         text = json.dumps(row, ensure_ascii=False)
@@ -1082,7 +1085,7 @@ def test_rows_are_drawn_until_enough_are_kept(tmp_path):
     """Long prompts make the rows no fewer; which ones come in the seeded order; what is not needed is not tokenised."""
     args, tokenizer = drawing(tmp_path), Counting(make_tokenizer())
     with pytest.warns(UserWarning) as caught:
-        rows = evals.load_demonstrations(args, tokenizer)
+        rows = demos.load_demonstrations(args, tokenizer)
     source = load_rows(args.dataset, "train")
     order = [source[i]["row"] for i in data_order(len(source), args.seed)]
     fit = [i for i in order if i % 3]
@@ -1093,42 +1096,42 @@ def test_rows_are_drawn_until_enough_are_kept(tmp_path):
     assert len([t for t in tokenizer.asked if t.startswith("### Instruction") and t.endswith("### Response: ")]) < 130
     args.max_samples = 20
     with pytest.warns(UserWarning, match="longer than"):
-        assert {r["row"] for r in evals.load_demonstrations(args, tokenizer)} == set(
+        assert {r["row"] for r in demos.load_demonstrations(args, tokenizer)} == set(
             fit[:20]
         )  # the first of the same order
     with pytest.warns(UserWarning, match="longer than"):
-        held = evals.load_held_out(args, tokenizer, [])
+        held = demos.load_held_out(args, tokenizer, [])
     assert len(held) == 20 and all(r["row"] % 3 for r in held) and held == sorted(held, key=lambda r: r["row"])
 
 
 def test_preferences_are_drawn_until_enough_differ(tmp_path):
     args, tokenizer = drawing(tmp_path), make_tokenizer()
     with pytest.warns(UserWarning) as caught:
-        pairs = evals.load_preferences(args, tokenizer, [])
+        pairs = demos.load_preferences(args, tokenizer, [])
     assert len(pairs) == 30 and all(p["row"] % 3 and p["row"] % 5 != 1 for p in pairs)
     assert all(p["chosen_ids"] != p["rejected_ids"] for p in pairs)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2 and "longer than" in messages[0] and "pairs with chosen equal to rejected" in messages[1]
     args.eval_preference_dataset = args.preference_dataset
     with pytest.warns(UserWarning, match="longer than"):
-        assert len(evals.load_eval_preferences(args, tokenizer)) == 20
+        assert len(demos.load_eval_preferences(args, tokenizer)) == 20
 
 
 def test_a_source_that_gives_fewer_rows_than_asked_for_says_so(tmp_path):
     args = drawing(tmp_path, n=30, max_samples=28)
     with pytest.warns(UserWarning, match="found [0-9]+ rows that can be used, fewer than the 28 asked for"):
-        rows = evals.load_demonstrations(args, make_tokenizer())
+        rows = demos.load_demonstrations(args, make_tokenizer())
     assert len(rows) == sum(r["row"] % 3 > 0 for r in load_rows(args.dataset, "train"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write(tmp_path / "d.jsonl", pairs(30))
-        assert len(evals.load_demonstrations(args, make_tokenizer())) == len(load_rows(args.dataset, "train")) < 30
+        assert len(demos.load_demonstrations(args, make_tokenizer())) == len(load_rows(args.dataset, "train")) < 30
 
 
 def test_all_rows_are_encoded_without_a_limit(tmp_path):
     args = drawing(tmp_path, max_samples=0)
     with pytest.warns(UserWarning, match="prompts longer than"):
-        rows = evals.load_demonstrations(args, make_tokenizer())
+        rows = demos.load_demonstrations(args, make_tokenizer())
     assert [r["row"] for r in rows] == [r["row"] for r in load_rows(args.dataset, "train") if r["row"] % 3]
 
 
@@ -1140,7 +1143,7 @@ def test_demonstrations_longer_than_answers_are_counted_or_cut(tmp_path, cut):
     args = drawing(tmp_path, max_new_tokens=8, max_samples=0, eval_samples=60, cut_demonstrations=cut)
     write(tmp_path / "d.jsonl", rows)
     with pytest.warns(UserWarning) as caught:
-        found = evals.load_demonstrations(args, tokenizer)
+        found = demos.load_demonstrations(args, tokenizer)
     long = [r for r in found if r["row"] % 2]
     (message,) = [str(w.message) for w in caught]
     first = f"(row {long[0]['row']} has 15 tokens"
@@ -1151,7 +1154,7 @@ def test_demonstrations_longer_than_answers_are_counted_or_cut(tmp_path, cut):
         assert "--cut-demonstrations" in message
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        held = evals.load_held_out(args, tokenizer, [])
+        held = demos.load_held_out(args, tokenizer, [])
     for row in found + held:
         ids, end = row["response_ids"], tokenizer.eos_token_id
         expected = 5 if row["row"] % 2 == 0 else 8 if cut else 15
@@ -1190,7 +1193,7 @@ def test_the_turn_of_a_dialogue_that_is_learned(tmp_path, name, asked, learned):
     rows = load_rows(str(tmp_path / name), "all", turns=asked)
     assert [(r["prompt"], r["response"]) for r in rows if r["row"] != 1] == [(DIALOGUE[:k], y) for k, y in learned]
     assert [r["row"] for r in rows] == [0, 1, 2, 4][: len(learned) + 1] and path
-    assert data.default_turns("HuggingFaceH4/ultrachat_200k") == "first"
+    assert sources.default_turns("HuggingFaceH4/ultrachat_200k") == "first"
 
 
 def test_all_turns_of_a_dialogue_are_on_one_side(tmp_path):
@@ -1215,10 +1218,10 @@ def test_a_turn_without_text_leaves_the_others(tmp_path):
 def test_the_flag_reaches_training_and_held_out_rows(tmp_path):
     args = drawing(tmp_path, turns="all", max_samples=0, eval_samples=100, max_length=300, max_prompt_length=250)
     write(tmp_path / "d.jsonl", [{"messages": turns(f"a{i}", "A", f"b{i}", "B")} for i in range(40)])
-    found = evals.load_demonstrations(args, make_tokenizer())
+    found = demos.load_demonstrations(args, make_tokenizer())
     assert {r["response_text"] for r in found} == {"A", "B"} and len(found) % 2 == 0
     with pytest.warns(UserWarning, match="among those trained on"):
-        assert len(evals.load_held_out(args, make_tokenizer(), found)) == 80
+        assert len(demos.load_held_out(args, make_tokenizer(), found)) == 80
 
 
 # ---- what a run stores, given back ----
@@ -1264,7 +1267,7 @@ def test_prompts_of_two_types_are_stored_as_one(tmp_path):
     write_pairs(tmp_path / "p.parquet", rows)
     stored = read_pairs(tmp_path / "p.parquet")
     assert [r["prompt"] for r in stored] == [turns("q"), turns("p", "a", "b")]
-    assert data.held_out(turns("q")) == data.held_out("q")
+    assert sources.held_out(turns("q")) == sources.held_out("q")
 
 
 # ---- files that are not what they seem ----
@@ -1330,7 +1333,7 @@ def test_gold_model_reads_answers_as_its_template_writes_them(tmp_path):
     """Its own tokenizer and template: the first token of an answer, and the token that ends the turn."""
     from types import SimpleNamespace
 
-    from common import rewards
+    from extras import gold
 
     tokenizer = sentencepiece(template=GEMMA, special=TURNS)
     folder = make_model(tmp_path / "gold", tokenizer=tokenizer)
@@ -1342,8 +1345,8 @@ def test_gold_model_reads_answers_as_its_template_writes_them(tmp_path):
     whole = tokenizer(tokenizer.apply_chat_template(exchange, tokenize=False).rstrip(), add_special_tokens=False)[
         "input_ids"
     ]
-    assert [p + y for p, y in rewards.gold_sequences(args, rows, answers, [True, True], config)] == [whole] * 2
+    assert [p + y for p, y in gold.gold_sequences(args, rows, answers, [True, True], config)] == [whole] * 2
     rows[1]["prompt"] = turns("a", "b")
     with pytest.raises(UserError, match="--gold-reward-model .*row 4: found a prompt that the chat template refuses"):
         rows[1]["prompt"] = [exchange[0], exchange[0]]
-        rewards.gold_sequences(args, rows, answers, [True, True], config)
+        gold.gold_sequences(args, rows, answers, [True, True], config)

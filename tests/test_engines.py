@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import assert_same_metrics, command, drive, jsonl, make_data, make_model, metrics, tldr_rows, weights
 
-from common.data import read_pairs
+from common.store import read_pairs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: make test-engines has it"
@@ -86,7 +86,7 @@ def engine(request, place):
     expected.append(0)
     sharded = name != "zero2"
     for n in (phases * parameters, phases * parameters + 1):
-        scenarios.append({"argv": argv("sft.py", place, f"{name}_gather{n}"), "at": "common.engines.gather", "n": n})
+        scenarios.append({"argv": argv("sft.py", place, f"{name}_gather{n}"), "at": "extras.sharding.gather", "n": n})
     expected += [-signal.SIGKILL if sharded else 0, 0]
     scenarios.append({"argv": argv("sft.py", place, f"{name}_moved"), "at": "common.run.Run.step", "n": 3})
     resume = ["sft.py", "--resume", str(place / f"{name}_moved_sft.py")]

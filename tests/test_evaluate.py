@@ -14,9 +14,13 @@ import torch
 from helpers import jsonl, make_classifier, make_data, make_model, make_tokenizer, run
 
 import evaluate
-from common import UserError, evals, models, rewards
-from common.data import encode, load_rows, read_pairs
-from common.run import Run, RunArgs, main, parse_args, resolve_auto
+from common import UserError, demos, evals, models, rewards
+from common.args import RunArgs, main, parse_args, resolve_auto
+from common.data import encode
+from common.run import Run
+from common.store import read_pairs
+from extras import gold, records, statistics
+from extras.sources import load_rows
 
 N = 12  # held-out rows of every run here
 
@@ -109,7 +113,7 @@ def test_the_json_agrees_with_the_rows(full):
     assert len(per_row) == len(measures) - 3  # two accuracies and the calibration error are below
     for name, values in per_row.items():
         assert measures[name]["value"] == pytest.approx(values.mean(), abs=1e-12), name
-        assert (measures[name]["low"], measures[name]["high"]) == evals.bootstrap_interval(values), name
+        assert (measures[name]["low"], measures[name]["high"]) == statistics.bootstrap_interval(values), name
         assert measures[name]["low"] <= measures[name]["value"] <= measures[name]["high"]
     assert measures["eval/reward/accuracy"]["value"] == half_ties(chosen, rejected)
     assert measures["eval/reward/accuracy_shuffled"]["value"] == half_ties(chosen, shuffled)
@@ -224,7 +228,7 @@ def test_nothing_is_computed_twice(place, monkeypatch, with_reference):
 
     for name, position in (("sequence_logprobs", 2), ("sample_rows", 2), ("sequence_scores", 2)):
         monkeypatch.setattr(evals, name, counted(name, getattr(evals, name), position))
-    monkeypatch.setattr(rewards.GoldReward, "score", counted("gold", rewards.GoldReward.score, 1))
+    monkeypatch.setattr(gold.GoldReward, "score", counted("gold", gold.GoldReward.score, 1))
     flags = everything(place)[:6]
     measure(place, f"counted_{with_reference}", *(flags if with_reference else flags[2:]))
     if with_reference:  # chosen, rejected, shuffled and samples by both; samples of both
@@ -393,7 +397,7 @@ def test_calibration_of_known_margins():
 def test_the_range_of_a_calibrated_reward_holds_95_of_100_calibrated_rewards():
     rng = np.random.default_rng(1)
     size = rng.exponential(1.5, 150)
-    low, high = evals.calibrated_range(size, draws=1000)
+    low, high = statistics.calibrated_range(size, draws=1000)
     drawn = [
         evals.calibration(np.where(rng.random(len(size)) < 1 / (1 + np.exp(-size)), size, -size))[0] for _ in range(400)
     ]
@@ -404,17 +408,17 @@ def test_the_range_of_a_calibrated_reward_holds_95_of_100_calibrated_rewards():
 def test_bootstrap_intervals_have_the_width_of_the_standard_error():
     rng = np.random.default_rng(2)
     values = rng.normal(3.0, 2.0, 400)
-    low, high = evals.bootstrap_interval(values)
+    low, high = statistics.bootstrap_interval(values)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.04)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
-    assert evals.bootstrap_interval(values) == (low, high)
-    narrow = evals.bootstrap_interval(values, level=0.5)
+    assert statistics.bootstrap_interval(values) == (low, high)
+    narrow = statistics.bootstrap_interval(values, level=0.5)
     assert low < narrow[0] < narrow[1] < high
-    assert evals.bootstrap_interval(np.full(9, 0.5)) == (0.5, 0.5)
+    assert statistics.bootstrap_interval(np.full(9, 0.5)) == (0.5, 0.5)
     covered = []
     for _ in range(150):
         sample = rng.normal(0.0, 1.0, 60)
-        low, high = evals.bootstrap_interval(sample, draws=400)
+        low, high = statistics.bootstrap_interval(sample, draws=400)
         covered.append(low <= 0 <= high)
     assert 0.88 < np.mean(covered) <= 1
 
@@ -429,17 +433,17 @@ def test_the_prompt_format_of_beaver():
     turns = ["hi {there}", "hello", "more"]
     prompt = [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(turns)]
     expected = "BEGINNING OF CONVERSATION: USER: hi {there} ASSISTANT:hello</s>USER: more ASSISTANT:"
-    assert rewards.render_gold("models/beaver-7b-v3.0-reward", tokenizer, prompt) == expected
-    assert rewards.render_gold("beaver-7b", tokenizer, "q") == "BEGINNING OF CONVERSATION: USER: q ASSISTANT:"
-    assert rewards.render_gold("models/other", tokenizer, "q") == "### Instruction: q\n\n### Response: "
+    assert gold.render_gold("models/beaver-7b-v3.0-reward", tokenizer, prompt) == expected
+    assert gold.render_gold("beaver-7b", tokenizer, "q") == "BEGINNING OF CONVERSATION: USER: q ASSISTANT:"
+    assert gold.render_gold("models/other", tokenizer, "q") == "### Instruction: q\n\n### Response: "
 
 
 def test_a_long_prompt_loses_its_beginning_not_the_response(place):
     args = evaluate.Args(gold_reward_model=str(place / "gold"))
     config = models.load_config(str(place / "gold"))
     rows = [{"prompt": "a long one " * 60}, {"prompt": "short"}]
-    (long, answer), (short, _) = rewards.gold_sequences(args, rows, ["yes", "no"], [True, True], config)
-    whole, _ = rewards.gold_sequences(args, rows[:1], ["yes"], [True], type(config)(max_position_embeddings=10_000))[0]
+    (long, answer), (short, _) = gold.gold_sequences(args, rows, ["yes", "no"], [True, True], config)
+    whole, _ = gold.gold_sequences(args, rows[:1], ["yes"], [True], type(config)(max_position_embeddings=10_000))[0]
     assert len(long) + len(answer) == config.max_position_embeddings < len(whole)
     assert long == whole[-len(long) :] and len(short) < len(long)
     tokenizer = make_tokenizer(270)
@@ -449,7 +453,7 @@ def test_a_long_prompt_loses_its_beginning_not_the_response(place):
 def test_a_sample_that_was_cut_gets_no_end_from_the_gold_reward(place):
     args, tokenizer = evaluate.Args(gold_reward_model=str(place / "gold")), make_tokenizer(270)
     config = models.load_config(str(place / "gold"))
-    found = rewards.gold_sequences(args, [{"prompt": "q"}] * 3, ["yes", "yes", ""], [True, False, False], config)
+    found = gold.gold_sequences(args, [{"prompt": "q"}] * 3, ["yes", "yes", ""], [True, False, False], config)
     yes, end = tokenizer("yes")["input_ids"], tokenizer.eos_token_id
     assert [answer for _, answer in found] == [[*yes, end], yes, [end]]  # something must be there to score
 
@@ -483,7 +487,7 @@ def trained_runs(place, tmp_path, monkeypatch):
 
     def make(name: str, model: str, *rows: list[dict]) -> Path:
         run_ = Run(RunArgs(model=model, output_dir=str(tmp_path / name), mixed_precision="no"), "test", {})
-        evals.record_prompts(run_, *rows)
+        records.record_prompts(run_, *rows)
         shutil.copytree(place / "model", run_.dir / "final")
         return run_.dir / "final"
 
@@ -493,7 +497,7 @@ def trained_runs(place, tmp_path, monkeypatch):
 
 def said(recwarn, args, tokenizer) -> list[str]:
     recwarn.clear()
-    evals.load_held_out(args, tokenizer, [])
+    demos.load_held_out(args, tokenizer, [])
     return [str(w.message) for w in recwarn]
 
 
@@ -531,10 +535,10 @@ def test_prompts_are_known_again_under_another_template_and_after_a_cut(place):
     row = {"row": 0, "prompt": "Return  the list\n", "response": "a"}
     asked = [{**row, "prompt": [{"role": "user", "content": "return the list"}]}]
     (one,), (other,) = encode([row], plain, 96, 64), encode(asked, chat, 96, 64)
-    assert one["prompt_text"] != other["prompt_text"] and evals.prompt_keys(one) & evals.prompt_keys(other)
+    assert one["prompt_text"] != other["prompt_text"] and records.prompt_keys(one) & records.prompt_keys(other)
     cut = [{"prompt": f"a post and its {end}", "prompt_text": "a post"} for end in ("one end", "other end")]
-    assert evals.prompt_keys(cut[0]) & evals.prompt_keys(cut[1])
-    assert not evals.prompt_keys(one) & evals.prompt_keys({"prompt": "return the lists"})
+    assert records.prompt_keys(cut[0]) & records.prompt_keys(cut[1])
+    assert not records.prompt_keys(one) & records.prompt_keys({"prompt": "return the lists"})
 
 
 def test_a_run_without_a_record_and_runs_that_come_from_each_other(place, trained_runs, recwarn):
@@ -546,7 +550,7 @@ def test_a_run_without_a_record_and_runs_that_come_from_each_other(place, traine
         json.dumps({**settings, "args": {**settings["args"], "model": str(second)}})
     )
     assert len(said(recwarn, held_out_args(place, model=str(second)), tokenizer)) == 1
-    (first.parent / evals.TRAINED).unlink()
+    (first.parent / records.TRAINED).unlink()
     counted, unknown = said(recwarn, held_out_args(place, model=str(second)), tokenizer)
     assert counted.startswith(f"--eval-dataset: found 1 of {N}")
     assert unknown.startswith(
@@ -557,7 +561,7 @@ def test_a_run_without_a_record_and_runs_that_come_from_each_other(place, traine
 def test_the_embedded_model_was_trained_on_pydocs_training_rows(monkeypatch):
     train = [{"prompt": "seen", "response": "a"}]
     monkeypatch.setattr(evals, "load_rows", lambda name, split: {("pydoc", "train"): train}[name, split])
-    assert evals.trained_before("tiny") == (evals.prompt_keys(train[0]), [])
+    assert records.trained_before("tiny") == (records.prompt_keys(train[0]), [])
 
 
 @pytest.fixture
@@ -590,19 +594,19 @@ def refuse(*_):
 def test_selection_keeps_the_highest_and_ties_go_to_the_earlier_row(selecting, monkeypatch):
     open_run, demonstrations = selecting
     scores = [1.0, 5.0, 2.0, 2.0, 7.0, 2.0, 0.0, 2.0, -1.0, 1.0, 2.0, 0.5]
-    monkeypatch.setattr(rewards, "cached_gold_scores", lambda *_: scores)
+    monkeypatch.setattr(gold, "cached_gold_scores", lambda *_: scores)
     one = open_run("a")
     demonstrations[2]["response_finished"] = False  # an answer of --expert-model that was cut
-    kept = evals.select_demonstrations(one, demonstrations)
+    kept = demos.select_demonstrations(one, demonstrations)
     assert [demonstrations.index(d) for d in kept] == [1, 2, 3, 4]  # 5.0, 7.0 and the first two of five 2.0
     stored = read_pairs(one.dir / "generations" / "selected.parquet")
     assert [r["gold_score"] for r in stored] == [5.0, 2.0, 2.0, 7.0]
     assert [r["row"] for r in stored] == [d["row"] for d in kept]
     assert [r["completion"] for r in stored] == texts(kept)
     assert [r["finished"] for r in stored] == [True, False, True, True]
-    monkeypatch.setattr(rewards, "cached_gold_scores", refuse)
-    assert evals.select_demonstrations(one, demonstrations) == kept  # a resumed run reads what it kept
-    assert evals.select_demonstrations(open_run("b", k=0), demonstrations) == demonstrations
+    monkeypatch.setattr(gold, "cached_gold_scores", refuse)
+    assert demos.select_demonstrations(one, demonstrations) == kept  # a resumed run reads what it kept
+    assert demos.select_demonstrations(open_run("b", k=0), demonstrations) == demonstrations
 
 
 def test_scores_are_kept_for_other_runs_until_the_gold_model_changes(selecting, monkeypatch, tmp_path):
@@ -610,30 +614,30 @@ def test_scores_are_kept_for_other_runs_until_the_gold_model_changes(selecting, 
 
     open_run, demonstrations = selecting
     first = open_run("a")
-    kept = evals.select_demonstrations(first, demonstrations)
-    plain = rewards.GoldReward(first).score(demonstrations, texts(demonstrations), [True] * N)
+    kept = demos.select_demonstrations(first, demonstrations)
+    plain = gold.GoldReward(first).score(demonstrations, texts(demonstrations), [True] * N)
     assert {d["row"] for d in kept} == {demonstrations[i]["row"] for i in np.argsort(plain)[-4:]}
     with monkeypatch.context() as patched:
-        patched.setattr(rewards, "GoldReward", refuse)
-        assert evals.select_demonstrations(open_run("b"), demonstrations) == kept
+        patched.setattr(gold, "GoldReward", refuse)
+        assert demos.select_demonstrations(open_run("b"), demonstrations) == kept
         with pytest.raises(AssertionError, match="was loaded"):  # a row that was never scored
-            rewards.cached_gold_scores(first, demonstrations[:1], ["something else"])
+            gold.cached_gold_scores(first, demonstrations[:1], ["something else"])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "gold")
     with torch.no_grad():
         model.score.weight.neg_()
     model.save_pretrained(tmp_path / "gold")
-    changed = rewards.cached_gold_scores(open_run("c"), demonstrations, texts(demonstrations))
+    changed = gold.cached_gold_scores(open_run("c"), demonstrations, texts(demonstrations))
     assert changed == pytest.approx([-s for s in plain], abs=1e-5)
     cut = [
         {**d, "response_finished": False} for d in demonstrations
     ]  # other tokens: another score, with a key of its own
-    found = rewards.cached_gold_scores(open_run("d"), cut, texts(cut))
+    found = gold.cached_gold_scores(open_run("d"), cut, texts(cut))
     assert min(abs(a - b) for a, b in zip(found, changed, strict=True)) > 1e-4
 
 
 def test_an_interrupted_scoring_keeps_its_finished_blocks(selecting, monkeypatch):
     open_run, demonstrations = selecting
-    one, original, scored = open_run("a"), rewards.GoldReward.score, []
+    one, original, scored = open_run("a"), gold.GoldReward.score, []
 
     def stops_in_the_third_block(self, rows, responses, finished, advance):
         if len(scored) == 10:
@@ -641,16 +645,16 @@ def test_an_interrupted_scoring_keeps_its_finished_blocks(selecting, monkeypatch
         scored.extend(r["row"] for r in rows)
         return original(self, rows, responses, finished, advance)
 
-    monkeypatch.setattr(rewards.GoldReward, "score", stops_in_the_third_block)
+    monkeypatch.setattr(gold.GoldReward, "score", stops_in_the_third_block)
     with pytest.raises(KeyboardInterrupt):
-        rewards.cached_gold_scores(one, demonstrations, texts(demonstrations), block=5)
-    monkeypatch.setattr(rewards.GoldReward, "score", original)
+        gold.cached_gold_scores(one, demonstrations, texts(demonstrations), block=5)
+    monkeypatch.setattr(gold.GoldReward, "score", original)
     later = []
     monkeypatch.setattr(
-        rewards.GoldReward, "score", lambda self, rows, *rest: later.extend(r["row"] for r in rows) or original(self, rows, *rest)
+        gold.GoldReward, "score", lambda self, rows, *rest: later.extend(r["row"] for r in rows) or original(self, rows, *rest)
     )  # fmt: skip
-    found = rewards.cached_gold_scores(one, demonstrations, texts(demonstrations), block=5)
+    found = gold.cached_gold_scores(one, demonstrations, texts(demonstrations), block=5)
     assert len(scored) == 10 and sorted(scored + later) == sorted(d["row"] for d in demonstrations)
-    monkeypatch.setattr(rewards.GoldReward, "score", original)
-    direct = rewards.GoldReward(one).score(demonstrations, texts(demonstrations), [True] * N)
+    monkeypatch.setattr(gold.GoldReward, "score", original)
+    direct = gold.GoldReward(one).score(demonstrations, texts(demonstrations), [True] * N)
     assert found == pytest.approx(direct, abs=1e-5)

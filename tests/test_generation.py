@@ -13,10 +13,11 @@ import torch
 from helpers import ROOT, launcher, make_model, make_tokenizer, run
 
 import irft
-from common import UserError, generation, vllm_engine
+from common import UserError, generation
+from common.args import resolve_auto
 from common.generation import Generator, inverse_cdf, make_generator
-from common.run import resolve_auto
-from common.vllm_engine import VllmGenerator, checksum, full_weights, group, write_shards
+from extras import vllm_engine
+from extras.vllm_engine import VllmGenerator, checksum, full_weights, group, write_shards
 
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [30] * 7, [40, 41, 42, 43, 44]]
 

@@ -35,9 +35,10 @@ from test_rft import (
 
 import irl_dpo_ultrachat as irl
 from common import UserError, models
-from common.data import read_pairs
 from common.generation import Generator
-from common.run import Run, data_order
+from common.run import Run
+from common.store import read_pairs
+from common.streams import data_order
 
 
 def arguments(**given):

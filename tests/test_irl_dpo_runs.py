@@ -21,8 +21,9 @@ from helpers import (
 
 import irl_dpo_ultrachat as irl
 from common import evals
-from common.data import load_rows, read_pairs
-from common.run import learning_rate_at
+from common.store import read_pairs
+from common.streams import learning_rate_at
+from extras.sources import load_rows
 
 SCRIPT = "irl_dpo_ultrachat.py"
 SMALL = "--sft-epochs 1 --sft-learning-rate 1e-3 --reward-learning-rate 1e-3 --eval-updates 1 --rollout-batch-size 4".split()

@@ -27,9 +27,12 @@ from test_rft import (
 
 import irl_ppo_tldr as irl
 from common import UserError, rewards
-from common.data import encode, load_rows, tokenise
+from common.args import resolve_auto
+from common.data import encode, tokenise
 from common.generation import Generator
-from common.run import Run, learning_rate_at, resolve_auto
+from common.run import Run
+from common.streams import learning_rate_at
+from extras.sources import load_rows
 
 BETA, EOS = 0.3, exact.EOS
 

@@ -23,7 +23,7 @@ from helpers import (
 
 import irl_ppo_tldr as irl
 from common import evals
-from common.data import read_pairs
+from common.store import read_pairs
 
 SMALL = "--sft-epochs 1 --total-episodes 8 --rollout-batch-size 4 --eval-updates 1 --num-ppo-epochs 2".split()
 SMALL += "--reward-learning-rate 1e-3 --sft-learning-rate 1e-3 --prompts demonstrations --max-length 72".split()

@@ -22,11 +22,13 @@ from test_evaluate import as_typed
 
 import evaluate
 import sft
-from common import UserError, evals, judge
-from common.data import read_pairs
-from common.evals import JUDGE_METRICS, bootstrap_interval
-from common.judge import Judge, parse_reply
-from common.run import main, parse_args
+from common import UserError
+from common.args import main, parse_args
+from common.evals import JUDGE_METRICS
+from common.store import read_pairs
+from extras import judge
+from extras.judge import Judge, parse_reply
+from extras.statistics import bootstrap_interval
 
 SECRET = "sk-not-to-be-written-4711"
 
@@ -173,7 +175,7 @@ def test_texts_reach_the_judge_as_they_are(serve, task):
 
 def test_a_judge_that_prefers_a_position_says_nothing_about_the_policy(serve):
     votes = Judge(flags(serve(lambda body, count: "Well.\nPreferred: A").url)).compare(*pairs(7))
-    values = evals.judge_values(votes)
+    values = judge.judge_values(votes)
     assert values["eval/judge/win_rate_demonstrations"] == values["eval/judge/win_rate_low"] == 0.5
     assert (
         values["eval/judge/first_position"] == 1 and values["eval/judge/ties"] == values["eval/judge/unparsable"] == 0
@@ -185,7 +187,7 @@ def test_one_order_alone_is_no_vote(serve):
     broken = serve(lambda body, count: "..." if shown(body)[1] == "xx" else "Preferred: A")
     votes = Judge(flags(broken.url)).compare(*pairs(9))
     assert np.isnan(votes).tolist() == [[False, True], [False, False], [False, False]] * 3
-    values = evals.judge_values(votes)
+    values = judge.judge_values(votes)
     assert values["eval/judge/win_rate_demonstrations"] == 0.5 and values["eval/judge/unparsable"] == 3
     assert values["eval/judge/first_position"] == 1
     assert values["eval/judge/win_rate_low"] <= 0.5 <= values["eval/judge/win_rate_high"]
@@ -194,14 +196,14 @@ def test_one_order_alone_is_no_vote(serve):
 def test_nonsense_is_counted_and_never_a_vote(serve):
     odd = ["I am a teapot.", "Preferred: C", "", completion(None), completion(["Preferred: A"]), completion(7)]
     server = serve(lambda body, count: (200, r) if isinstance(r := odd[count % 6], bytes) else r)
-    values = evals.judge_values(Judge(flags(server.url)).compare(*pairs(6)))
+    values = judge.judge_values(Judge(flags(server.url)).compare(*pairs(6)))
     assert values == {"eval/judge/ties": 0, "eval/judge/unparsable": 12}
 
 
 def test_values_of_known_votes():
     nan = float("nan")
     votes = np.array([[1, 1], [1, 0.5], [0, 0.5], [1, 0], [nan, 1], [0.5, 0.5], [nan, nan]])
-    values = evals.judge_values(votes)
+    values = judge.judge_values(votes)
     means = [1, 0.75, 0.25, 0.5, 0.5]
     assert values["eval/judge/win_rate_demonstrations"] == np.mean(means)
     assert (values["eval/judge/win_rate_low"], values["eval/judge/win_rate_high"]) == bootstrap_interval(

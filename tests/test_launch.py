@@ -27,8 +27,8 @@ from helpers import (
     weights,
 )
 
-from common import engines
-from common.data import read_pairs
+from common.store import read_pairs
+from extras import sharding
 
 PPO = "--sft-epochs 0 --total-episodes 16 --rollout-batch-size 8 --num-ppo-epochs 1 --eval-updates 2"
 ONLINE_DPO = "--sft-epochs 0 --total-prompts 16 --rollout-batch-size 8 --num-generations 2 --eval-updates 2"
@@ -203,17 +203,17 @@ def test_a_twin_has_weights_inside_whole_alone():
     model.b.weight = model.a.weight
     model.register_buffer("center", torch.zeros(()))
     model.a.forward = lambda x: x
-    twin = engines.weightless_twin(model)
+    twin = sharding.weightless_twin(model)
     assert all(p.is_meta and not p.requires_grad for p in twin.parameters())
     assert twin.b.weight is twin.a.weight and "forward" not in vars(twin.a)
     for path, part in twin.named_modules():
         part.__dict__["shards"] = weakref.ref(model.get_submodule(path)), torch.bfloat16
-    with engines.whole(twin.a) as a, engines.whole(twin):
+    with sharding.whole(twin.a) as a, sharding.whole(twin):
         assert a.weight.dtype == torch.bfloat16 and torch.equal(a.weight, model.a.weight.bfloat16())
         assert not twin.b.bias.is_meta
-    with engines.whole(twin, cast=False):
+    with sharding.whole(twin, cast=False):
         assert torch.equal(twin.b.weight, model.a.weight) and twin.b.weight is twin.a.weight
         twin.center += 2.0
     assert all(p.is_meta for p in twin.parameters()) and model.center == 2.0
-    with engines.whole(model) as same:
+    with sharding.whole(model) as same:
         assert same is model

@@ -16,9 +16,10 @@ import sft
 from common import UserError, evals, logprobs
 from common.data import Batch, collate
 from common.logprobs import masked_mean, masked_sum, response_logprobs
-from common.models import add_lora
 from common.rewards import ScalarModel
 from common.run import Run
+from extras import statistics
+from extras.adapters import add_lora
 
 sys.path.append(str(ROOT / "benchmark"))
 from memory import measured_peak
@@ -424,7 +425,7 @@ def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
-        low, high = evals.bootstrap_interval(rng.exponential(1.0, 60), draws=400)
+        low, high = statistics.bootstrap_interval(rng.exponential(1.0, 60), draws=400)
         covered += low < 1.0 < high
     assert 0.86 < covered / 200 < 0.99
 

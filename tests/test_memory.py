@@ -17,10 +17,11 @@ import irft
 import rft
 import sft
 from common import UserError, models, rewards
-from common import memory as plans
 from common.data import collate
 from common.logprobs import response_logprobs
-from common.run import Run, fingerprint
+from common.run import Run
+from extras import adapters, memory
+from extras.adapters import fingerprint
 
 sys.path.append(str(ROOT / "benchmark"))
 import gpu
@@ -61,13 +62,13 @@ def test_deep_models_are_reckoned_from_two_and_three_layers(place):
     args = benchmark.phase_args("irft", place / "tiny")
     config = models.load_config(args.model)
     config.num_hidden_layers = 7
-    plan = plans.forward_costs(args, config, 4)
-    whole = plans.per_layer
+    plan = memory.forward_costs(args, config, 4)
+    whole = memory.per_layer
     try:
-        plans.per_layer = lambda measure, layers: measure(layers)
-        assert plan == pytest.approx(plans.forward_costs(args, config, 4), rel=0.01)
+        memory.per_layer = lambda measure, layers: measure(layers)
+        assert plan == pytest.approx(memory.forward_costs(args, config, 4), rel=0.01)
     finally:
-        plans.per_layer = whole
+        memory.per_layer = whole
 
 
 ENGINES = {  # engine -> what the launcher sets
@@ -93,12 +94,12 @@ def launched_as(monkeypatch, engine: str, processes: int = 4) -> None:
 def test_what_an_engine_shares_out_is_divided(place, monkeypatch, engine, bf16, given):
     """Bytes per weight by hand, on four processes; RMSprop keeps one number for each that is trained."""
     args = benchmark.phase_args("rft", place / "tiny", mixed_precision="bf16" if bf16 else "no", **given)
-    monkeypatch.setattr(plans, "device", lambda: "cpu")  # a CUDA update takes more
+    monkeypatch.setattr(memory, "device", lambda: "cpu")  # a CUDA update takes more
     policy = models.prepare_policy(args)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in policy.parameters()) - trained
     launched_as(monkeypatch, engine)
-    plan = plans.Plan(args)
+    plan = memory.Plan(args)
     loaded = 2 if "dtype" in given else 4
     weight, rest, state = {  # bytes of a weight that is trained, of a frozen one, of the optimizer's state
         "plain": (loaded, loaded, loaded),
@@ -126,24 +127,24 @@ def test_gradients_add_up_where_an_update_takes_several_passes(place, monkeypatc
     """Of PPO's minibatch, not of --batch-size."""
     given = dict(rollout_batch_size=8, num_mini_batches=2, batch_size=6)
     for micro, gradients in ((4, 0), (2, 8)):
-        plan = plans.Plan(benchmark.phase_args("rft", place / "tiny", per_device_train_batch_size=micro, **given))
+        plan = memory.Plan(benchmark.phase_args("rft", place / "tiny", per_device_train_batch_size=micro, **given))
         assert plan.step(8 // 2, 8, 1, 24, 4)["gradients"] == gradients
     rows = []
-    monkeypatch.setattr(plans.Plan, "step", lambda self, n, *rest: rows.append(n) or {})
+    monkeypatch.setattr(memory.Plan, "step", lambda self, n, *rest: rows.append(n) or {})
     plan.training(True)
     assert rows == [6, 4]  # of the reward, of PPO
 
 
 def test_vllm_takes_a_share_and_none_of_our_batches(place, capsys):
     args = benchmark.phase_args("irft", place / "tiny", generation="vllm")
-    phases = plans.Plan(args).answering()
+    phases = memory.Plan(args).answering()
     assert "kv_cache" not in phases["generate"] and "activations" in phases["generate"]
-    plans.print_memory_plan(args)
+    memory.print_memory_plan(args)
     assert "vLLM: 30% of each GPU besides, while it answers" in capsys.readouterr().out
 
 
 def test_dry_run_prints_every_phase_with_and_without_checkpointing(place, capsys):
-    plans.print_memory_plan(benchmark.phase_args("rft", place / "tiny"))
+    memory.print_memory_plan(benchmark.phase_args("rft", place / "tiny"))
     printed = capsys.readouterr().out
     for phase in ("reward step", "policy update", "answers"):
         assert f"memory per device, {phase}: about 0." in printed
@@ -293,7 +294,7 @@ def test_merging_leaves_the_model_as_it_was(place):
     expected = response_logprobs(model, batch).logprobs
     for four_bits in (False, True):  # with True the base is loaded again; here it never had four bits
         args.load_in_4bit = four_bits
-        whole = models.merged(args, model)
+        whole = adapters.merged(args, model)
         assert not any("lora" in name for name in whole.state_dict())
         torch.testing.assert_close(response_logprobs(whole, batch).logprobs, expected, rtol=0, atol=1e-4)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import irft
 import tiny
-from common import UserError, evals, generation, models, rewards
+from common import UserError, demos, generation, models, rewards
+from common.args import resolve_auto
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import response_logprobs
-from common.run import resolve_auto
+from extras import loading
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([9] * 8, [4, 3, 20])]
 
@@ -183,7 +184,7 @@ def test_errors_of_attention_name_its_flag(good):
 def test_the_embedded_model_is_a_folder_as_any_other_in_the_type_asked_for(monkeypatch, dtype):
     """Its weights are float16 on disk. Neither the cache nor the hub is asked for it."""
     monkeypatch.setenv("CLEANIRL_CACHE", "/dev/null/cache")
-    monkeypatch.setattr(models, "probe_hub", None)
+    monkeypatch.setattr(loading, "probe_hub", None)
     args = arguments(Path("tiny"), dtype=dtype)
     shipped, given = models.load_model(args), models.load_model(args, str(tiny.MODEL))
     assert {p.dtype for p in shipped.parameters()} == {getattr(torch, dtype)}
@@ -197,11 +198,11 @@ def test_the_embedded_model_is_a_folder_as_any_other_in_the_type_asked_for(monke
 
 def test_a_local_folder_of_the_embedded_models_name_wins_but_for_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert models.resolve_model("tiny") == str(tiny.MODEL)
+    assert loading.resolve_model("tiny") == str(tiny.MODEL)
     (tmp_path / "tiny").mkdir()
-    assert models.resolve_model("tiny") == "tiny"
+    assert loading.resolve_model("tiny") == "tiny"
     monkeypatch.chdir(tiny.FOLDER.parent)
-    assert models.resolve_model("tiny") == str(tiny.MODEL)
+    assert loading.resolve_model("tiny") == str(tiny.MODEL)
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capsys):
@@ -211,13 +212,13 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capsys):
     session = SimpleNamespace(head=lambda url, timeout: asked.append(timeout) or 1 / 0)
     monkeypatch.setattr(utils, "get_session", lambda: session)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    models.probe_hub.cache_clear()
+    loading.probe_hub.cache_clear()
     for name in ("owner/one", "owner/two"):
         with pytest.raises(UserError, match="or a reachable hub"):
             models.load_config(name)
-    assert asked == [models.HUB_SECONDS] and constants.HF_HUB_OFFLINE
+    assert asked == [loading.HUB_SECONDS] and constants.HF_HUB_OFFLINE
     assert "does not answer" in capsys.readouterr().err
-    models.probe_hub.cache_clear()
+    loading.probe_hub.cache_clear()
 
 
 def test_a_hub_that_answers_stays_in_use(monkeypatch):
@@ -225,10 +226,10 @@ def test_a_hub_that_answers_stays_in_use(monkeypatch):
 
     monkeypatch.setattr(utils, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    models.probe_hub.cache_clear()
-    models.offline_if_unreachable("owner/one")
+    loading.probe_hub.cache_clear()
+    loading.offline_if_unreachable("owner/one")
     assert not constants.HF_HUB_OFFLINE
-    models.probe_hub.cache_clear()
+    loading.probe_hub.cache_clear()
 
 
 # ---- a gold reward model ----
@@ -243,13 +244,13 @@ def test_an_unusable_gold_model_is_refused_before_sampling(tmp_path, good, class
     ):
         args = arguments(good, dataset=data, eval_dataset=data, gold_reward_model=str(gold), eval_samples=4)
         with pytest.raises(UserError, match=f"--gold-reward-model {gold}: .*{line}"):
-            evals.load_held_out(args, models.load_tokenizer(args), [])
-    rewards.refuse_unusable(arguments(good, gold_reward_model=str(classifier)))
+            demos.load_held_out(args, models.load_tokenizer(args), [])
+    gold.refuse_unusable(arguments(good, gold_reward_model=str(classifier)))
     cut_policy = shutil.copytree(good, tmp_path / "policy")
     cut_weights(0.5)(cut_policy)
     args = arguments(good, dataset=data, eval_dataset=data, gold_reward_model=str(classifier), baseline=str(cut_policy))
     with pytest.raises(UserError, match=f"--baseline {cut_policy}: .*SafetensorError"):
-        evals.load_held_out(args, models.load_tokenizer(args), [])
+        demos.load_held_out(args, models.load_tokenizer(args), [])
 
 
 # ---- windows ----
@@ -261,11 +262,11 @@ def test_answers_must_fit_the_window(good, tmp_path):
         args = arguments(good, max_new_tokens=new, **sizes)
         tokenizer = models.load_tokenizer(args)
         if new == 16:
-            evals.load_held_out(args, tokenizer, [])
+            demos.load_held_out(args, tokenizer, [])
             continue
         line = "--max-new-tokens: found 17, 129 tokens with --max-prompt-length 112; expected at most 128"
         with pytest.raises(UserError, match=line):
-            evals.load_held_out(args, tokenizer, [])
+            demos.load_held_out(args, tokenizer, [])
     with pytest.raises(UserError, match="--max-length: found 129, expected at most 128"):
         models.load_tokenizer(arguments(good, max_length=129))
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import aihf_direct
 import irft
 from common import UserError
-from common.data import read_pairs
+from common.store import read_pairs
 
 PPO = "--sft-epochs 1 --total-episodes 8 --rollout-batch-size 4 --num-ppo-epochs 2 --reward-learning-rate 1e-3"
 SFT = "--num-train-epochs 1 --batch-size 8 --per-device-train-batch-size"

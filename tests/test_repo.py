@@ -20,12 +20,15 @@ import irl_dpo_ultrachat
 import irl_ppo_tldr
 import rft
 import sft
+from docs import generate
 
 MODULES = (aihf, aihf_direct, aihf_ppo, evaluate, irft, irl_dpo_ultrachat, irl_ppo_tldr, rft, sft)
 SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 SOURCES = [
     *ROOT.glob("*.py"),
     *ROOT.glob("common/*.py"),
+    *ROOT.glob("extras/*.py"),
     *ROOT.glob("toy/*.py"),
     *ROOT.glob("benchmark/*.py"),
     *ROOT.glob("tiny/*.py"),
@@ -38,9 +41,9 @@ def parse(path: Path) -> ast.Module:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_dead_flags(script):
-    """Every flag is read as an attribute in the script or in common/."""
+    """Every flag is read as an attribute in the script, in common/ or in extras/."""
     used = set()
-    for path in (ROOT / script, *ROOT.glob("common/*.py")):
+    for path in (ROOT / script, *ROOT.glob("common/*.py"), *ROOT.glob("extras/*.py")):
         tree = parse(path)
         used |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     assert {f.name for f in dataclasses.fields(SCRIPTS[script].Args)} <= used
@@ -60,7 +63,9 @@ def occurrences(name: str, text: str) -> int:
 def test_every_metric_of_a_script_is_logged_by_it():
     """Names in METRICS occur as strings where rows are built; the tests of runs compare them with a real one."""
     for script, module in SCRIPTS.items():
-        text = (ROOT / script).read_text() + "".join(p.read_text() for p in ROOT.glob("common/*.py"))
+        text = (ROOT / script).read_text() + "".join(
+            p.read_text() for p in (*ROOT.glob("common/*.py"), *ROOT.glob("extras/*.py"))
+        )
         for name in module.METRICS:
             assert occurrences(name, text) >= 2, name
     assert occurrences("policy/never_logged", text) == 0
@@ -75,13 +80,35 @@ def defined(path: Path) -> set[str]:
 
 
 def test_docs_name_real_symbols_and_tests():
-    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
     found = 0
-    for page in pages:
+    for page in PAGES:
         for path, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", page.read_text()):
             assert name.split(".")[-1] in defined(ROOT / path), f"{page.name}: {path}::{name}"
             found += 1
-    assert found > 30
+    assert found > 250
+
+
+@functools.cache
+def table_rows(page: str) -> set[tuple[str, ...]]:
+    """Cells of all table rows of a page of docs/, without the back quotes around flags and metrics."""
+    lines = (ROOT / "docs" / page).read_text().replace("\\|", "&#124;").splitlines()
+    rows = [
+        [cell.strip().replace("&#124;", "|") for cell in line.strip("|").split("|")]
+        for line in lines
+        if line[:1] == "|"
+    ]
+    return {(row[0].strip("`"), *row[1:]) for row in rows}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_and_metric_is_on_the_page_of_its_script_or_on_the_shared_page(script):
+    """Each once, with the script's own default and meaning. A shared row that does not hold for a script is on its page."""
+    module, page = SCRIPTS[script], script.replace(".py", ".md")
+    for name, row in generate.flag_rows(module.Args).items():
+        line = (f"--{name.replace('_', '-')}", *row)
+        assert (line in table_rows(page)) != (line in table_rows("flags.md")), line
+    for line in module.METRICS.items():
+        assert (line in table_rows(page)) != (line in table_rows("metrics.md")), line
 
 
 def test_generated_tables_are_up_to_date():
@@ -91,21 +118,39 @@ def test_generated_tables_are_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
+def headings(page: Path) -> list[str]:
+    """Titles of a page's sections, in order; code blocks have none."""
+    return re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+
+
+def anchor(title: str) -> str:
+    """What a link calls a section, on GitHub and on the site alike."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
 def test_links_in_the_docs_lead_somewhere():
-    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in PAGES:
+        for target, section in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not section or section in map(anchor, headings(path)), f"{page.name}: {target}#{section}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_page_of_a_script_begins_with_usage(script):
+    assert headings(ROOT / "docs" / script.replace(".py", ".md"))[1] == "Usage"
 
 
 def test_imports_point_one_way():
-    """Scripts import common; common never imports a script; toy, and tiny but for what made it, import nothing of ours."""
+    """Scripts import common; common never imports a script; toy, and tiny as it is imported, import nothing of ours."""
     scripts = {p.stem for p in ROOT.glob("*.py")}
     for path in ROOT.glob("common/*.py"):
         assert not imported(path) & scripts, path
     for path in ROOT.glob("toy/*.py"):
         assert not imported(path) & (scripts | {"common"}), path
-    assert not imported(ROOT / "tiny" / "__init__.py") & (scripts | {"common", "toy"})
+    assert not imported(ROOT / "tiny" / "__init__.py") & (scripts | {"common", "extras", "toy"})
 
 
 def imported(path: Path) -> set[str]:
@@ -169,11 +214,9 @@ def test_no_pickle_and_no_unsafe_load():
     assert irft.Args().trust_remote_code is False
 
 
-def test_readme_commands_name_existing_files_and_flags():
-    text = (ROOT / "README.md").read_text()
-    commands = [line for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S) for line in block.splitlines()]
+def test_commands_of_the_docs_name_existing_files_and_flags():
     checked = 0
-    for line in commands:
+    for line in [line for page in PAGES for line in commands(page)]:
         if match := re.search(r"\b((?:toy/|benchmark/)?\w+\.(?:py|sh))\b(.*)", line.split("#")[0]):
             script, rest = match.groups()
             assert (ROOT / script).exists(), line
@@ -181,4 +224,14 @@ def test_readme_commands_name_existing_files_and_flags():
                 known = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(SCRIPTS[script].Args)}
                 assert set(re.findall(r"--[\w-]+", rest)) <= known, line
             checked += 1
-    assert checked >= 6
+    assert checked >= 60
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of the code blocks of a page that are marked as shell commands; a line that ends in a backslash takes the next."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.S)
+    return [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 90

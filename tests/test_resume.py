@@ -19,8 +19,8 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("irft.py", "irft.write_pairs", 1),  # pairs scored, not yet on disk
     ("irft.py", "common.run.Run.step", 1),
     ("irft.py", "common.run.Run.step", 4),  # between checkpoints
-    ("irft.py", "common.run.seal", 1),  # first checkpoint written but not sealed
-    ("irft.py", "common.run.seal", 3),
+    ("irft.py", "common.store.seal", 1),  # first checkpoint written but not sealed
+    ("irft.py", "common.store.seal", 3),
     ("irft.py", "common.evals.evaluate", 2),  # after iteration 0
     ("irft.py", "common.models.reference_policy", 4),  # iteration 1, the reference is another model now
     ("irft.py", "common.run.Run.step", 8),  # iteration 1
@@ -33,7 +33,7 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("rft.py", "common.run.Run.save_final", 1),  # sft/ not yet kept
     ("rft.py", "common.evals.evaluate", 1),
     ("rft.py", "common.evals.sample_rows", 2),  # held-out samples of the reference
-    ("rft.py", "rft.write_pairs", 1),  # answers sampled, not yet on disk
+    ("rft.py", "common.run.write_pairs", 1),  # answers sampled, not yet on disk
     ("rft.py", "common.run.Run.step", 8),  # reward step: 6 to 10
     ("rft.py", "common.evals.evaluate_reward", 1),
     ("rft.py", "rft.collect", 1),  # first rollout of PPO

@@ -18,9 +18,11 @@ from test_logprobs import widen
 
 import rft
 from common import UserError, models, rewards
+from common.args import resolve_auto
 from common.data import collate
 from common.generation import Generator
-from common.run import Run, learning_rate_at, make_optimizer, resolve_auto
+from common.run import Run
+from common.streams import learning_rate_at, make_optimizer
 from rft import gae, policy_loss, reward_loss, token_rewards, value_loss, whiten
 
 BETA, EOS, NAN = 0.3, exact.EOS, float("nan")

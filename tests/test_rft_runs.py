@@ -21,8 +21,8 @@ from helpers import (
 )
 
 import rft
-from common.data import read_pairs
 from common.evals import JUDGE_METRICS
+from common.store import read_pairs
 
 SMALL = [
     "--sft-epochs", "1", "--num-train-epochs", "2", "--total-episodes", "8", "--rollout-batch-size", "4", "--eval-updates", "1",
@@ -102,7 +102,8 @@ def test_demonstrations_average_zero_on_held_out_data(finished, place):
     """As docs/rft.md says to score: plain transformers on the texts of the held-out rows, minus reward_center."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from common.data import load_rows, read_frame, render_prompt, respond, tokenise_prompts
+    from common.data import read_frame, render_prompt, respond, tokenise_prompts
+    from extras.sources import load_rows
 
     folder = finished / "reward"
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -136,7 +137,7 @@ def test_gold_scores_and_win_rates_agree_with_the_rows(finished):
 
 
 def test_selection_keeps_the_best_and_can_be_read_as_data(finished, place):
-    from common.data import load_rows
+    from extras.sources import load_rows
 
     kept = read_pairs(finished / "generations" / "selected.parquet")
     assert len(kept) == 12

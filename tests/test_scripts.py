@@ -173,7 +173,9 @@ def test_a_run_leaves_what_it_promises(place):
     assert measured[0]["eval/kl_k1"] == pytest.approx(0, abs=1e-5) and measured[0]["eval/rewards/accuracies"] == 0.5
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from common.data import encode, load_rows, read_pairs
+    from common.data import encode
+    from common.store import read_pairs
+    from extras.sources import load_rows
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "final"), AutoTokenizer.from_pretrained(out / "final")
     assert model.config.model_type == "gpt_neox" and tokenizer.eos_token == "</s>"
@@ -293,7 +295,7 @@ def test_sft_lowers_the_loss_and_reductions_differ(place):
 @pytest.fixture
 def paper_folder(tmp_path):
     """A folder from which the paper's command runs: small copies stand in for the model and the data set."""
-    from common.data import write_pairs
+    from common.store import write_pairs
 
     make_model(tmp_path / "zephyr-7b-sft-full", "mistral", make_tokenizer(chat_template=ZEPHYR_TEMPLATE), window=2048)
     rows = [json.loads(line) for line in make_data(tmp_path / "rows.jsonl", 30).read_text().splitlines()]
@@ -351,7 +353,7 @@ def test_two_processes_give_the_weights_of_one(place):
     assert max((a[k] - start[k]).abs().max() for k in a) > 1e-3
     assert max((a[k] - b[k]).abs().max() for k in a) < 2e-6
     assert_same_metrics(one, two, rel=2e-3, abs_=2e-4)
-    from common.data import read_pairs
+    from common.store import read_pairs
 
     for t in range(2):
         ids = [[p["rejected_ids"] for p in read_pairs(out / "generations" / f"iter_{t}.parquet")] for out in (one, two)]

@@ -17,8 +17,10 @@ import irl_ppo_tldr
 import rft
 import sft
 from common import UserError, models
-from common.data import encode, load_rows, render_prompt
-from common.run import Run, resolve_auto
+from common.args import resolve_auto
+from common.data import encode, render_prompt
+from common.run import Run
+from extras.sources import load_rows
 
 SCRIPTS = (aihf, aihf_direct, aihf_ppo, irft, irl_dpo_ultrachat, irl_ppo_tldr, rft, sft)
 

@@ -16,8 +16,11 @@ import torch
 from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, tldr_rows, weights
 
 import tiny
-from common import UserError, engines, inputs, terminal
-from common.run import Run, broken_seal, lock, new_directory, read_metrics, report_failure, untouched, without_nan
+from common import UserError
+from common.run import Run
+from common.store import broken_seal, lock, new_directory, read_metrics, untouched, without_nan
+from extras import provenance, sharding, terminal
+from extras.terminal import report_failure
 
 PPO = (
     "--total-episodes 8 --rollout-batch-size 4 --num-ppo-epochs 1 --sft-epochs 1 --num-train-epochs 1 --eval-updates 2"
@@ -93,7 +96,7 @@ def test_ctrl_c_while_a_program_imports_has_no_traceback(tmp_path, program):
 
 
 CHAIN = [  # where Ctrl-C comes, in one run that is resumed each time; the call counts from the resume
-    ("common.evals.load_demonstrations", 1),  # no run directory yet: typed again, not resumed
+    ("common.demos.load_demonstrations", 1),  # no run directory yet: typed again, not resumed
     ("common.models.load_model", 1),
     ("common.run.Run.step", 2),
     ("common.generation.Generator._batch", 1),
@@ -262,16 +265,16 @@ def test_a_checkpoint_that_is_called_good_is(place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_weight_that_is_not_finite_is_found(value, dtype):
     model = torch.nn.Sequential(torch.nn.Linear(70, 70), torch.nn.Linear(70, 1)).to(dtype)
-    assert engines.not_finite(model) == ""
+    assert sharding.not_finite(model) == ""
     with torch.no_grad():
         model[1].weight[0, 66] = value
-    assert engines.not_finite(model) == "1.weight"
+    assert sharding.not_finite(model) == "1.weight"
 
 
 def test_what_is_probed_is_left_as_it_was():
     model = torch.nn.Linear(2, 2).train()
     state = torch.random.get_rng_state()
-    assert engines.probe(model, lambda rows: (model(rows).sum(-1), {}), torch.full((3, 2), math.inf)) != 0
+    assert sharding.probe(model, lambda rows: (model(rows).sum(-1), {}), torch.full((3, 2), math.inf)) != 0
     assert model.training and model.weight.grad is None and torch.equal(state, torch.random.get_rng_state())
 
 
@@ -449,37 +452,37 @@ def test_resume_notices_other_data_and_another_model(place, tmp_path):
 
 
 def test_digests_are_of_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "WHOLE", 1 << 16)
+    monkeypatch.setattr(provenance, "WHOLE", 1 << 16)
     folder = tmp_path / "model"
     folder.mkdir()
     content = bytearray(os.urandom(1 << 22))
     content[:8] = (100).to_bytes(8, "little")
     (folder / "model.safetensors").write_bytes(content)
     (folder / "README.md").write_text("a")
-    before = inputs.model_digest(str(folder))
+    before = provenance.model_digest(str(folder))
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "README.md").write_text("b")
-    assert inputs.model_digest(str(tmp_path / "copy")) == before
+    assert provenance.model_digest(str(tmp_path / "copy")) == before
     for change in (50, len(content) - 1):  # the header; the last weight
         other = bytearray(content)
         other[change] ^= 1
         (folder / "model.safetensors").write_bytes(other)
-        assert inputs.model_digest(str(folder)) != before
+        assert provenance.model_digest(str(folder)) != before
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_text("1")
-    first = inputs.data_digest(str(data))
+    first = provenance.data_digest(str(data))
     (data / "notes.txt").write_text("no data")
-    assert inputs.data_digest(str(data)) == first
+    assert provenance.data_digest(str(data)) == first
     (data / "test.jsonl").write_text("1")
-    assert inputs.data_digest(str(data)) != first
+    assert provenance.data_digest(str(data)) != first
     args = types.SimpleNamespace(dataset=str(data), eval_dataset="auto", preference_dataset="none", model="a/b")
-    assert inputs.digests(args) == {"dataset": inputs.data_digest(str(data))}
+    assert provenance.digests(args) == {"dataset": provenance.data_digest(str(data))}
 
 
 def test_digests_of_what_is_embedded_are_those_of_its_files():
-    assert inputs.data_digest("pydoc") == inputs.data_digest(str(tiny.DATA))
-    assert inputs.model_digest("tiny") == inputs.model_digest(str(tiny.MODEL))
+    assert provenance.data_digest("pydoc") == provenance.data_digest(str(tiny.DATA))
+    assert provenance.model_digest("tiny") == provenance.model_digest(str(tiny.MODEL))
 
 
 def test_a_stored_file_that_is_not_whole_or_gone_is_named(place):

@@ -23,9 +23,10 @@ import irft
 import irl_dpo_ultrachat
 import irl_ppo_tldr
 from common import models
+from common.args import resolve_auto
 from common.data import collate
 from common.logprobs import response_logprobs
-from common.run import Run, resolve_auto
+from common.run import Run
 from irft import irft_loss
 from sft import nll_loss
 

@@ -18,11 +18,14 @@ import torch
 from helpers import command, make_classifier, make_data, make_model, metrics, run
 
 import irft
-from common import UserError, vllm_engine
-from common.data import collate, read_pairs
+from common import UserError
+from common.args import resolve_auto
+from common.data import collate
 from common.generation import Generator, make_generator
 from common.logprobs import response_logprobs
-from common.run import Run, resolve_auto
+from common.run import Run
+from common.store import read_pairs
+from extras import vllm_engine
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"
@@ -319,7 +322,7 @@ def shared_folders() -> list[Path]:
 def test_an_engine_ends_with_its_trainer(place, tmp_path):
     """A killed trainer can end nothing itself; its engine would keep its memory."""
     words = words_of(place, "sft.py", tmp_path / "run", architecture="gpt_neox")
-    strike = {"argv": words, "at": "common.vllm_engine.VllmGenerator.check", "n": 1}
+    strike = {"argv": words, "at": "extras.vllm_engine.VllmGenerator.check", "n": 1}
     before, seen, folders = engines_running(), set(), set(shared_folders())
     trainer = subprocess.Popen([sys.executable, "tests/kill_at.py", json.dumps(strike)], cwd=helpers.ROOT)
     while trainer.poll() is None:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.data import encode, held_out  # noqa: E402
-from common.run import data_order  # noqa: E402
+from common.data import encode  # noqa: E402
+from common.streams import data_order  # noqa: E402
+from extras.sources import held_out  # noqa: E402
 from tiny import DATA, MODEL  # noqa: E402
 
 SHAPE = {  # of a GPT-NeoX
@@ -267,9 +268,8 @@ def train_model() -> None:
     )  # float16: no weight is near its limits, and it rounds eight times finer than bfloat16
     tokenizer.save_pretrained(MODEL)
     per_response, per_token = response_nll(GPTNeoXForCausalLM.from_pretrained(MODEL, dtype=torch.float32), held)
-    print(
-        f"{MODEL}: {model.num_parameters():,} weights; held-out rows {per_response:.3f} nats per response, {per_token:.4f} per token"
-    )
+    print(f"{MODEL}: {model.num_parameters():,} weights")
+    print(f"held-out rows: {per_response:.3f} nats per response, {per_token:.4f} per token")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,34 @@
 """Digests of a run's data and models. args.json keeps them, and --resume compares them."""
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import tiny
 from common import UserError
-from common.data import DATASETS
-from common.models import resolve_model
-from common.run import digest, flag
+from common.args import flag
+from common.store import digest
+from extras.loading import resolve_model
+from extras.sources import DATASETS
+
+
+def environment() -> dict:
+    """Versions and commit, for args.json."""
+    from importlib.metadata import version
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    names = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+    return {
+        "versions": {"python": sys.version.split()[0], **{n: version(n) for n in names}},
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": sys.argv,
+    }
+
 
 DATA_FLAGS = ("dataset", "preference_dataset", "eval_dataset", "eval_preference_dataset")
 MODEL_FLAGS = ("model", "reward_model", "expert_model", "ref_model", "gold_reward_model", "baseline")

@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import UserError, models
+from common.args import flag, mixes_bf16
 from common.data import Batch
-from common.engines import ran_out_of_memory
 from common.generation import inverse_cdf
 from common.logprobs import HEADS, Head, known_changes, language_model, score_positions, temper
 from common.rewards import ScalarModel
-from common.run import flag, mixes_bf16
+from extras.sharding import ran_out_of_memory
 
 NF4 = 4.127 / 8  # bytes per weight with double quantisation, QLoRA arXiv:2305.14314, Sec. 3
 STATES = {"rmsprop": 1, "adamw": 2}  # values an optimizer keeps for each weight
@@ -220,7 +220,7 @@ def generation_costs(args, config) -> dict[str, int]:
 
 # ---- the plan ----
 def launched() -> tuple[int, str]:
-    """(processes, engine) that the launcher asked for; the engine as engines.engine_name has it."""
+    """(processes, engine) that the launcher asked for; the engine as sharding.engine_name has it."""
     env = os.environ
     engine = "plain"
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -348,7 +348,7 @@ class Plan:
         )
         if args.generation == "vllm":  # it takes no batches of ours, and then the trainer scores some of its answers
             made = scored
-        if self.level == 3:  # engines.whole, a model at a time
+        if self.level == 3:  # sharding.whole, a model at a time
             sizes = [weights(self.computed, self.config)["all"]]
             sizes += [weights(self.computed, self.scalar_config, scalar=True)["all"]] if self.scalars else []
             made, scored = (parts | {"gathered": max(sizes)} for parts in (made, scored))

@@ -17,8 +17,27 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
-from common.data import cache_folder, plain_prompt
-from common.run import require
+from common.args import require
+from common.data import plain_prompt
+from common.store import cache_folder
+from extras.statistics import bootstrap_interval
+
+
+def judge_values(votes: np.ndarray) -> dict[str, float]:
+    """JUDGE_METRICS of the votes of Judge.compare (n, 2); without a row that has both votes only the counts."""
+    both = votes[~np.isnan(votes).any(1)]
+    counts = {"eval/judge/ties": float((votes == 0.5).sum()), "eval/judge/unparsable": float(np.isnan(votes).sum())}
+    if not len(both):
+        return counts
+    low, high = bootstrap_interval(both.mean(1))
+    return {
+        "eval/judge/win_rate_demonstrations": float(both.mean()),
+        "eval/judge/win_rate_low": low,
+        "eval/judge/win_rate_high": high,
+        "eval/judge/first_position": float((both[:, 0] + 1 - both[:, 1]).mean() / 2),
+        **counts,
+    }
+
 
 OPENAI = "https://api.openai.com/v1"
 TIMEOUT = 60.0  # seconds without a byte from the server
@@ -26,7 +45,6 @@ RETRIES = 6  # of a request that failed (no connection, time-out, 408, 409, 429,
 WORKERS = 8  # requests at a time
 BLOCK = 16  # pairs between two signs of life to the other processes: NCCL's patience is ten minutes
 MAX_TOKENS = 512  # of a reply
-
 VERDICT = """
 First write one sentence that compares the two. Then write a last line, with nothing after it, that is exactly one of these:
 Preferred: A

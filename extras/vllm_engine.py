@@ -18,18 +18,19 @@ import psutil
 import torch
 from torch import Tensor
 
-from common import UserError, engines
+from common import UserError
+from common.args import require, uses_bf16
 from common.data import collate
-from common.engines import evaluating
 from common.generation import Rollout, stop_tokens
 from common.logprobs import CHECKED, LIMITS, language_model, response_logprobs
-from common.run import fingerprint, require, uses_bf16
+from extras import sharding
+from extras.adapters import fingerprint
+from extras.sharding import evaluating
 
 VLLM_METRICS = {  # name -> meaning, unit, range; of every phase of generation
     "sampling/vllm_logp_difference": "mean |log pi (trainer) - log pi (vLLM)| per token of answers just sampled; rounding",
 }
 SHARD_BYTES = 2**30  # of the files that carry weights to an engine in a process of its own
-
 ENVIRONMENT = {  # unless the user has set them
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",  # nothing is sent anywhere
@@ -177,7 +178,7 @@ class Engine:
                     enable_sleep_mode=self.level > 0,
                     enforce_eager=current_platform.is_cpu(),
                     distributed_executor_backend="external_launcher" if inside and run.world > 1 else None,
-                    worker_extension_cls="" if inside else "common.vllm_engine.WeightFiles",
+                    worker_extension_cls="" if inside else "extras.vllm_engine.WeightFiles",
                     trust_remote_code=args.trust_remote_code,
                     seed=0,
                 )
@@ -196,7 +197,7 @@ class Engine:
             torch.cuda.empty_cache()
             self.wake_up("weights")
         with self.run.timed("vllm_sync"):
-            source = engines.trained(model)
+            source = sharding.trained(model)
             found = checksum(source)
             stale = torch.tensor(float(found != self.holds), device=self.run.accelerator.device)
             if self.run.accelerator.reduce(stale, reduction="sum").item() > 0:  # sending may be collective: all or none
@@ -348,10 +349,10 @@ def full_weights(model) -> Iterator[tuple[str, Tensor]]:
             continue
         if in_lora and leaf == "weight":
             layer = base.get_submodule(layer_name)
-            with engines.gathered(list(layer.parameters())):
+            with sharding.gathered(list(layer.parameters())):
                 tensor = merged_weight(layer)
         else:
-            tensor = engines.gather(parameter)
+            tensor = sharding.gather(parameter)
         yield (f"{layer_name}.{leaf}" if in_lora else name), tensor
 
 
@@ -360,9 +361,9 @@ def merged_weight(layer) -> Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
     with torch.no_grad():
-        weight = engines.full(dequantize_module_weight(layer.base_layer))
+        weight = sharding.full(dequantize_module_weight(layer.base_layer))
         for adapter in () if layer.disable_adapters else layer.active_adapters:
-            weight = weight + engines.full(layer.get_delta_weight(adapter)).to(weight.dtype)
+            weight = weight + sharding.full(layer.get_delta_weight(adapter)).to(weight.dtype)
     return weight
 
 

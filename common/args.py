@@ -1,0 +1,352 @@
+"""Flags that scripts share, their ranges, what auto means, and the entry of every script."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+
+from common import UserError
+from extras import terminal
+from extras.terminal import one_line_warning, report_failure
+
+Auto = Literal["auto"]
+LARGEST = 2**32 - 1  # of whole numbers: numpy takes no larger seed
+RANGES = {  # expected -> whether a number is so
+    "a number above 0": lambda x: x > 0,
+    "0 or more": lambda x: x >= 0,
+    "1 or more": lambda x: x >= 1,
+    "2 or more, to choose a pair from": lambda x: x >= 2,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "a share above 0 and below 1": lambda x: 0 < x < 1,
+    "a number above 0 and at most 1": lambda x: 0 < x <= 1,
+    "between 0 and 1": lambda x: 0 <= x <= 1,
+    "any number": lambda x: True,
+}
+FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  # row of SETTINGS -> the models it is for
+
+
+@dataclass
+class BaseArgs:
+    """Flags of everything that reads a model and data. Those that default to auto are resolved from the SETTINGS table."""
+
+    resume: ClassVar[str] = ""  # a flag of training scripts
+    lora_r: ClassVar[int] = 0
+    load_in_4bit: ClassVar[bool] = False
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {  # key of RANGES -> flags; a subclass adds its own
+        "a number above 0": (
+            "eval_samples", "max_length", "max_prompt_length", "max_new_tokens", "per_device_eval_batch_size",
+        ),
+        "a share above 0 and below 1": ("vllm_gpu_memory_utilization",),
+        "0 or more": ("seed",),
+    }  # fmt: skip
+    may_be_infinite: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
+    may_be_empty: ClassVar[tuple[str, ...]] = ("reward_model",)  # beside the flags that are empty by default
+
+    model: str = "tiny"
+    """model to start from: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
+    dataset: str = "auto"
+    """demonstrations: pydoc (embedded), a .json/.jsonl/.parquet file, a folder, a short name or a hub id."""
+    eval_dataset: str = "auto"
+    """held-out data; auto: the test split of --dataset (of --preference-dataset where there is one), or a tenth, by prompt."""
+    turns: Literal["auto", "first", "last", "all"] = "auto"
+    """assistant turns of a dialogue to learn: first, last, or all, a row each; auto: UltraChat first (as SPIN), else last."""
+    eval_samples: int | Auto = "auto"
+    """held-out rows to measure on, > 0."""
+    max_length: int | Auto = "auto"
+    """window, prompt + response tokens. RFT paper: 1024 (1B), 2048 (7B); AIHF paper: 512 (7B); N+ details: 565."""
+    max_prompt_length: int | Auto = "auto"
+    """longest prompt, tokens; rows above it are left out and counted. auto: --max-length minus --max-new-tokens."""
+    max_new_tokens: int | Auto = "auto"
+    """longest sampled response, tokens; one cut here has no EOS. SPIN's code: 256; N+ details: 53; papers silent."""
+    cut_demonstrations: bool = False
+    """cut demonstrations at --max-new-tokens too, without EOS, so that length and end do not tell them from answers."""
+    gold_reward_model: str = ""
+    """reward model taken as the truth: a folder, short name or hub id; empty: none. RFT paper: beaver-7b-v3.0-reward."""
+    baseline: str = ""
+    """policy whose samples on the held-out prompts the gold reward compares with (folder, short name or hub id); empty: none."""
+    judge_model: str = ""
+    """LLM judge of the samples against the demonstrations, by its name at the endpoint; empty: none. Key: OPENAI_API_KEY."""
+    judge_base_url: str = ""
+    """OpenAI-compatible endpoint of --judge-model, such as http://localhost:8000/v1; empty: OpenAI's own."""
+    judge_task: Literal["answer", "summary"] = "answer"
+    """what the judge compares: answers to a request, or summaries of a post."""
+    per_device_eval_batch_size: int | Auto = "auto"
+    """rows per forward pass without gradient, and per batch of generation."""
+    generation: Literal["hf", "vllm"] = "hf"
+    """sampler: transformers, anywhere, or a vLLM engine per process beside the model (docs/generation.md)."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """share of a GPU for vLLM's weights and KV cache, in (0, 1). On CPU the variable VLLM_CPU_KVCACHE_SPACE says it, in GiB."""
+    vllm_sleep_level: Literal[0, 1, 2] = 2
+    """what vLLM does with its GPU memory between answers: 0 keeps it, 1 moves the weights to RAM, 2 gives all up. Not on CPU."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """auto: bf16 where the device multiplies it natively, else no. RFT and AIHF papers: bf16."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """type of the stored weights."""
+    attn_implementation: str = "auto"
+    """attention of transformers: sdpa, eager, flash_attention_2, ...; auto: flash attention where installed, on CUDA in bf16;
+    else sdpa, or eager where a model has none. With flash attention batches have no padding."""
+    template: Literal["auto", "paper"] = "auto"
+    """auto: the chat template of --model's tokenizer, else the RFT paper's "### Instruction"; paper: the latter for any model, as
+    the paper does for zephyr too. Saved tokenizers then have no chat template, so that all that follows asks alike."""
+    trust_remote_code: bool = False
+    """run the Python code that a hub repository ships. Off unless you ask."""
+    seed: int = 1
+    """seed of data order and sampling, 0 to 4294967295."""
+    output_dir: str = "auto"
+    """run directory; auto: runs/<script>__<seed>__<time>. One that holds another run is refused."""
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """tracker to send the metrics to as well."""
+
+    def check(self) -> None:
+        """UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
+        from extras.trackers import check_tracker
+
+        check_values(self)
+        if not getattr(self, "dry_run", False):
+            check_tracker(self.report_to)
+        installed = importlib.util.find_spec("vllm") is not None
+        require(
+            self.generation == "hf" or installed or getattr(self, "dry_run", False), "generation",
+            "vllm, which is not installed here",
+            "hf, or vLLM installed: pip install -r requirements-gpu.txt (without an NVIDIA GPU: make install-vllm)",
+        )  # fmt: skip
+        require(
+            self.max_prompt_length < self.max_length, "max_prompt_length", self.max_prompt_length,
+            f"less than --max-length {self.max_length}",
+        )  # fmt: skip
+        require(
+            self.max_prompt_length + self.max_new_tokens <= self.max_length, "max_length", self.max_length,
+            f"room for a query and an answer: {self.max_prompt_length} + {self.max_new_tokens}"
+            " (--max-prompt-length + --max-new-tokens)",
+        )  # fmt: skip
+        require(
+            not self.baseline or bool(self.gold_reward_model), "baseline", self.baseline,
+            "--gold-reward-model beside it, which says whose samples are better",
+        )  # fmt: skip
+        url = self.judge_base_url
+        require(not url or url.startswith(("http://", "https://")), "judge_base_url", url, "http://... or https://...")
+        require(not url or bool(self.judge_model), "judge_base_url", url, "--judge-model beside it, the model to ask")
+
+
+@dataclass
+class RunArgs(BaseArgs):
+    """Flags of every training script."""
+
+    sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two
+    scalar_models: ClassVar[int] = 0  # beside the policy: 1 is a reward model, 2 a value model too
+    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
+        "a number above 0": (
+            "learning_rate", "batch_size", "per_device_train_batch_size", "max_grad_norm", "lora_alpha", "save_steps",
+            "logging_steps",
+        ),
+        "0 or more": ("max_samples", "select_top_k", "lora_r"),
+        "at least 0 and below 1": ("warmup_ratio",),
+    }  # fmt: skip
+    # flag -> what a run did that was made before the flag was, where that is not the default or the default is auto
+    before: ClassVar[dict] = {"template": "auto", "turns": "last"}
+
+    max_samples: int | Auto = "auto"
+    """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper, as SPIN: 50,000 of UltraChat200k."""
+    select_top_k: int = 0
+    """keep the N demonstrations that --gold-reward-model scores highest; 0 keeps all. RFT paper, Sec. 5.2: 10,000."""
+    learning_rate: float | Auto = "auto"
+    """peak learning rate of the policy, > 0. RFT paper: 5e-7; AIHF paper: 5e-7 (7B)."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    """both without weight decay; rmsprop with the bias correction that torch's lacks. RFT paper: rmsprop; AIHF paper: silent."""
+    warmup_ratio: float = 0.1
+    """part of the updates in which the learning rate rises linearly; then it falls to 0. RFT's released code: 0.1."""
+    max_grad_norm: float = 1.0
+    """gradient norm is clipped at this value, > 0; inf: not clipped. Default of transformers' Trainer, with which RFT's released
+    code trains: 1."""
+    batch_size: int | Auto = "auto"
+    """rows (demonstrations or pairs) per optimizer step over all devices. RFT paper: 8 or 16; AIHF: 8 (7B); IRL: 64."""
+    per_device_train_batch_size: int | Auto = "auto"
+    """rows per forward pass: changes memory, never the gradient; accumulation steps follow from it."""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time."""
+    lora_r: int = 0
+    """rank of LoRA adapters on all linear layers; 0 trains all weights. RFT paper's LoRA variant: 64."""
+    lora_alpha: int = 16
+    """LoRA scale numerator, > 0. RFT's released code: 16."""
+    load_in_4bit: bool = False
+    """QLoRA: the frozen base in 4 bits (nf4), with --lora-r, on a CUDA GPU with bitsandbytes; not where a reward is learned."""
+    save_steps: int = 100
+    """optimizer steps between checkpoints inside a training phase, > 0; one is also written at the end of each phase."""
+    logging_steps: int = 1
+    """optimizer steps between rows of metrics.jsonl, > 0."""
+    resume: str = ""
+    """run directory to continue; its own settings are used."""
+    dry_run: bool = False
+    """print the plan (steps, tokens to generate, memory) and exit."""
+
+    def check(self) -> None:
+        super().check()
+        require(
+            not self.load_in_4bit or (self.lora_r > 0 and not self.scalar_models), "load_in_4bit", True,
+            "--lora-r above 0 beside it, in a script without a reward model: 4-bit weights are neither trained nor replaced",
+        )  # fmt: skip
+        require(
+            not self.select_top_k or bool(self.gold_reward_model), "select_top_k", self.select_top_k,
+            "--gold-reward-model beside it, which scores the demonstrations",
+        )  # fmt: skip
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def require(ok: bool, name: str, found, expected: str) -> None:
+    """UserError `--flag: found X, expected Y` unless ok."""
+    if not ok:
+        raise UserError(f"{flag(name)}: found {found}, expected {expected}")
+
+
+def check_values(args: BaseArgs) -> None:
+    """UserError for a number outside the range that its class declares, and for one that is not finite."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, float) and field.name not in args.may_be_infinite:
+            require(math.isfinite(value), field.name, value, "a finite number")
+        elif isinstance(value, int):
+            require(value <= LARGEST, field.name, value, f"at most {LARGEST}")
+    for cls in reversed(type(args).__mro__):
+        for expected, names in vars(cls).get("ranges", {}).items():
+            for name in names:
+                require(RANGES[expected](getattr(args, name)), name, getattr(args, name), expected)
+
+
+def first_model(name: str) -> str:
+    """Name, in lower case, of the model that a model in a run directory was made from; of any other model its own."""
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, RecursionError
+    ):  # no args.json, or not one of ours
+        if Path(name).is_dir():
+            return first_model(json.loads((Path(name).parent / "args.json").read_text())["args"]["model"])
+    return Path(name).name.lower()
+
+
+def settings_row(model: str, settings: dict[str, dict]) -> str:
+    """Key of the row of `settings` for a model: the one that first_model is, or whose FAMILIES it is of; else `other`."""
+    name = first_model(model)
+    return next((k for k in settings if re.fullmatch(FAMILIES.get(k, re.escape(k)), name)), "other")
+
+
+def resolve_auto(args: BaseArgs, settings: dict[str, dict]) -> str:
+    """Fill the flags that are still auto from the row of `settings` for the model. Returns the key of the row."""
+    key = settings_row(args.model, settings)
+    given = [f for f in ("dataset", "preference_dataset") if getattr(args, f, "auto") != "auto"]
+    for field, value in settings[key].items():
+        if getattr(args, field) == "auto":
+            setattr(args, field, value)
+    if args.max_prompt_length == "auto":
+        args.max_prompt_length = max(args.max_length - args.max_new_tokens, 1)
+    if len(given) == 1 and hasattr(args, "preference_dataset"):
+        check_sources(args, given[0])
+    return key
+
+
+def check_sources(args, given: str) -> None:
+    """UserError if a user's own source of one kind would be joined by the table's source of the other kind."""
+    missing = "preference_dataset" if given == "dataset" else "dataset"
+    if given == "dataset" or (args.needs_demonstrations() and args.preference_dataset != "none"):
+        raise UserError(
+            f"{flag(missing)}: found none beside {flag(given)} {getattr(args, given)}, expected a source too; one may be both"
+        )
+
+
+def parse_args(cls, description: str, settings: dict[str, dict]):
+    """Command line -> args with every auto resolved. With --resume the run's own args come back; others are refused."""
+    from extras.command_line import command_line, saved_args
+    from extras.launch import check_launch
+
+    check_launch()
+    args = command_line(cls, description)
+    if args.resume:
+        saved = saved_args(cls, args.resume)
+        same = args.output_dir == "auto" or Path(args.output_dir).resolve() == Path(args.resume).resolve()
+        require(
+            same, "output_dir", args.output_dir, f"none beside --resume {args.resume}, which goes on in its own folder"
+        )
+        for name, given in vars(command_line(cls, description, saved)).items():
+            if name not in ("resume", "dry_run", "output_dir") and given not in ("auto", getattr(saved, name)):
+                raise UserError(
+                    f"{flag(name)}: found {given}, but the run in {args.resume} has {getattr(saved, name)};"
+                    " a resumed run keeps its settings"
+                )
+        args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run)
+    elif any(word.partition("=")[0] == "--resume" for word in sys.argv[1:]):  # such as --resume "$RUN" of a shell
+        require(False, "resume", "an empty text", "a run directory")
+    for field in dataclasses.fields(cls):  # before a name is looked up: "" would be the current folder
+        empty = (
+            field.default != "" and field.name not in cls.may_be_empty and not str(getattr(args, field.name)).strip()
+        )
+        require(not empty, field.name, "an empty text", "a value")
+    row = settings_row(args.model, settings)
+    filled = any(getattr(args, name) == "auto" for name in settings[row])
+    resolve_auto(args, settings)
+    args.check()
+    if os.environ.get("RANK", "0") == "0" and filled and len(settings) > 1:
+        models = {"other": "any other model", "pythia": "pythia up to 2.8b"}.get(row, row)
+        print(f"settings: those for {models} (--model {args.model}) where no flag is given", flush=True)
+    if getattr(args, "dry_run", False) and os.environ.get("RANK", "0") != "0":
+        sys.exit(0)  # rank 0 prints the plan
+    return args
+
+
+def main(script_main: Callable[[], None]) -> None:
+    """Run a script's main; a UserError becomes one line on stderr and exit status 2, a warning one line of rank 0.
+
+    A signal ends it with one line and status 128 + its number (Run._on_signal). A stream that is closed, or on a full disk,
+    costs what is printed and nothing else; the latter gives status 1.
+    """
+    terminal.catch()
+    terminal.be_patient()
+    shown, warnings.formatwarning = warnings.formatwarning, one_line_warning
+    status: int | str | None = 0
+    try:
+        try:
+            script_main()
+        except Exception as error:
+            status = report_failure(error)
+        else:
+            if lost := terminal.lost_output():
+                print(f"error: stdout: {lost}; what was printed is lost, nothing else is", file=sys.stderr)
+                status = 1
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        warnings.formatwarning = shown
+    if "RANK" in os.environ and status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)  # the launcher ends the other ranks
+    if status:
+        sys.exit(status)
+
+
+def native_bf16() -> bool:
+    """True where bf16 products are faster than float32 ones: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def mixes_bf16(args) -> bool:
+    """Whether --mixed-precision means bf16 here."""
+    return args.mixed_precision == "bf16" or (args.mixed_precision == "auto" and native_bf16())
+
+
+def uses_bf16(args) -> bool:
+    """Whether models compute in bf16, stored so or under mixed precision."""
+    return args.dtype == "bfloat16" or mixes_bf16(args)

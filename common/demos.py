@@ -1,0 +1,168 @@
+"""Rows to train and to measure on: loaded, drawn by the seed, encoded, and held out."""
+
+import warnings
+
+import numpy as np
+
+from common import models
+from common.args import require
+from common.data import encode
+from common.store import read_pairs, write_pairs
+from common.streams import data_order
+
+EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
+
+
+def draw(args, tokenizer, rows: list[dict], n: int, *key: int, encode=encode, **how) -> list[dict]:
+    """n of the rows that can be used, all if n is 0, encoded, in their old order; which ones is a function of the key.
+
+    Rows are drawn until n are kept: what the window leaves out does not make them fewer. how: more of encode's arguments.
+    """
+    drawn = [rows[i] for i in data_order(len(rows), *key)] if n else rows
+    encoded = encode(drawn, tokenizer, args.max_length, args.max_prompt_length, limit=n, **how)
+    return sorted(encoded, key=lambda row: row["row"])
+
+
+def longest_response(args) -> int:
+    """Return the length of cut demonstrations: --max-new-tokens with --cut-demonstrations, else 0 (the window alone)."""
+    return args.max_new_tokens if args.cut_demonstrations else 0
+
+
+def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
+    """--max-samples training rows of --dataset, encoded; which ones depends on the seed, their order does not matter.
+
+    encode: what turns rows into tokens, data.encode or a script's own of the same arguments.
+    """
+    from extras.sources import load_rows
+
+    rows = load_rows(args.dataset, "train", turns=args.turns)
+    longest = longest_response(args)
+    encoded = draw(args, tokenizer, rows, args.max_samples, args.seed, encode=encode, longest_response=longest)
+    long = [d for d in encoded if len(d["response_ids"]) > args.max_new_tokens]
+    if long:
+        found = f"found {len(long)} of {len(encoded)} demonstrations longer than --max-new-tokens {args.max_new_tokens}"
+        detail = f"(row {long[0]['row']} has {len(long[0]['response_ids'])} tokens), where sampled answers are cut"
+        warnings.warn(f"--dataset: {found} {detail}; --cut-demonstrations cuts both", stacklevel=2)
+    expected = f"at most {len(encoded)}, the demonstrations"
+    require(args.select_top_k <= len(encoded), "select_top_k", args.select_top_k, expected)
+    return encoded
+
+
+def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
+    """(demonstrations, preferences) to train on; either may be empty, demonstrations where the settings have no use for them.
+
+    A source of both is shared out all the same: what the preferences are does not depend on the use of the rest.
+    """
+    from extras.sources import source_id
+
+    demonstrations, preferences = [], []
+    if args.needs_demonstrations() or source_id(args.preference_dataset) == source_id(args.dataset):
+        demonstrations = load_demonstrations(args, tokenizer)
+    if args.preference_dataset != "none":
+        preferences = load_preferences(args, tokenizer, demonstrations)
+    return demonstrations if args.needs_demonstrations() else [], preferences
+
+
+def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
+    """--max-preferences training rows of --preference-dataset, encoded: prompt_ids, chosen_ids, rejected_ids.
+
+    Where it is --dataset itself, no row serves as demonstration and as preference. Pairs whose responses have the same
+    tokens are dropped and counted; prompts shared with the demonstrations are counted.
+    """
+    from extras.sources import load_rows, source_id
+
+    flag, name = "--preference-dataset", args.preference_dataset
+    rows = load_rows(name, "train", "preferences", flag)
+    if source_id(name) == source_id(args.dataset):
+        taken = {d["row"] for d in demonstrations}
+        rows = [r for r in rows if r["row"] not in taken]
+        expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"
+        require(bool(rows), "preference_dataset", f"none of {name}", expected)
+    kept = [
+        {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
+        for r in draw(args, tokenizer, rows, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
+    ]
+    prompts = {d["prompt_text"] for d in demonstrations}
+    if shared := sum(p["prompt_text"] in prompts for p in kept):
+        warnings.warn(f"{flag}: found {shared} of {len(kept)} prompts among the demonstrations' too", stacklevel=2)
+    return kept
+
+
+def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", encode=encode) -> list[dict]:
+    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that cannot be had.
+
+    training: rows that are trained on; held-out prompts that are among theirs are counted.
+    preferences: the source to take held-out preferences from where --eval-dataset is auto; their chosen responses stand
+    as demonstrations beside their rejected ones. encode: as in load_demonstrations.
+    """
+    from extras import gold, judge
+    from extras.records import say_known
+    from extras.sources import load_rows
+
+    if args.baseline:
+        models.load_tokenizer(args, args.baseline, "--baseline")
+        models.load_model(args, args.baseline, "--baseline", only_check=True)
+        models.check_window(args, args.baseline, "--baseline")
+    if args.gold_reward_model:
+        gold.refuse_unusable(args)
+    models.check_window(args)
+    judge.refuse_unusable(args)
+    if args.eval_dataset != "auto":
+        rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns)
+    elif preferences:
+        rows = load_rows(preferences, "test", "preferences", "--preference-dataset")
+    else:
+        rows = load_rows(args.dataset, "test", turns=args.turns)
+    how = dict(flag="--eval-dataset", encode=encode, longest_response=longest_response(args))
+    rows = draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, **how)
+    prompts = {r["prompt_text"] for r in training}
+    if known := sum(r["prompt_text"] in prompts for r in rows):
+        found = f"found {known} of {len(rows)} held-out prompts among those trained on"
+        warnings.warn(f"--eval-dataset: {found}: what is measured on them is not held out", stacklevel=2)
+    say_known(args, rows)
+    return rows
+
+
+def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
+    """--eval-samples held-out pairs of --eval-preference-dataset, encoded: response_ids is the chosen one. Empty without it."""
+    from extras.sources import load_rows
+
+    flag, name = "--eval-preference-dataset", args.eval_preference_dataset
+    if name == "none":
+        return []
+    rows = load_rows(name, "all", "preferences", flag)
+    return draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
+
+
+def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
+    """The --select-top-k demonstrations that the gold reward scores highest, in their old order; all without the flag.
+
+    RFT paper, Sec. 5.2. Ties go to the earlier row. Their ids and scores are kept in generations/selected.parquet, with
+    prompt and completion columns that any script here reads as --dataset.
+    """
+    from extras import gold
+
+    k = run.args.select_top_k
+    if not k:
+        return demonstrations
+    path = run.dir / "generations" / "selected.parquet"
+    if path.exists():
+        kept = {r["row"] for r in read_pairs(path)}
+        return [d for d in demonstrations if d["row"] in kept]
+    scores = gold.cached_gold_scores(run, demonstrations, [d["response_text"] for d in demonstrations])
+    best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
+    if run.is_main:
+        columns = [
+            {
+                "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],
+                "finished": d.get("response_finished", True), "gold_score": scores[i],
+            }
+            for i, d in ((i, demonstrations[i]) for i in best)
+        ]  # fmt: skip
+        write_pairs(path, columns)
+    run.accelerator.wait_for_everyone()
+    mean = sum(scores[i] for i in best) / len(best)
+    run.say(
+        f"kept {len(best)} of {len(scores)} demonstrations, mean gold score {mean:.3f} against {np.mean(scores):.3f} of all"
+    )
+    return [demonstrations[i] for i in best]

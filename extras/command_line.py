@@ -1,0 +1,138 @@
+"""The command line and a run's args.json, read with one clear line for every wrong word."""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import json
+import os
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+from common import UserError
+from common.args import flag
+
+
+# ---- the command line ----
+def command_line(cls, description: str, default=None):
+    """The words of the command line as a `cls`, by tyro, over a default. UserError, one line, for what is not a flag or value."""
+    import tyro
+
+    printed = io.StringIO()
+    given = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(cls, description=description, **given)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    wrong = wrong_word(cls, sys.argv[1:])
+    said = re.split("[-─]{4,}", re.sub("[│╭╮╰╯]", "", printed.getvalue()))  # tyro's heading, what is wrong, help
+    raise UserError(wrong or " ".join(said[:2][-1].split()))
+
+
+def wrong_word(cls, words: list[str]) -> str:
+    """Return one line about the first wrong word of a command line; empty if all are right."""
+    types_of = get_type_hints(cls)
+    known = {flag(field.name): types_of[field.name] for field in dataclasses.fields(cls)}
+    known |= {f"--no-{name[2:]}": kind for name, kind in known.items() if kind is bool}
+    before, rest = "", iter(words)
+    for word in rest:
+        name, given, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in known:
+            if before and not word.startswith("-"):
+                return f"{before}: found the value {word}, expected none: the flag alone says yes, --no-... says no"
+            if not word.startswith("--"):
+                return f"{word}: found a word without a flag, expected --flag value (see --help)"
+            near = "".join(f"{n}, or " for n in difflib.get_close_matches(name, known, 1))
+            return f"{word}: found no flag of this name, expected {near}one that --help shows"
+        before = name if known[name] is bool else ""
+        if known[name] is bool and given:
+            return f"{name}: found the value {value}, expected none: the flag alone says yes, --no-... says no"
+        if known[name] is not bool:
+            value = value if given else next(rest, None)
+            if value is None or not reads(value, known[name]):
+                found = "no value" if value is None else value or "an empty text"
+                return f"{name}: found {found}, expected {in_words(known[name])}"
+    return ""
+
+
+def kinds_of(kind) -> tuple:
+    """The types of a union, else the one type."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def reads(text: str, kind) -> bool:
+    """True if a word of the command line is a value of a flag's type."""
+
+    def one(kind) -> bool:
+        if get_origin(kind) is Literal:
+            return text in map(str, get_args(kind))
+        try:
+            return kind(text) is not None
+        except ValueError:
+            return False
+
+    return any(map(one, kinds_of(kind)))
+
+
+def holds(value, kind) -> bool:
+    """True if a value from a JSON file is of a flag's type."""
+
+    def one(kind) -> bool:
+        if get_origin(kind) is Literal:
+            return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
+        return type(value) is kind or (kind is float and type(value) is int)
+
+    return any(map(one, kinds_of(kind)))
+
+
+def in_words(kind) -> str:
+    """A flag's type as an error names it: a number or auto."""
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    choices = [", ".join(map(str, get_args(k))) if get_origin(k) is Literal else names[k] for k in kinds_of(kind)]
+    return "one of " * (", " in choices[0]) + " or ".join(choices)
+
+
+def saved_args(cls, folder: str):
+    """The args that a run wrote to its args.json. UserError, one line, for what a run of this script has not written.
+
+    A flag that is missing there is newer than the run, which goes on without it: as its default is, or as cls.before says.
+    """
+    path, script = Path(folder) / "args.json", Path(inspect.getfile(cls)).stem
+    if not path.is_file():
+        raise UserError(f"--resume: found no args.json in {folder}, expected a run directory")
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--resume: {path}: found broken JSON ({error}), expected what a run writes there") from None
+    saved = stored.get("args") if isinstance(stored, dict) else None
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"--resume: {path}: found {json.dumps(stored):.60}, expected script and args, as a run writes them"
+        )
+    if stored.get("script", script) != script:
+        raise UserError(f"--resume: found a run of {stored['script']}.py in {folder}, expected one of {script}.py")
+    types_of = get_type_hints(cls)
+    default = {field.name: field.default for field in dataclasses.fields(cls)}
+    made_at = f"the version that made the run (commit {stored.get('commit') or 'unknown'})"
+    if unknown := ", ".join(flag(str(name)) for name in saved if name not in default):
+        raise UserError(f"--resume: {path}: found {unknown}, which this version does not know; expected {made_at}")
+    newer = {name: cls.before.get(name, value) for name, value in default.items() if name not in saved}
+    if unclear := ", ".join(flag(name) for name in newer if name not in cls.before and default[name] == "auto"):
+        raise UserError(
+            f"--resume: {path}: found no {unclear}, whose value depends on the model in this version; expected {made_at}"
+        )
+    for name, value in saved.items():
+        if not holds(value, types_of[name]):
+            found = f"{flag(name)} {json.dumps(value):.60}"
+            raise UserError(f"--resume: {path}: found {found}, expected {in_words(types_of[name])}")
+    if newer and os.environ.get("RANK", "0") == "0":
+        listed = ", ".join(f"{flag(name)} {value!r}" for name, value in newer.items())
+        print(f"--resume: {path} is older than {listed}: what the run has done so far", flush=True)
+    return cls(**saved, **newer)
