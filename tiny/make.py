@@ -164,11 +164,8 @@ def source_blocks(tokenizer, rows: list[dict]) -> list[Tensor]:
     unseen = {r["prompt"] for r in rows if r["test"] or is_development(r["module"])}
     blocks, length = [], TRAINING["max_length"]
     for module, source, tree in library():
-        if (
-            held_out(module)
-            or is_development(module)
-            or any(r["prompt"] in unseen for r in documented(tree, source.splitlines()))
-        ):
+        repeats = any(r["prompt"] in unseen for r in documented(tree, source.splitlines()))
+        if repeats or held_out(module) or is_development(module):
             continue
         ids = tokenizer(source, add_special_tokens=False)["input_ids"]
         blocks += [torch.tensor(ids[i : i + length]) for i in range(0, len(ids) - 32, length)]
@@ -179,10 +176,9 @@ def batches(texts: list[Tensor], size: int, seed: int) -> Iterator[Tensor]:
     """Without end: `size` texts of similar length, (size, L) ids padded with -100; L is a multiple of 32, for speed."""
     for epoch in itertools.count():
         order = data_order(len(texts), seed, epoch)
-        blocks = [
-            sorted(order[i : i + 16 * size], key=lambda i: len(texts[i])) for i in range(0, len(order), 16 * size)
-        ]
-        groups = [b[i : i + size] for b in blocks for i in range(0, len(b) - size + 1, size)]
+        blocks = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
+        by_length = [sorted(block, key=lambda i: len(texts[i])) for block in blocks]
+        groups = [b[i : i + size] for b in by_length for i in range(0, len(b) - size + 1, size)]
         for j in data_order(len(groups), seed, epoch, 1):
             yield padded([texts[i] for i in groups[j]])
 
@@ -214,7 +210,10 @@ def response_nll(model, rows: list[dict]) -> tuple[float, float]:
 
 
 def train_model() -> None:
-    """A language model over the training rows, prompt and response alike, at first with source code between them."""
+    """Train a language model on the training rows, prompt and response alike, at first with source code between them.
+
+    Rows of development modules are only measured. What is saved is the last update, at the end of the decay.
+    """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     setting, size = TRAINING, TRAINING["batch_size"]
@@ -240,8 +239,8 @@ def train_model() -> None:
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": setting["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    step, coin = 0, random.Random(setting["seed"])
-    while step < setting["updates"]:
+    coin = random.Random(setting["seed"])
+    for step in range(setting["updates"]):
         position = step / setting["updates"]
         is_source = coin.random() < setting["source_share"] and position < setting["decay_from"]
         ids = next(from_source if is_source else from_rows)
@@ -254,18 +253,15 @@ def train_model() -> None:
             group["lr"] = setting["learning_rate"] * left * min(1.0, (step + 1) / 200)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        if step % 500 == 0:
+        if (step + 1) % 500 == 0:
             per_response, per_token = response_nll(model, development)
             print(
-                f"update {step}: development rows {per_response:.3f} nats per response, {per_token:.4f} per token",
-                flush=True,
+                f"update {step + 1}: development rows {per_response:.3f} nats per response, {per_token:.4f} per token"
             )
 
     model.config.hidden_dropout = 0.0
-    model.half().save_pretrained(
-        MODEL
-    )  # float16: no weight is near its limits, and it rounds eight times finer than bfloat16
+    # float16 rounds eight times finer than bfloat16, and no weight comes near its limits
+    model.half().save_pretrained(MODEL)
     tokenizer.save_pretrained(MODEL)
     per_response, per_token = response_nll(GPTNeoXForCausalLM.from_pretrained(MODEL, dtype=torch.float32), held)
     print(f"{MODEL}: {model.num_parameters():,} weights")
