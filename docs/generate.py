@@ -128,7 +128,11 @@ def common_table() -> str:
     modules = imports.read_modules()
     level = imports.levels(modules)
     rows = [
-        [f"`{name.replace('.', '/')}.py`", modules[name].summary, ", ".join(sorted(short(n) for n in modules[name].imports))]
+        [
+            f"`{name.replace('.', '/')}.py`",
+            modules[name].summary,
+            ", ".join(sorted(short(n) for n in modules[name].imports)),
+        ]
         for name in sorted(level, key=lambda name: (level[name], name))
     ]
     return table(["module", "what it has", "imports"], rows)
@@ -139,7 +143,9 @@ def extras_table() -> str:
     rows = []
     for name in [name for name in modules if name.startswith("extras.")]:
         users = {user: module for user, module in modules.items() if name in module.imports or name in module.doors}
-        doors = [f"{short(user)}: {', '.join(sorted(module.doors.get(name, ['always'])))}" for user, module in users.items()]
+        doors = [
+            f"{short(user)}: {', '.join(sorted(module.doors.get(name, ['always'])))}" for user, module in users.items()
+        ]
         rows.append([f"`{name.replace('.', '/')}.py`", modules[name].summary, "; ".join(doors)])
     return table(["module", "what it has", "functions that import it"], rows)
 
