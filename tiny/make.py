@@ -7,12 +7,19 @@ Another version of Python gives slightly different data, and another machine sli
 """
 
 import ast
+import itertools
+import random
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -21,15 +28,26 @@ from common.streams import data_order  # noqa: E402
 from extras.sources import held_out  # noqa: E402
 from tiny import DATA, MODEL  # noqa: E402
 
-SHAPE = {
+SHAPE = {  # of a GPT-NeoX
     "vocab_size": 1024,
-    "hidden_size": 144,
+    "hidden_size": 192,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 576,
+    "num_attention_heads": 6,
+    "intermediate_size": 768,
     "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }
-TRAINING = {"epochs": 1, "batch_size": 16, "learning_rate": 5e-3, "max_length": 224, "seed": 0}
+TRAINING = {
+    "updates": 9000,
+    "batch_size": 16,  # rows, or half as many blocks of source code
+    "max_length": 224,  # tokens of a row, and of a block
+    "source_share": 0.5,  # of the updates before the decay
+    "decay_from": 0.6,  # share of the updates after which the learning rate falls to 0
+    "learning_rate": 3e-3,
+    "weight_decay": 0.1,
+    "dropout": 0.1,
+    "seed": 0,
+}
 
 
 # ---- the data ----
@@ -40,22 +58,10 @@ def harvest() -> list[dict]:
     after its summary, or, where there is no more, the first lines of the code. response: the summary line. next_response:
     the next other summary in the module, if there is one. Files are parsed, never imported.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
     rows, seen_prompts, seen_responses = [], set(), {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if "site-packages" in parts or any(p.startswith(("test", "idle_test", "_test")) or p == "tests" for p in parts):
-            continue
-        try:
-            source = path.read_text(encoding="utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(source)
-        except (OSError, SyntaxError, ValueError):
-            continue
-        module = "/".join(parts)
-        lines, own = source.splitlines(), []
-        for row in documented(tree, lines):
+    for module, source, tree in library():
+        own = []
+        for row in documented(tree, source.splitlines()):
             prompt, response = row["prompt"], row["response"]
             count = seen_responses.get(response, 0)
             if prompt in seen_prompts or count >= 3 or response in prompt:
@@ -67,6 +73,22 @@ def harvest() -> list[dict]:
             others = (r["response"] for r in own[i + 1 :] + own[:i] if r["response"] != row["response"])
             rows.append({"module": module, "test": held_out(module), **row, "next_response": next(others, None)})
     return rows
+
+
+def library() -> Iterator[tuple[str, str, ast.Module]]:
+    """(path within the library, source, its tree) of every module of the standard library but the tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if "site-packages" in parts or any(p.startswith(("test", "idle_test", "_test")) or p == "tests" for p in parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield "/".join(parts), source, ast.parse(source)
+        except (OSError, SyntaxError, ValueError):
+            continue
 
 
 def documented(tree: ast.AST, lines: list[str], limit: int = 240):
@@ -108,9 +130,6 @@ def cut_lines(text: str, limit: int) -> str:
 
 
 def write_data() -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = harvest()
     pq.write_table(pa.Table.from_pylist(rows), DATA, compression="zstd", compression_level=19)
     print(f"{DATA}: {len(rows)} rows of Python {sys.version.split()[0]}, {sum(r['test'] for r in rows)} held out")
@@ -197,9 +216,9 @@ def train_model() -> None:
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    rows = load_rows("pydoc", "train")
-    tokenizer = train_tokenizer(rows)
-    torch.manual_seed(TRAINING["seed"])
+    setting, size = TRAINING, TRAINING["batch_size"]
+    rows = [{"row": i, **r} for i, r in enumerate(pq.read_table(DATA).to_pylist())]
+    tokenizer = train_tokenizer([r for r in rows if not r["test"]])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 
     def encoded(part: list[dict], max_length: int) -> list[dict]:
