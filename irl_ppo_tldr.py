@@ -30,14 +30,27 @@ if __name__ == "__main__":
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import demos, evals, models, rewards
-from common.args import Auto, RunArgs, main, parse_args, require
+from common.args import (
+    ANY_NUMBER,
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UP_TO_1,
+    ZERO_TO_1,
+    Auto,
+    RunArgs,
+    main,
+    parse_args,
+    require,
+)
 from common.data import Frame, collate, encode, end_of_turn, pad_right, pair_length, pair_rows, row_length, tokenise
 from common.generation import check_first_step, make_generator
 from common.logprobs import masked_mean, masked_sum
@@ -589,29 +602,17 @@ def train(args: Args) -> None:
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 2
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
-        "a number above 0": (
-            "reward_learning_rate", "sft_learning_rate", "adam_epsilon", "cliprange", "cliprange_value", "beta", "temperature",
-            "greedy_temperature", "eval_temperature", "total_episodes", "rollout_batch_size", "eval_updates",
-        ),
-        "0 or more": ("vf_coef", "sft_epochs", "weight_decay"),
-        "at least 0 and below 1": ("value_warmup_ratio",),
-        "a number above 0 and at most 1": ("gamma",),
-        "between 0 and 1": ("lam",),
-        "any number": ("missing_eos_score",),
-    }  # fmt: skip
 
-    T: int = 2
+    T: Annotated[int, AT_LEAST_1] = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Released code: 11."""
-    num_train_epochs: int = 1
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
     """passes of the reward model over its pairs in one outer iteration, >= 1. Paper: 1."""
     expert_model: str = ""
     """model whose answers are the demonstrations, training and held-out, kept in the cache folder; empty: --dataset's own.
     Paper: a 6.9B policy made by PPO from human preferences."""
-    greedy_temperature: float = 0.01
+    greedy_temperature: Annotated[float, POSITIVE] = 0.01
     """temperature of the expert's answers and of --negatives greedy, > 0. Released code: 0.01."""
-    eval_temperature: float | Auto = "auto"
+    eval_temperature: Annotated[float | Auto, POSITIVE] = "auto"
     """temperature of the samples that evaluations measure, > 0. N+ 32: 0.01, at which a model as small as tiny repeats itself."""
     eval_preference_dataset: str = "none"
     """held-out preferences of people, on which every reward is measured (Fig. 2a); none, a file, folder, short name or hub id."""
@@ -626,54 +627,54 @@ class Args(RunArgs):
     """logistic: Eq. 11, bounded; linear: the likelihood's own gradient (Eq. 10), unbounded."""
     reward_init: Literal["sft", "previous"] = "sft"
     """where a reward step starts: the SFT policy every time (Sec. 6.1, released code), or the last iteration's reward."""
-    reward_learning_rate: float | Auto = "auto"
+    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of the reward model, > 0. N+ 10: 3e-6."""
     reward_normalisation: Literal["mean", "mean_std", "none"] = "mean"
     """after its training a reward is shifted so that the demonstrations average 0 (N+ 9), and with mean_std scaled so that
     their scores have standard deviation 1 (released code)."""
     ref: Literal["initial", "previous"] = "initial"
     """reference policy of the KL penalty: the SFT policy (Eq. 5), or that of the last iteration (released code)."""
-    sft_epochs: int | Auto = "auto"
+    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: float | Auto = "auto"
+    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of --sft-epochs, > 0. N+: 3e-6."""
     sft_tokens: Literal["all", "response"] = "all"
     """tokens SFT learns: query and response (N+ 5), or the response alone (Eq. 1)."""
-    beta: float = 0.05
+    beta: Annotated[float, POSITIVE] = 0.05
     """weight of KL(pi || pi_ref) in PPO, reward units per nat, > 0. Paper: 0.05."""
-    temperature: float = 0.7
+    temperature: Annotated[float, POSITIVE] = 0.7
     """of sampled answers, > 0; it divides the logits of every log-prob PPO uses (N+ 16). Paper: 0.7."""
-    total_episodes: int | Auto = "auto"
+    total_episodes: Annotated[int | Auto, POSITIVE] = "auto"
     """answers PPO samples in one outer iteration, > 0. N+ 30: 1,000,000."""
-    rollout_batch_size: int | Auto = "auto"
+    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """answers per PPO update over all devices, > 0. Paper: 512."""
-    num_ppo_epochs: int = 4
+    num_ppo_epochs: Annotated[int, AT_LEAST_1] = 4
     """passes of PPO over each batch of answers, >= 1. Paper: 4."""
-    num_mini_batches: int = 1
+    num_mini_batches: Annotated[int, AT_LEAST_1] = 1
     """optimizer steps per such pass, >= 1. Paper: 1."""
-    cliprange: float = 0.2
+    cliprange: Annotated[float, POSITIVE] = 0.2
     """PPO's clip of the probability ratio, > 0. Paper: 0.2."""
-    cliprange_value: float = 0.2
+    cliprange_value: Annotated[float, POSITIVE] = 0.2
     """clip of the change of a value, reward units, > 0. Paper: 0.2."""
-    vf_coef: float = 0.1
+    vf_coef: Annotated[float, NOT_NEGATIVE] = 0.1
     """weight of the value loss, >= 0. Paper: 0.1."""
-    value_warmup_ratio: float | Auto = "auto"
+    value_warmup_ratio: Annotated[float | Auto, BELOW_1] = "auto"
     """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). N+: 0."""
-    gamma: float = 1.0
+    gamma: Annotated[float, UP_TO_1] = 1.0
     """discount per token, in (0, 1]. Paper: 1."""
-    lam: float = 0.95
+    lam: Annotated[float, ZERO_TO_1] = 0.95
     """lambda of generalised advantage estimation, in [0, 1]. Paper: 0.95."""
-    missing_eos_score: float = -1.0
+    missing_eos_score: Annotated[float, ANY_NUMBER] = -1.0
     """score of an answer without EOS, in place of the reward's, reward units. N+ 19: -1."""
     whiten_rewards: bool = False
     """scale the rewards of the steps to variance 1, keeping their mean. N+ 24: off."""
-    eval_updates: int | Auto = "auto"
+    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
     """PPO updates between evaluations, > 0; one is also made at the end. N+: 100."""
     optimizer: Literal["rmsprop", "adamw"] = "adamw"
     """rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
-    adam_epsilon: float = 1e-5
+    adam_epsilon: Annotated[float, POSITIVE] = 1e-5
     """of the optimizer, > 0. N+ 30: 1e-5."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     """of the optimizer, >= 0. Released code: torch's 0.01."""
     warmup_ratio: float = 0.0
     """part of the updates in which a learning rate rises; then it falls to 0, linearly in PPO, else as a cosine. N+: 0."""

@@ -30,14 +30,26 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import demos, evals, models, rewards
-from common.args import Auto, RunArgs, main, parse_args, require
+from common.args import (
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UP_TO_1,
+    ZERO_TO_1,
+    Auto,
+    RunArgs,
+    main,
+    parse_args,
+    require,
+)
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.generation import check_first_step, make_generator
 from common.logprobs import masked_mean, masked_sum
@@ -476,23 +488,12 @@ def train(args: Args) -> None:
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 2
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
-        "a number above 0": (
-            "beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value", "total_episodes",
-            "rollout_batch_size", "eval_updates",
-        ),
-        "0 or more": ("vf_coef", "missing_eos_penalty", "sft_epochs"),
-        "at least 0 and below 1": ("value_warmup_ratio",),
-        "a number above 0 and at most 1": ("gamma",),
-        "between 0 and 1": ("lam",),
-    }  # fmt: skip
 
-    T: int = 1
+    T: Annotated[int, AT_LEAST_1] = 1
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 1."""
-    num_train_epochs: int = 2
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 2
     """passes of the reward model over the demonstrations in one outer iteration, >= 1; K follows from it. Paper: 2."""
-    beta: float = 0.1
+    beta: Annotated[float, POSITIVE] = 0.1
     """weight of KL(pi || pi_ref), reward units per nat, > 0: in the reward gradient and in PPO. Paper: 0.1 (App. C)."""
     reward_loss: Literal["logistic", "linear"] = "logistic"
     """logistic: -log sigmoid(r(y) - r(y~)), bounded (IRL paper, Eq. 11; released code); linear: g_{t,k} of Alg. 1, unbounded."""
@@ -501,41 +502,41 @@ class Args(RunArgs):
     reward_init: Literal["previous", "sft", "base"] = "previous"
     """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
     sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
-    reward_learning_rate: float | Auto = "auto"
+    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of the reward model, > 0. Paper: 5e-7."""
     init: Literal["previous", "initial"] = "previous"
     """where PPO starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
     ref: Literal["initial", "previous"] = "initial"
     """reference policy of the KL penalty: the initial (SFT) policy (the equations), or that of the last iteration."""
-    sft_epochs: int | Auto = "auto"
+    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: float | Auto = "auto"
+    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of --sft-epochs, > 0."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """of sampled answers, > 0; it divides the logits of every log-prob PPO uses."""
-    total_episodes: int | Auto = "auto"
+    total_episodes: Annotated[int | Auto, POSITIVE] = "auto"
     """answers PPO samples in one outer iteration, > 0. Paper: 17,500 policy steps (Fig. 2), which may be 35,000 answers."""
-    rollout_batch_size: int | Auto = "auto"
+    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """answers per PPO update over all devices, > 0."""
-    num_ppo_epochs: int = 4
+    num_ppo_epochs: Annotated[int, AT_LEAST_1] = 4
     """passes of PPO over each batch of answers, >= 1. TRL: 4."""
-    num_mini_batches: int = 1
+    num_mini_batches: Annotated[int, AT_LEAST_1] = 1
     """optimizer steps per such pass, >= 1. TRL: 1."""
-    cliprange: float = 0.2
+    cliprange: Annotated[float, POSITIVE] = 0.2
     """PPO's clip of the probability ratio, > 0. TRL: 0.2."""
-    cliprange_value: float = 0.2
+    cliprange_value: Annotated[float, POSITIVE] = 0.2
     """clip of the change of a value, reward units, > 0. TRL: 0.2."""
-    vf_coef: float = 0.1
+    vf_coef: Annotated[float, NOT_NEGATIVE] = 0.1
     """weight of the value loss, >= 0. TRL: 0.1."""
-    value_warmup_ratio: float | Auto = "auto"
+    value_warmup_ratio: Annotated[float | Auto, BELOW_1] = "auto"
     """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). TRL: 0."""
-    gamma: float = 1.0
+    gamma: Annotated[float, UP_TO_1] = 1.0
     """discount per token, in (0, 1]. TRL: 1."""
-    lam: float = 0.95
+    lam: Annotated[float, ZERO_TO_1] = 0.95
     """lambda of generalised advantage estimation, in [0, 1]. TRL: 0.95."""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 1.0
     """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
-    eval_updates: int | Auto = "auto"
+    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
     """PPO updates between evaluations, > 0; one is also made at the end."""
 
     def check(self) -> None:

@@ -145,11 +145,12 @@ def prepare_held_out(
         with_gold = bool(run.args.gold_reward_model)
         sampled_rows = rows if with_gold else [r for r in rows if "rejected_ids" not in r]
         with run.phase("reference on held-out rows", len(rows) * 3 + len(sampled_rows), step=0) as advance:
-            samples, rollout = {}, None
+            samples, texts, finished = {}, {}, []
             if sampled_rows:
                 rollout = sample_rows(run, generator, sampled_rows, EVAL_SEED, temperature, advance)
                 samples = dict(zip((r["row"] for r in sampled_rows), rollout.response_ids, strict=True))
                 texts = dict(zip(samples, sampled_texts(tokenizer, rollout), strict=True))
+                finished = rollout.finished
             rejected = [r["rejected_ids"] if "rejected_ids" in r else samples[r["row"]] for r in rows]
             held = HeldOut(rows, rejected, {}, {})
             with evaluating(reference):
@@ -159,7 +160,7 @@ def prepare_held_out(
         columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
         columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
         if with_gold:
-            base = [(texts[r["row"]], done) for r, done in zip(rows, rollout.finished, strict=True)]
+            base = [(texts[r["row"]], done) for r, done in zip(rows, finished, strict=True)]
             columns |= gold_columns(run, rows, base, temperature)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -369,9 +370,7 @@ def rouge_l(candidate: str, reference: str) -> float:
     """ROUGE-L F1 of Lin (2004), as the rouge-score package computes it, no stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    if not hasattr(rouge_l, "scorer"):
-        rouge_l.scorer = RougeScorer(["rougeL"])
-    return rouge_l.scorer.score(reference, candidate)["rougeL"].fmeasure
+    return RougeScorer(["rougeL"]).score(reference, candidate)["rougeL"].fmeasure
 
 
 TABLE = {  # column of the printed table -> metric, digits

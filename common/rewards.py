@@ -22,6 +22,8 @@ class ScalarModel(torch.nn.Module):
     position comes from the response mask. `center` is subtracted from every output; saved as config.reward_center.
     """
 
+    center: Tensor
+
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -127,7 +129,7 @@ def load_scalar_model(
     loading.refuse_missing(
         info, f"{flag} {name}", expected, frozenset() if head_seed is None else frozenset({"score.weight"})
     )
-    if "score.weight" in missing:
+    if head_seed is not None and "score.weight" in missing:
         stream = torch.Generator().manual_seed(head_seed)
         hidden = model.score.weight.shape[1]
         with torch.no_grad():
