@@ -37,23 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import demos, evals, models, rewards
-from common.args import (
-    ANY_NUMBER,
-    AT_LEAST_1,
-    BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    UP_TO_1,
-    ZERO_TO_1,
-    Auto,
-    RunArgs,
-    main,
-    parse_args,
-    require,
-)
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import Frame, collate, encode, end_of_turn, pad_right, pair_length, pair_rows, row_length, tokenise
 from common.generation import check_first_step, make_generator
 from common.logprobs import masked_mean, masked_sum
+from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
@@ -222,8 +210,7 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
 
     def work(indices: list[int]) -> list[dict]:
         with run.timed("sample"):
-            prompts = [rows[i]["prompt_ids"] for i in indices]
-            rollout = generator.sample(prompts, indices, seed, args.temperature)
+            rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
         with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
@@ -584,10 +571,9 @@ def train(args: Args) -> None:
     posts = demonstrations if args.prompts == "demonstrations" else prompts
     irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
     records.record_prompts(run, demonstrations, posts)
-    steps = irl.steps
     run.say(
-        f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {steps.sft} SFT steps,"
-        f" T = {args.T}, K = {steps.K[0]}, {steps.updates} PPO updates of {args.rollout_batch_size} answers,"
+        f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {irl.steps.sft} SFT steps,"
+        f" T = {args.T}, K = {irl.steps.K[0]}, {irl.steps.updates} PPO updates of {args.rollout_batch_size} answers,"
         f" {run.world} process(es), {run.dir}"
     )
     irl.learn()

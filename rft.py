@@ -37,22 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import demos, evals, models, rewards
-from common.args import (
-    AT_LEAST_1,
-    BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    UP_TO_1,
-    ZERO_TO_1,
-    Auto,
-    RunArgs,
-    main,
-    parse_args,
-    require,
-)
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.generation import check_first_step, make_generator
 from common.logprobs import masked_mean, masked_sum
+from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
@@ -201,8 +190,7 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
 
     def work(indices: list[int]) -> list[dict]:
         with run.timed("sample"):
-            prompts = [rows[i]["prompt_ids"] for i in indices]
-            rollout = generator.sample(prompts, indices, seed, args.temperature)
+            rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
         with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
@@ -232,8 +220,7 @@ def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
     scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
     rewards_of_tokens = token_rewards(scores, logprobs, ref_logprobs, mask, args.beta)
     advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
-    whitened = whiten(advantages, mask)
-    for r, a, g, n in zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True):
+    for r, a, g, n in zip(rollouts, whiten(advantages, mask).tolist(), returns.tolist(), lengths.tolist(), strict=True):
         r["advantages"], r["returns"] = a[:n], g[:n]
     kl = masked_sum(logprobs - ref_logprobs, mask).mean()
     error, returned = (returns - values)[mask], returns[mask]
@@ -471,10 +458,9 @@ def train(args: Args) -> None:
         return
     rft = RFT(run, tokenizer, demos.select_demonstrations(run, demonstrations), held_rows)
     records.record_prompts(run, rft.demonstrations)
-    steps = rft.steps
     run.say(
-        f"rft: {len(rft.demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K},"
-        f" {steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
+        f"rft: {len(rft.demonstrations)} demonstrations, {rft.steps.sft} SFT steps, T = {args.T}, K = {rft.steps.K},"
+        f" {rft.steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
     )
     rft.learn()
     reward_path = rewards.save_reward(run, rft.reward_model, rft.method, rft.paper, "demonstrations")
