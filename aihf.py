@@ -88,7 +88,7 @@ def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, beta: float,
 def max_min(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(best, worst): index of the highest and of the lowest of N scores, the first of equal ones. (B, N) -> (B,), (B,).
 
-    AIHF paper, App. A.1.4. They are the same where all N scores are equal, and nowhere else.
+    AIHF paper, App. A.1.4. Both are the same index exactly if all N scores are equal.
     """
     n = scores.shape[-1]
     index = torch.arange(n, device=scores.device).expand_as(scores)
@@ -173,12 +173,12 @@ def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tenso
     return losses, stats
 
 
-# ---- a policy update: answers, pairs, optimizer steps ----
+# ---- an update of online DPO: answers, the best and the worst, optimizer steps ----
 def collect(run, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
     """For every prompt the best and the worst of its N answers, with the log-probs of policy and reference.
 
-    The policy's log-probs are those they were sampled with; the reference sees the two that are kept, all else nothing twice.
-    reference() is a context that yields the reference policy.
+    The policy's log-probs are those the answers were sampled with. The reference scores only the two answers that are kept.
+    No model scores an answer twice. reference() is a context that yields the reference policy.
     """
     args = run.args
 
@@ -205,6 +205,7 @@ def collect(run, reward_model, generator, reference, rows: list[dict], seed: int
                 "prompt_ids": sequences[b][0], "chosen_ids": sequences[b][1], "rejected_ids": sequences[w][1],
                 "sampled_chosen": rollout.logprobs[b], "sampled_rejected": rollout.logprobs[w],
                 "ref_chosen": ref[i][0], "ref_rejected": ref[len(best) + i][0], "scores": scores[i].tolist(),
+                "score_chosen": scores[i].max().item(), "score_rejected": scores[i].min().item(),
                 "lengths": [len(rollout.response_ids[k]) for k in own], "finished": [rollout.finished[k] for k in own],
             })  # fmt: skip
         return pairs
@@ -213,12 +214,12 @@ def collect(run, reward_model, generator, reference, rows: list[dict], seed: int
 
 
 def makes_pair(pair: dict) -> bool:
-    """Whether two answers are left to compare. (Equal ones can differ in score: padding changes the rounding.)"""
-    return max(pair["scores"]) > min(pair["scores"]) and pair["chosen_ids"] != pair["rejected_ids"]
+    """True if one answer is preferred to another. (Equal answers can differ in score: padding changes the rounding.)"""
+    return pair["score_chosen"] > pair["score_rejected"] and pair["chosen_ids"] != pair["rejected_ids"]
 
 
 def measure_candidates(pairs: list[dict]) -> dict[str, float]:
-    """Metrics of all N answers to the prompts of a batch."""
+    """Metrics of all N answers to the prompts of an update."""
     scores = torch.tensor([p["scores"] for p in pairs], dtype=torch.float64)
     best, worst = scores.amax(-1), scores.amin(-1)
     return {
@@ -232,19 +233,10 @@ def measure_candidates(pairs: list[dict]) -> dict[str, float]:
     }
 
 
-def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
-    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
-    total = steps.updates * steps.per_update
-    return [
-        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
-    ]
-
-
 def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *key: int) -> dict[str, float]:
-    """--num-policy-epochs passes of DPO over the pairs that differ -> metrics, means over the steps.
+    """--num-policy-epochs passes of DPO over the prompts that make a pair -> metrics, means over the steps.
 
-    rates: learning rate of each step; pairs that make no difference leave the last ones unused.
+    rates: learning rate of each step. The last ones stay unused if some prompts make no pair.
     """
     args, steps = run.args, []
     pairs = [p for p in pairs if makes_pair(p)]
@@ -259,6 +251,15 @@ def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *k
         return {}
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
     return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
+
+
+def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
+    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
+    total = steps.updates * steps.per_update
+    return [
+        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
+    ]
 
 
 # ---- the loop: Algorithm 1 ----
@@ -343,7 +344,7 @@ class AIHF:
         run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
         pairs = self.sample_pairs(t)
         if run.position["step"] <= first:
-            self.optimizer.state.clear()  # D3; and its memory, until the policy step
+            self.optimizer.state.clear()  # D3; and its memory, until online DPO
             self.start_reward(t)
         self.reward_model.train()
         model, device = self.reward_model, run.accelerator.device
@@ -381,7 +382,8 @@ class AIHF:
         run, args, steps = self.run, self.args, self.steps
         reference = models.open_reference(run, self.bare, source := self.start_policy(t))
         initial = reference if source == self.sft_policy else None
-        batches = run.prompt_batches(len(self.prompts), args.total_prompts or len(self.prompts), t, PROMPTS)
+        total = args.total_prompts or len(self.prompts)
+        batches = run.prompt_batches(len(self.prompts), total, t, PROMPTS)
         self.policy.train()
         for u, batch in run.updates(
             f"iteration {t}: online DPO", batches, t, steps.policy(t), steps.per_update,
@@ -393,12 +395,11 @@ class AIHF:
             run.stop_if_asked()
             row = measure_candidates(pairs)
             with run.timed("update"):
-                rates = policy_rates(steps, u, args)
-                row |= dpo_update(run, self.policy, self.optimizer, pairs, rates, t, STEPS, u)
+                row |= dpo_update(run, self.policy, self.optimizer, pairs, policy_rates(steps, u, args), t, STEPS, u)
             run.log_update(row, episodes=self.episodes(t, u + 1))
 
     def episodes(self, t: int, updates: int) -> int:
-        """Answers sampled by the policy steps so far."""
+        """Answers that the policy steps have sampled, after so many updates of outer iteration t."""
         total = self.args.total_prompts or len(self.prompts)
         return (t * total + min(updates * self.args.rollout_batch_size, total)) * self.args.num_generations
 
@@ -497,7 +498,8 @@ def train(args: Args) -> None:
     aihf.learn()
     centred_on = "chosen responses" if "rejected_ids" in held_rows[0] else "demonstrations"
     reward_path = rewards.save_reward(run, aihf.reward_model, aihf.method, aihf.paper, centred_on)
-    path = run.save_final(aihf.policy, tokenizer, run.model_card(aihf.method, aihf.paper))
+    card = run.model_card(aihf.method, aihf.paper)
+    path = run.save_final(aihf.policy, tokenizer, card)
     evals.print_table(run, "SFT" if args.sft_epochs else "start", aihf.method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()

@@ -627,12 +627,15 @@ def check_collect(function, run) -> bool:
             values[i % 3, exact.RESPONSES.index(y)].item() - args.missing_eos_penalty * (not end)
             for y, end in zip(answers, ended, strict=True)
         ]
-        ok &= pair.keys() == PAIR | {"scores", "lengths", "finished"} and pair["prompt_ids"] == x
+        ok &= (
+            pair.keys() == PAIR | {"scores", "score_chosen", "score_rejected", "lengths", "finished"}
+            and pair["prompt_ids"] == x
+        )
         ok &= np.allclose(pair["scores"], scores, atol=1e-12) and pair["finished"] == ended
         ok &= pair["lengths"] == list(map(len, answers))
         for kind, best in (("chosen", max), ("rejected", min)):
             y = answers[scores.index(best(scores))]
-            ok &= pair[f"{kind}_ids"] == y
+            ok &= pair[f"{kind}_ids"] == y and pair[f"score_{kind}"] == best(pair["scores"])
             sampled, ref = (token_logprobs(model, x, y, args.temperature).tolist() for model in (policy, reference))
             ok &= len(pair[f"sampled_{kind}"]) == len(y) and np.allclose(pair[f"sampled_{kind}"], sampled, atol=1e-10)
             ok &= abs(pair[f"ref_{kind}"] - sum(ref)) < 1e-10
@@ -811,6 +814,7 @@ def test_equal_answers_make_no_pair_whatever_rounding_makes_of_their_scores(make
     policy, pairs = collect(run, 7, Table(noise(3, 121, seed=3)))
     same = {**pairs[0], "rejected_ids": pairs[0]["chosen_ids"], "sampled_rejected": pairs[0]["sampled_chosen"]}
     same["scores"] = [1.0, *[1.0 + 1e-7] * (len(same["scores"]) - 1)]
+    same["score_chosen"], same["score_rejected"] = 1.0 + 1e-7, 1.0
     assert not aihf.makes_pair(same) and aihf.measure_candidates([same, pairs[1]])["objective/pairs"] == 0.5
     assert torch.equal(dpo_step(run, policy, [same, *pairs[1:]])[0], dpo_step(run, policy, pairs[1:])[0])
 
@@ -864,6 +868,8 @@ def test_metrics_of_the_answers():
     pairs = [
         {
             "scores": [1.0, 4.0, -2.0],
+            "score_chosen": 4.0,
+            "score_rejected": -2.0,
             "lengths": [1, 2, 3],
             "finished": [True, True, False],
             "chosen_ids": [1, 2],
@@ -871,6 +877,8 @@ def test_metrics_of_the_answers():
         },
         {
             "scores": [0.5, 0.5, 0.5],
+            "score_chosen": 0.5,
+            "score_rejected": 0.5,
             "lengths": [4, 4, 1],
             "finished": [True, False, False],
             "chosen_ids": [1],
