@@ -78,6 +78,19 @@ def check_agreement(run, model, rollout: Rollout, temperature: float) -> None:
     )
 
 
+def check_first_step(kind: str, row: dict[str, float], temperature: float) -> None:
+    """UserError if the policy's log-probs in its first step on its answers are not those that it gave them when it sampled.
+
+    row: metrics of the step, of a kind such as PPO, with sampling/logp_difference, nats per token.
+    """
+    difference = row["sampling/logp_difference"]
+    if not difference * temperature < 0.05:  # rounding of the logits is divided by the temperature
+        raise UserError(
+            f"first {kind} step: found log-probs that differ by {difference:.4f} nats per token from those at sampling,"
+            " expected rounding: the policy that is trained is not the one that answered"
+        )
+
+
 def stop_tokens(model, tokenizer) -> set[int]:
     """Token ids that end a response: the end of a turn, the tokenizer's EOS and those of the model's generation config.
 

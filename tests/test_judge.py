@@ -535,6 +535,7 @@ def constant_judge(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_transformers_serve(tmp_path):
     model = constant_judge(tmp_path / "judge")
     with socket.socket() as free:

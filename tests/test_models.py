@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import architectures
 import pytest
 import torch
-from helpers import make_classifier, make_data, make_model, make_tokenizer
+from helpers import make_classifier, make_data, make_model, make_tokenizer, slow_unless
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import irft
@@ -39,11 +39,20 @@ def classifier(good):
 
 
 # ---- every architecture ----
+QUICK = [
+    "bloom", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "llama", "mamba", "mistral", "mixtral", "olmo2",
+    "opt", "phi3", "phimoe", "qwen2", "qwen3", "qwen3_moe", "roberta", "openai-gpt",
+]  # fmt: skip
+
+
 def test_the_table_lists_every_architecture():
     assert list(architectures.documented()) == list(architectures.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert set(QUICK) <= architectures.documented().keys()
 
 
-@pytest.mark.parametrize("name", architectures.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+@pytest.mark.parametrize(
+    "name", slow_unless(lambda name: name in QUICK, architectures.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+)
 def test_every_architecture_is_right_or_refused(name):
     """Sampler, scorer, single rows, training mode, LoRA merged, saved and restored agree to 1e-5; or one line says why not."""
     status, detail = architectures.outcome(name)

@@ -218,6 +218,7 @@ def test_sigterm_in_any_phase_ends_the_run_soon_and_loses_nothing(runs, place, a
         ("rft.ppo_update", 1, "rft.collect"),
     ],
 )
+@pytest.mark.slow
 def test_sigterm_in_ppo_and_again_after_the_resume_changes_nothing(runs, place, at, n, after):
     """Around evaluations and the centring of the reward, whose rows must not be logged, nor made, twice."""
     out = place / f"term_{at}_{n}"
