@@ -7,9 +7,11 @@ import functools
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, run
 
 import aihf
@@ -365,6 +367,7 @@ def test_the_readme_is_short():
 COLLECT = """
 import json, sys
 import pytest
+import yaml
 class Marks:
     def pytest_collection_finish(self, session):
         found = {item.nodeid.partition("/")[2]: item.get_closest_marker("slow") is not None for item in session.items}
@@ -413,3 +416,25 @@ def test_make_test_leaves_out_few_tests_and_make_test_all_none(slow):
     quick, everything = (re.search(rf"^{name}: .*\n((?:\t.*\n)+)", rules, re.M)[1] for name in ("test", "test-all"))
     assert quick.replace(' -m "not slow"', "") == everything != quick
     assert "make test-all" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_project_file_names_every_script_package_and_list_of_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    setuptools = project["tool"]["setuptools"]
+    assert set(setuptools["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    assert set(setuptools["packages"]) == {"common", "extras", "tiny"}
+    dynamic = setuptools["dynamic"]
+    lists = [dynamic["dependencies"], *dynamic["optional-dependencies"].values()]
+    assert {name for entry in lists for name in entry["file"]} == {
+        f"requirements/{path.name}" for path in ROOT.glob("requirements/*.txt")
+    }
+
+
+def test_the_site_has_every_page():
+    def pages(entry) -> set[str]:
+        if isinstance(entry, str):
+            return {entry}
+        return set().union(*map(pages, entry.values() if isinstance(entry, dict) else entry))
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert pages(nav) == {path.name for path in ROOT.glob("docs/*.md")}

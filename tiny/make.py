@@ -7,6 +7,7 @@ Another version of Python gives slightly different data, and another machine sli
 """
 
 import ast
+import copy
 import itertools
 import random
 import sys
@@ -38,16 +39,18 @@ SHAPE = {  # of a GPT-NeoX
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }
 TRAINING = {
-    "updates": 9000,
     "batch_size": 16,  # rows, or half as many blocks of source code
     "max_length": 224,  # tokens of a row, and of a block
-    "source_share": 0.5,  # of the updates before the decay
-    "decay_from": 0.6,  # share of the updates after which the learning rate falls to 0
-    "learning_rate": 3e-3,
     "weight_decay": 0.1,
     "dropout": 0.1,
     "seed": 0,
+    "measured_every": 150,  # updates
 }
+PHASES = [  # (updates, learning rate at the beginning and at the end, share of updates on source code)
+    (6240, 3e-3, 3e-3, 0.5),
+    (3260, 3e-3, 6.5e-4, 0.0),  # on rows alone: the development NLL rises towards its end
+    (1200, 6.5e-4, 0.0, 0.5),
+]
 
 
 # ---- the data ----
@@ -212,7 +215,7 @@ def response_nll(model, rows: list[dict]) -> tuple[float, float]:
 def train_model() -> None:
     """Train a language model on the training rows, prompt and response alike, at first with source code between them.
 
-    Rows of development modules are only measured. What is saved is the last update, at the end of the decay.
+    Rows of development modules are only measured. The weights that are saved are those with the lowest NLL on them.
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -239,25 +242,27 @@ def train_model() -> None:
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": setting["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    coin = random.Random(setting["seed"])
-    for step in range(setting["updates"]):
-        position = step / setting["updates"]
-        is_source = coin.random() < setting["source_share"] and position < setting["decay_from"]
-        ids = next(from_source if is_source else from_rows)
-        with torch.autocast("cpu", torch.bfloat16):
-            nll = token_nll(model, ids)
-        (nll.sum() / (ids[:, 1:] >= 0).sum()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            left = min(1.0, (1 - position) / (1 - setting["decay_from"]))
-            group["lr"] = setting["learning_rate"] * left * min(1.0, (step + 1) / 200)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % 500 == 0:
-            per_response, per_token = response_nll(model, development)
-            print(
-                f"update {step + 1}: development rows {per_response:.3f} nats per response, {per_token:.4f} per token"
-            )
+    coin, step, best, kept = random.Random(setting["seed"]), 0, float("inf"), {}
+    for updates, start, end, source_share in PHASES:
+        for i in range(updates):
+            ids = next(from_source if coin.random() < source_share else from_rows)
+            with torch.autocast("cpu", torch.bfloat16):
+                nll = token_nll(model, ids)
+            (nll.sum() / (ids[:, 1:] >= 0).sum()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = (start + (end - start) * i / updates) * min(1.0, step / 200)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % setting["measured_every"] == 0:
+                per_response, per_token = response_nll(model, development)
+                print(
+                    f"update {step}: development rows {per_response:.3f} nats per response, {per_token:.4f} per token"
+                )
+                if per_response < best:
+                    best, kept = per_response, copy.deepcopy(model.state_dict())
+    model.load_state_dict(kept)
 
     model.config.hidden_dropout = 0.0
     # float16 rounds eight times finer than bfloat16, and no weight comes near its limits
