@@ -1,4 +1,5 @@
-# make demo: set-up and the main job.  make test: set-up and the whole test suite.  make test-engines: DeepSpeed and FSDP2.
+# make demo: set-up and the main job.  make test: set-up and the quick tests.  make test-all: all but those that follow.
+# make test-engines: DeepSpeed and FSDP2.
 # make lint: style and types.  make docs: the generated parts of docs/.  make site: docs/ as a site, in an environment of its own.
 # make test-vllm: the vLLM backend on CPU, in an environment of its own (Linux on x86-64, 3.5 GB).
 PYTHON ?= python3
@@ -13,7 +14,7 @@ REQUIREMENTS = requirements.txt requirements/core.txt requirements/dev.txt
 export KMP_BLOCKTIME ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-engines lint types docs site install-vllm test-vllm
+.PHONY: install demo test test-all test-engines lint types docs site install-vllm test-vllm
 install: $(VENV)/.installed
 $(VENV)/.installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +25,13 @@ $(VENV)/.installed: $(REQUIREMENTS)
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmark/demo.sh
 
+# Tests with the marker slow are those that a change rarely breaks alone: more points of a kill, more variants, the launchers.
 test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -51,7 +51,7 @@ SMALL = {  # field of a configuration -> its value where the architecture has th
     "rotary_dim": 4, "lru_width": 32, "state_size": 8, "ssm_state_size": 8, "time_step_rank": 4, "mamba_d_state": 8,
     "mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_num_heads": 4, "mamba_head_dim": 16,
     "mamba_n_groups": 1, "n_groups": 1, "n_mamba_heads": 2, "mamba_ngroups": 1, "mamba_headdim": 16, "mamba_dt_rank": 4,
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_head_dim": 8, "linear_num_heads": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "laurel_rank": 4,
     "attention_hidden_size": 32, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64, "image_size": 28, "patch_size": 14,
     "num_mel_bins": 8, "axial_pos_embds": False, "num_buckets": 4, "is_decoder": True, "router_jitter_noise": 0.1,

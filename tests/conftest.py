@@ -1,5 +1,6 @@
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test process for each core: more threads would wait for one another
+
+for number in (signal.SIGINT, signal.SIGHUP):  # a shell lets what it starts in the background ignore them
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "tests")]
@@ -23,3 +28,13 @@ def fresh_accelerate():
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+LONGEST = (  # files, by the time they take: begun first, they leave no process alone at the end
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests of the longest files first; the other files keep their order."""
+    places = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))

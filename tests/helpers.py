@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fork_server
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,29 @@ def make_model(folder: Path, architecture: str = "gpt_neox", tokenizer=None, win
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def slow_unless(quick, values) -> list:
+    """Parameters of a test: those of `values` that the function `quick` is not true of have the marker slow."""
+    return [value if quick(value) else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def chosen(request, name: str) -> list:
+    """Values of a parameter that the tests to be run of this module have: what a fixture for all of them has to make."""
+    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    return list(dict.fromkeys(item.callspec.params[name] for item in items if name in item.callspec.params))
+
+
+class OnDemand(dict):
+    """A dictionary whose values are made by a function of the key when they are first asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
 
 
 class LookUp(torch.nn.Module):
@@ -153,29 +177,56 @@ class ForkServer:
                 self.process = subprocess.Popen(start, **pipes, text=True, bufsize=1, env=env)
         return fork_server.at_import(env) == self.env
 
-    def run(self, words: list[str], cwd: Path, timeout: float, env: dict[str, str]) -> subprocess.CompletedProcess:
-        """What subprocess.run gives for the command, its output captured. TimeoutExpired after `timeout` seconds."""
-        words = [str(word) for word in words]
-        with self.lock, tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            out.touch(), err.touch()
-            request = {"argv": words[1:], "cwd": str(cwd), "env": env, "stdout": str(out), "stderr": str(err)}
-            self.process.stdin.write(json.dumps(request) + "\n")
-            pid = int(self.process.stdout.readline())
-            killed = []
+    def start(self, words: list[str], cwd: Path, env: dict[str, str], ranks: int = 0) -> "Forked":
+        """Start the command, one at a time. With ranks above 0 it runs on so many processes, as under torchrun."""
+        self.lock.acquire()
+        return Forked(self, [str(word) for word in words], cwd, env, ranks)
 
-            def kill() -> None:
-                killed.append(pid)
-                os.kill(pid, signal.SIGKILL)
 
-            late = threading.Timer(timeout, kill)
-            late.start()
-            status = int(self.process.stdout.readline())
-            late.cancel()
-            texts = [path.read_text(errors="replace") for path in (out, err)]
+class Forked:
+    """A script in a process forked from SERVER, its output captured; as a context it is killed at the end if it still runs."""
+
+    def __init__(self, server: ForkServer, words: list[str], cwd: Path, env: dict[str, str], ranks: int):
+        self.server, self.words, self.ranks = server, words, ranks
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        for path in self.outputs:
+            path.touch()
+        request = {"argv": words[1:], "cwd": str(cwd), "env": env, "ranks": ranks}
+        request |= {path.name: str(path) for path in self.outputs}
+        server.process.stdin.write(json.dumps(request) + "\n")
+        self.pid, self.finished = int(server.process.stdout.readline()), False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if not self.finished:
+            self.send_signal(signal.SIGKILL)
+            self.wait(60)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float) -> subprocess.CompletedProcess:
+        """What subprocess.run gives. TimeoutExpired after `timeout` seconds."""
+        killed = []
+
+        def kill() -> None:
+            killed.append(self.pid)
+            os.killpg(self.pid, signal.SIGKILL) if self.ranks else os.kill(self.pid, signal.SIGKILL)
+
+        late = threading.Timer(timeout, kill)
+        late.start()
+        status = int(self.server.process.stdout.readline())
+        late.cancel()
+        self.finished = True
+        self.server.lock.release()
+        texts = [path.read_text(errors="replace") for path in self.outputs]
+        self.folder.cleanup()
         if killed:
-            raise subprocess.TimeoutExpired(words, timeout, *texts)
-        return subprocess.CompletedProcess(words, status, *texts)
+            raise subprocess.TimeoutExpired(self.words, timeout, *texts)
+        return subprocess.CompletedProcess(self.words, status, *texts)
 
 
 SERVER = ForkServer()
@@ -189,18 +240,29 @@ def child_environment(**env: str) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
-def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float = 240, **env: str):
-    """Run a command offline with one thread; returns the finished process. Python scripts are forked from SERVER."""
-    environment = child_environment(**env)
+def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float = 240, ranks: int = 0, **env: str):
+    """Run a command offline with one thread; returns the finished process. Python scripts are forked from SERVER.
+
+    ranks: run the script on so many processes of the CPU, as torchrun does, but without its seconds of imports.
+    """
+    environment = child_environment(**({"ACCELERATE_USE_CPU": "true"} if ranks else {}), **env)
     if SERVER.can_run(words, environment):
-        done = SERVER.run(words, cwd, timeout, environment)
+        done = SERVER.start(words, cwd, environment, ranks).wait(timeout)
     else:
+        assert not ranks, "ranks are forked from SERVER, whose environment is another"
         done = subprocess.run(
             words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False
         )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(map(str, words))}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def start(words: list[str], cwd: Path = ROOT, **env: str) -> Forked:
+    """Start a script as run does, to send it signals and wait for it."""
+    environment = child_environment(**env)
+    assert SERVER.can_run(words, environment), words
+    return SERVER.start(words, cwd, environment)
 
 
 def launcher(name: str) -> str:
@@ -214,13 +276,11 @@ def metrics(folder: Path) -> list[dict]:
 
 def assert_same_metrics(one: Path, other: Path, rel: float = 5e-3, abs_: float = 5e-4) -> None:
     """Of two runs, but for rounding, which alone decides who wins as long as policy and reference coincide."""
-    from pytest import approx
-
     for x, y in zip(metrics(one), metrics(other), strict=True):
         for kind in ("rewards", "demonstrations"):
             if abs(x.get(f"{kind}/margins", 1.0)) < 1e-6:
                 del x[f"{kind}/accuracies"], y[f"{kind}/accuracies"]
-        assert x == approx(y, rel=rel, abs=abs_)
+        assert x == pytest.approx(y, rel=rel, abs=abs_)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -230,11 +290,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def drive(
-    scenarios: list[dict], cwd: Path = ROOT, config: str = "", processes: int = 2, **env: str
+    scenarios: list[dict], cwd: Path = ROOT, config: str = "", processes: int = 2, ranks: int = 0, **env: str
 ) -> tuple[list[int], str]:
-    """(exit statuses, what the children printed) of scenarios for kill_at.py; config: of configs/, to launch with."""
+    """(exit statuses, what the children printed) of scenarios for kill_at.py.
+
+    config: a file of configs/, to launch `processes` processes with; ranks: processes that are forked instead.
+    """
     start = launch(config, processes) if config else [sys.executable]
-    done = run([*start, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)], cwd=cwd, timeout=2400, **env)
+    words = [*start, str(ROOT / "tests" / "kill_at.py"), json.dumps(scenarios)]
+    done = run(words, cwd=cwd, timeout=2400, ranks=ranks, **env)
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("[")][-1]), done.stderr
 
 

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +17,15 @@ import torch
 from helpers import (
     LookUp,
     assert_same_metrics,
+    chosen,
     command,
     drive,
-    launcher,
     make_classifier,
     make_data,
     make_model,
     metrics,
     run,
+    slow_unless,
     weights,
 )
 from test_logprobs import widen
@@ -579,6 +581,7 @@ KILLS = [  # (run, function, n-th call): one or more in every phase
     ("previous", "aihf_direct.write_pairs", 4),  # iteration 1, preferences of the new reference
     ("direct", "common.evals.evaluate", 2),
 ]
+QUICK = [("whole", "common.run.Run.step", 9)]
 
 
 def bad_inputs(place) -> dict[str, tuple[list[str], str]]:
@@ -613,7 +616,7 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def done(place):
+def done(place, request):
     """{name: (exit status, what was printed)} of all runs of this file, in one process that imports once."""
     both = ["--preference-dataset", str(place / "both.jsonl"), "--max-samples", "12"]
     judged = ["--gold-reward-model", str(place / "gold"), "--baseline", str(place / "model"), "--select-top-k", "10"]
@@ -632,7 +635,8 @@ def done(place):
     one = ["--batch-size", "5", "--learning-rate", "2e-4", "--lr-scheduler-type", "linear"]
     cases["one"] = argv(place, "one", *one)
     scenarios = [{"argv": words, "mark": name} for name, words in cases.items()]
-    for i, (name, at, n) in enumerate(KILLS):
+    for i in chosen(request, "i"):
+        name, at, n = KILLS[i]
         scenarios.append({"argv": argv(place, f"killed_{i}", *RUNS[name]), "at": at, "n": n, "mark": f"killed_{i}"})
         scenarios.append({"argv": ["aihf_direct.py", "--resume", str(place / f"killed_{i}")], "mark": f"resumed_{i}"})
     stop = {"at": "common.run.Run.step", "n": 8, "signal": signal.SIGTERM}
@@ -858,7 +862,9 @@ def test_dry_run_counts_what_a_run_would_do(done, place):
     assert "iteration 2" in printed and "in all 30 updates" in printed and "memory per device, train" in printed
 
 
-@pytest.mark.parametrize("i", range(len(KILLS)), ids=lambda i: "-".join(map(str, KILLS[i])))
+@pytest.mark.parametrize(
+    "i", slow_unless(lambda i: KILLS[i] in QUICK, range(len(KILLS))), ids=lambda i: "-".join(map(str, KILLS[i]))
+)
 def test_killed_and_resumed_equals_left_alone(done, place, i):
     assert (done[f"killed_{i}"][0], done[f"resumed_{i}"][0]) == (-signal.SIGKILL, 0), done[f"resumed_{i}"][1]
     same_run(place / KILLS[i][0], place / f"killed_{i}")
@@ -927,8 +933,7 @@ def test_two_processes_give_the_weights_of_one(done, place):
     """Uneven shares of batches in which the two sets are uneven too."""
     assert done["one"][0] == 0 and moved(place / "one") > 1e-3
     flags = ["--batch-size", "5", "--learning-rate", "2e-4", "--lr-scheduler-type", "linear"]
-    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, "two", *flags)]
-    run(words, ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv(place, "two", *flags)], ranks=2)
     a, b = weights(place / "one"), weights(place / "two")
     assert max((a[k] - b[k]).abs().max() for k in a) < 2e-6
     assert_same_metrics(place / "one", place / "two", rel=2e-3, abs_=2e-4)

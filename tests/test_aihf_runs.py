@@ -2,24 +2,27 @@
 
 import json
 import signal
+import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
+    OnDemand,
     assert_data_can_be_given_back,
     assert_same_metrics,
+    chosen,
     command,
     drive,
     jsonl,
-    launcher,
     make_classifier,
     make_data,
     make_model,
     make_tokenizer,
     metrics,
     run,
+    slow_unless,
     weights,
 )
 
@@ -282,17 +285,19 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def variants(place):
-    outs = {name: place / f"variant_{name}" for name in VARIANTS}
-    scenarios = [
-        {"argv": argv(s, place, outs[n], *words.replace("CLASSIFIER", str(place / "classifier")).split()), "mark": n}
-        for n, (s, words) in VARIANTS.items()
-    ]
-    statuses, printed = drive(scenarios)
-    assert statuses == [0] * len(VARIANTS), printed
-    return outs
+    """{name: folder of that run}, each made when a test asks for it."""
+
+    def make(name: str):
+        (script, words), out = VARIANTS[name], place / f"variant_{name}"
+        words = words.replace("CLASSIFIER", str(place / "classifier")).split()
+        statuses, printed = drive([{"argv": argv(script, place, out, *words)}])
+        assert statuses == [0], printed
+        return out
+
+    return OnDemand(make)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name in ("rlhf", "ppo_rlhf"), VARIANTS))
 def test_every_variant_trains_and_starts_at_its_reference(variants, place, name):
     from safetensors.torch import load_file
 
@@ -322,6 +327,7 @@ def test_rlhf_samples_no_answers_to_demonstrations(variants):
         assert "after RLHF" in (variants[name] / "final" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_prompts_of_the_policy_step_run_out_evenly(variants):
     """25 prompts, 10 at a time: three updates, the last one of 5; PPO's updates all have their size."""
     online, ppo = (
@@ -332,6 +338,7 @@ def test_prompts_of_the_policy_step_run_out_evenly(variants):
     assert whole == [3 * 20]  # those of the 20 preferences
 
 
+@pytest.mark.slow
 def test_lora_models_are_saved_merged(variants, place):
     from safetensors.torch import load_file
 
@@ -442,6 +449,7 @@ def test_dry_run_counts_what_a_run_would_do(outcomes, place, script, weight):
 
 
 # ---- processes ----
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(place):
     """Uneven shares of every batch, at last one prompt for two; answers, choices and updates are those of one process.
 
@@ -453,14 +461,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags += "--batch-size 5 --rollout-batch-size 5 --total-prompts 11 --sft-learning-rate 2e-5".split()
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv("aihf.py", place, one, *flags)}])[0] == [0]
-    words = [
-        launcher("torchrun"),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        *argv("aihf.py", place, two, *flags),
-    ]
-    run(words, ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv("aihf.py", place, two, *flags)], ranks=2)
     start = load_file(place / "model" / "model.safetensors")
     for name in ("final", "reward"):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
@@ -487,6 +488,7 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("aihf_ppo.py", "common.run.Run.step", 14),  # inside a PPO update
     ("aihf_ppo.py", "common.run.Run.save_final", 3),  # reward/
 ]
+QUICK = [("aihf.py", "common.run.Run.step", 12), ("aihf_ppo.py", "common.run.Run.step", 14)]
 FLAGS = {
     "aihf.py": "--T 2 --total-prompts 12 --num-policy-epochs 2 --eval-updates 2 --ref previous".split(),
     "aihf_ppo.py": "--T 2 --total-episodes 12 --eval-updates 2 --ref previous".split(),
@@ -495,14 +497,14 @@ FLAGS["rft.py"] = FLAGS["aihf_ppo.py"]
 
 
 @pytest.fixture(scope="module")
-def runs(place):
+def runs(place, request):
     """{name: folder} of undisturbed runs, and of runs that were killed at each point and resumed."""
     scenarios, statuses = [], []
     for script in BOTH:
         scenarios.append({"argv": argv(script, place, place / f"whole_{script}", *FLAGS[script])})
         statuses.append(0)
-    for i, (script, at, n) in enumerate(POINTS):
-        out = place / f"killed_{i}"
+    for i in chosen(request, "i"):
+        (script, at, n), out = POINTS[i], place / f"killed_{i}"
         scenarios.append({"argv": argv(script, place, out, *FLAGS[script]), "at": at, "n": n})
         scenarios.append({"argv": [script, "--resume", str(out)]})
         statuses += [-signal.SIGKILL, 0]
@@ -525,7 +527,9 @@ def assert_same_run(expected, found) -> None:
             assert path.read_bytes() == (found / folder / path.name).read_bytes(), path
 
 
-@pytest.mark.parametrize("i", range(len(POINTS)), ids=lambda i: "-".join(map(str, POINTS[i])))
+@pytest.mark.parametrize(
+    "i", slow_unless(lambda i: POINTS[i] in QUICK, range(len(POINTS))), ids=lambda i: "-".join(map(str, POINTS[i]))
+)
 def test_killed_and_resumed_equals_left_alone(runs, i):
     assert_same_run(runs / f"whole_{POINTS[i][0]}", runs / f"killed_{i}")
 
@@ -543,6 +547,7 @@ def test_training_moved_the_weights(runs):
             assert max((a[k] - b[k]).abs().max() for k in a) > 1e-4
 
 
+@pytest.mark.slow
 def test_sigterm_after_an_evaluation_does_not_log_it_twice(runs, place):
     """While the third answers are sampled; no checkpoint was due but for the evaluation before them."""
     outs = {script: place / f"stopped_{script}" for script in ("aihf.py", "rft.py")}

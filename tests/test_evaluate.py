@@ -336,9 +336,7 @@ def test_the_command_as_typed(place):
 
 def test_two_processes_measure_what_one_does(full, place):
     result, tables = full
-    launcher = Path(sys.executable).parent / "torchrun"
-    argv = words(place, "two", *everything(place))
-    run([str(launcher), "--standalone", "--nproc_per_node", "2", *argv], ACCELERATE_USE_CPU="true")
+    run([sys.executable, *words(place, "two", *everything(place))], ranks=2)
     found = json.loads((place / "two" / "evaluation.json").read_text())["measures"]
     for name, m in result["measures"].items():
         assert found[name] == pytest.approx(m, abs=1e-4), name

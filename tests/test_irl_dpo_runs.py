@@ -2,20 +2,23 @@
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
 from helpers import (
+    OnDemand,
     assert_same_metrics,
+    chosen,
     command,
     drive,
-    launcher,
     make_classifier,
     make_data,
     make_model,
     make_tokenizer,
     metrics,
     run,
+    slow_unless,
     weights,
 )
 
@@ -162,15 +165,18 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def variants(place):
-    outs = {name: place / f"variant_{name}" for name in VARIANTS}
-    statuses, printed = drive(
-        [{"argv": argv(place, outs[n], *words.split()), "mark": n} for n, words in VARIANTS.items()]
-    )
-    assert statuses == [0] * len(VARIANTS), printed
-    return outs
+    """{name: folder of that run}, each made when a test asks for it."""
+
+    def make(name: str):
+        out = place / f"variant_{name}"
+        statuses, printed = drive([{"argv": argv(place, out, *VARIANTS[name].split())}])
+        assert statuses == [0], printed
+        return out
+
+    return OnDemand(make)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "best_of_n", VARIANTS))
 def test_every_variant_trains_and_starts_at_its_reference(variants, place, name):
     from safetensors.torch import load_file
 
@@ -199,6 +205,7 @@ def test_best_of_n_logs_no_margins_and_every_prompt_counts(variants):
     assert "reference" not in phase
 
 
+@pytest.mark.slow
 def test_prompts_of_the_policy_step_run_out_evenly(variants):
     """25 prompts, 10 at a time: three updates, the last one of 5; 0 means every demonstration's."""
     n = len(load_rows(str(variants["lora"].parent / "data.jsonl"), "train"))
@@ -208,6 +215,7 @@ def test_prompts_of_the_policy_step_run_out_evenly(variants):
     assert files == ["iter_0_0000000", "iter_0_0000010", "iter_0_0000020"]
 
 
+@pytest.mark.slow
 def test_lora_models_are_saved_merged(variants, place):
     from safetensors.torch import load_file
 
@@ -298,6 +306,7 @@ def test_dry_run_counts_what_a_run_would_do(outcomes, place, name):
 
 
 # ---- processes ----
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(place):
     """Uneven shares of every batch, at last one prompt for two; candidates and choices are those of one process."""
     from safetensors.torch import load_file
@@ -305,8 +314,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags = "--T 2 --learning-rate 1e-4 --reward-learning-rate 1e-4 --batch-size 5 --rollout-batch-size 5 --total-prompts 11".split()
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv(place, one, *flags)}])[0] == [0]
-    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, two, *flags)]
-    run(words, ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv(place, two, *flags)], ranks=2)
     start = load_file(place / "model" / "model.safetensors")
     for name in ("final", "reward"):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
@@ -319,8 +327,7 @@ def test_two_processes_give_the_weights_of_one(place):
         found.append([c["response_ids"] for f in files for c in read_pairs(f)])
     assert found[0] == found[1] and len(found[0]) == 22
     again = place / "again"  # two processes agree on what is there, and read it
-    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, again, *flags)]
-    run([*words, "--candidates-from", str(two)], ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv(place, again, *flags), "--candidates-from", str(two)], ranks=2)
     assert not (again / "candidates").exists()
 
 
@@ -341,16 +348,17 @@ POINTS = [  # (function, n-th call): one or more in every phase
     ("irl_dpo_ultrachat.score_candidates", 5),  # iteration 1: the reference is another policy now
     ("common.run.Run.save_final", 4),  # final/, after sft/, policy_1/ and reward/
 ]
+QUICK = [("common.run.Run.step", 12)]
 FLAGS = "--T 2 --total-prompts 12 --num-policy-epochs 2 --eval-updates 2 --ref previous --pairs accumulated".split()
 
 
 @pytest.fixture(scope="module")
-def runs(place):
+def runs(place, request):
     """{name: folder} of an undisturbed run, and of runs that were killed at each point and resumed."""
     flags = [*FLAGS, "--eval-preference-dataset", str(place / "prefs.jsonl")]
     scenarios, statuses = [{"argv": argv(place, place / "whole", *flags)}], [0]
-    for i, (at, n) in enumerate(POINTS):
-        out = place / f"killed_{i}"
+    for i in chosen(request, "i"):
+        (at, n), out = POINTS[i], place / f"killed_{i}"
         scenarios.append({"argv": argv(place, out, *flags), "at": at, "n": n})
         scenarios.append({"argv": [SCRIPT, "--resume", str(out)]})
         statuses += [-signal.SIGKILL, 0]
@@ -372,7 +380,9 @@ def assert_same_run(expected, found) -> None:
             assert (expected / folder / name).read_bytes() == (found / folder / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("i", range(len(POINTS)), ids=lambda i: "-".join(map(str, POINTS[i])))
+@pytest.mark.parametrize(
+    "i", slow_unless(lambda i: POINTS[i] in QUICK, range(len(POINTS))), ids=lambda i: "-".join(map(str, POINTS[i]))
+)
 def test_killed_and_resumed_equals_left_alone(runs, i):
     assert_same_run(runs / "whole", runs / f"killed_{i}")
 
@@ -387,6 +397,7 @@ def test_training_moved_the_weights(runs):
         assert max((a[k] - b[k]).abs().max() for k in a) > 1e-4
 
 
+@pytest.mark.slow
 def test_sigterm_while_candidates_are_made_keeps_them(runs, place):
     """Between two blocks of one update: the first block's candidates stay on disk and are not made again."""
     out = place / "stopped"

@@ -500,6 +500,7 @@ def test_flags_default_to_the_papers_values():
 
 
 # ---- where it ends up ----
+@pytest.mark.slow
 def test_ppo_goes_to_the_optimal_policy(make_run):
     """With a fixed reward: KL(pi || pi_ref exp(r / beta) / Z), mean over prompts, from 0.19 to below 0.02.
 

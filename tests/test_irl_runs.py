@@ -6,17 +6,19 @@ import sys
 import pytest
 import torch
 from helpers import (
+    OnDemand,
     assert_data_can_be_given_back,
     assert_same_metrics,
+    chosen,
     command,
     drive,
     jsonl,
-    launcher,
     make_classifier,
     make_model,
     make_tokenizer,
     metrics,
     run,
+    slow_unless,
     tldr_rows,
     weights,
 )
@@ -195,13 +197,18 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def variants(place):
-    outs = {name: place / f"variant_{name}" for name in VARIANTS}
-    statuses, printed = drive([{"argv": argv(place, outs[n], *VARIANTS[n]), "mark": n} for n in VARIANTS])
-    assert statuses == [0] * len(VARIANTS), printed
-    return outs
+    """{name: folder of that run}, each made when a test asks for it."""
+
+    def make(name: str):
+        out = place / f"variant_{name}"
+        statuses, printed = drive([{"argv": argv(place, out, *VARIANTS[name])}])
+        assert statuses == [0], printed
+        return out
+
+    return OnDemand(make)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "released", VARIANTS))
 def test_every_variant_trains_and_starts_at_its_reference(variants, name):
     out, flags = variants[name], dict(zip(VARIANTS[name], VARIANTS[name][1:], strict=False))
     rows = [r for r in metrics(out) if "objective/kl" in r]
@@ -214,6 +221,7 @@ def test_every_variant_trains_and_starts_at_its_reference(variants, name):
     assert (out / "final" / "model.safetensors").is_file() and (out / "reward" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_greedy_negatives_are_the_most_likely_answers(variants):
     """Those of the other variant are sampled: almost none of them is the greedy one."""
     from transformers import AutoModelForCausalLM
@@ -231,6 +239,7 @@ def test_greedy_negatives_are_the_most_likely_answers(variants):
     assert same["released"] >= len(pairs) - 1 and same["carried"] < len(pairs) / 4
 
 
+@pytest.mark.slow
 def test_all_posts_are_summarised_by_ppo_but_few_are_demonstrations(variants):
     assert len(read_pairs(variants["all_posts"] / "generations" / "iter_0.parquet")) == 6
 
@@ -281,6 +290,7 @@ def test_dry_run_counts_what_a_run_would_do(place, killed):
     assert metrics(killed / "whole")[-1]["step"] == 27
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(place):
     from safetensors.torch import load_file
 
@@ -288,8 +298,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags += "--reward-learning-rate 1e-4 --expert-model".split() + [str(place / "expert")]
     one, two = place / "one", place / "two"
     run([sys.executable, *argv(place, one, *flags)], CLEANIRL_CACHE=str(place / "cache_one"))
-    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, two, *flags)]
-    run(words, ACCELERATE_USE_CPU="true", CLEANIRL_CACHE=str(place / "cache_two"))
+    run([sys.executable, *argv(place, two, *flags)], ranks=2, CLEANIRL_CACHE=str(place / "cache_two"))
     for name in ("final", "reward"):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
         start = load_file(place / "model" / "model.safetensors")
@@ -305,7 +314,7 @@ POINTS = [  # (function, n-th call): in every phase of both iterations
     ("common.run.Run.step", 2),  # SFT: steps 1 to 5
     ("common.run.Run.save_final", 1),
     ("common.evals.sample_rows", 1),
-    ("irl_ppo_tldr.write_pairs", 1),
+    ("common.run.write_pairs", 1),
     ("common.run.Run.step", 7),  # reward step: 6 to 10
     ("irl_ppo_tldr.IRL.normalise", 1),
     ("common.evals.evaluate_preferences", 1),
@@ -313,22 +322,23 @@ POINTS = [  # (function, n-th call): in every phase of both iterations
     ("irl_ppo_tldr.collect", 2),
     ("common.run.Run.step", 13),  # inside a PPO update
     ("common.evals.evaluate", 3),
-    ("irl_ppo_tldr.write_pairs", 2),
+    ("common.run.write_pairs", 2),
     ("common.run.Run.step", 20),  # reward step of iteration 1
     ("irl_ppo_tldr.IRL.normalise", 2),
     ("irl_ppo_tldr.IRL.start_policy", 2),
     ("irl_ppo_tldr.collect", 4),
     ("common.run.Run.save_final", 3),
 ]
+QUICK = [("common.run.Run.step", 13)]
 
 
 @pytest.fixture(scope="module")
-def killed(place):
+def killed(place, request):
     flags = "--T 2 --ref previous --pairs accumulated --reward-normalisation mean_std --eval-preference-dataset".split()
     flags += [str(place / "people.jsonl")]
     scenarios, expected = [{"argv": argv(place, place / "whole", *flags)}], [0]
-    for i, (at, n) in enumerate(POINTS):
-        out = place / f"killed_{i}"
+    for i in chosen(request, "i"):
+        (at, n), out = POINTS[i], place / f"killed_{i}"
         scenarios += [
             {"argv": argv(place, out, *flags), "at": at, "n": n},
             {"argv": ["irl_ppo_tldr.py", "--resume", str(out)]},
@@ -339,7 +349,9 @@ def killed(place):
     return place
 
 
-@pytest.mark.parametrize("i", range(len(POINTS)), ids=lambda i: "-".join(map(str, POINTS[i])))
+@pytest.mark.parametrize(
+    "i", slow_unless(lambda i: POINTS[i] in QUICK, range(len(POINTS))), ids=lambda i: "-".join(map(str, POINTS[i]))
+)
 def test_killed_and_resumed_equals_left_alone(killed, i):
     from safetensors.torch import load_file
 

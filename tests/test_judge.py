@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, ZEPHYR_TEMPLATE, command, make_data, make_model, make_tokenizer, metrics, run
+from helpers import ROOT, ZEPHYR_TEMPLATE, command, make_data, make_model, make_tokenizer, metrics, run, start
 from test_evaluate import as_typed
 
 import evaluate
@@ -342,19 +342,17 @@ Judge(SimpleNamespace(judge_model="m", judge_base_url={url!r}, judge_task="answe
 """
 
 
-def test_a_run_that_is_killed_asks_only_for_the_rest(serve, cache):
+def test_a_run_that_is_killed_asks_only_for_the_rest(serve, cache, tmp_path):
     hold = threading.Event()
     server = serve(lambda body, count: longer(body) if count <= 13 or hold.is_set() else hold.wait(60) and (400, b"{}"))
-    words = [sys.executable, "-c", KILLED.format(paths=[str(ROOT), str(ROOT / "tests")], url=server.url)]
-    process = subprocess.Popen(words)
-    try:
+    (tmp_path / "killed.py").write_text(KILLED.format(paths=[str(ROOT), str(ROOT / "tests")], url=server.url))
+    with start([sys.executable, str(tmp_path / "killed.py")]) as process:
         deadline = time.time() + 240
         while not (files := list(cache.glob("judge-*.jsonl"))) or files[0].read_bytes().count(b"\n") < 13:
-            assert time.time() < deadline and process.poll() is None
+            assert time.time() < deadline
             time.sleep(0.05)
-    finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait(60).returncode == -signal.SIGKILL
     hold.set()
     before = len(server.bodies)
     votes = Judge(flags(server.url)).compare(*pairs(20))
@@ -496,8 +494,7 @@ def test_rank_0_asks_and_all_ranks_hear_the_votes_or_the_error(serve, tmp_path):
     good, bad = serve(longer), serve(lambda body, count: longer(body) if count <= 35 else (403, b"{}"))
     here, urls = [str(ROOT), str(ROOT / "tests")], [good.url, bad.url]
     (tmp_path / "ranks.py").write_text(RANKS.format(paths=here, n=n, urls=urls, out=str(tmp_path / "out")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run([*torchrun, str(tmp_path / "ranks.py")], ACCELERATE_USE_CPU="true")
+    done = run([sys.executable, str(tmp_path / "ranks.py")], ranks=2)
     assert n > judge.BLOCK and len(good.bodies) == 2 * n + 1
     votes = ([[0, 0], [0.5, 0.5], [1, 1]] * n)[:n]
     for rank in (0, 1):

@@ -14,6 +14,7 @@ import torch
 import yaml
 from helpers import (
     ROOT,
+    OnDemand,
     assert_same_metrics,
     child_environment,
     command,
@@ -23,6 +24,7 @@ from helpers import (
     make_data,
     make_model,
     metrics,
+    slow_unless,
     tldr_rows,
     weights,
 )
@@ -60,27 +62,36 @@ def argv(place, name: str, script: str, micro: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Every script on one process in batches of 8, and on two in micro-batches of 4, and of 2."""
     folder = tmp_path_factory.mktemp("launch")
     make_model(folder / "model")
     make_data(folder / "data.jsonl", 20)
     make_data(folder / "prefs.jsonl", 16, preference=True)
     jsonl(folder / "posts.jsonl", tldr_rows(20))
-    assert drive([{"argv": argv(folder, "8", script, 8)} for script in FLAGS])[0] == [0] * len(FLAGS)
-    scenarios = [
-        {"argv": argv(folder, f"2x{micro}", script, micro), "report_writes": str(folder)} for script, micro in SHAPES
-    ]
-    statuses, printed = drive(scenarios, config="cpu.yaml")
-    assert statuses == [0] * len(SHAPES), printed
-    (folder / "printed").write_text(printed)
     return folder
 
 
-@pytest.mark.parametrize("script, micro", SHAPES)
-def test_one_process_with_8_is_two_with_4_or_with_twice_2(place, script, micro):
+@pytest.fixture(scope="module")
+def runs(place):
+    """{(script, micro): (folder, what was printed)}: on one process in batches of 8, on two in micro-batches of 4 and 2."""
+
+    def make(key: tuple[str, int]):
+        script, micro = key
+        name, ranks = (f"2x{micro}", 2) if micro < 8 else ("8", 0)
+        scenario = {"argv": argv(place, name, script, micro), "report_writes": str(place)}
+        statuses, printed = drive([scenario], ranks=ranks)
+        assert statuses == [0], printed
+        return place / f"{name}_{script}", printed
+
+    return OnDemand(make)
+
+
+@pytest.mark.parametrize(
+    "shape", slow_unless(lambda shape: shape == ("rft.py", 2), SHAPES), ids=lambda shape: f"{shape[0]}-{shape[1]}"
+)
+def test_one_process_with_8_is_two_with_4_or_with_twice_2(runs, place, shape):
     from safetensors.torch import load_file
 
-    one, two = place / f"8_{script}", place / f"2x{micro}_{script}"
+    one, two = (runs[key][0] for key in ((shape[0], 8), shape))
     a, b, start = weights(one), weights(two), load_file(place / "model" / "model.safetensors")
     assert max((a[k] - start[k]).abs().max() for k in a) > 1e-4
     assert max((a[k] - b[k]).abs().max() for k in a) < TOLERANCE
@@ -90,13 +101,15 @@ def test_one_process_with_8_is_two_with_4_or_with_twice_2(place, script, micro):
         assert rows[0] == rows[1]
 
 
-def test_rank_0_alone_writes(place):
-    """Of the other one Python sees no write, but into the folder of a checkpoint being made."""
-    printed = (place / "printed").read_text()
+@pytest.mark.parametrize(
+    "shape", slow_unless(lambda shape: shape == ("rft.py", 2), SHAPES), ids=lambda shape: f"{shape[0]}-{shape[1]}"
+)
+def test_rank_0_alone_writes(runs, shape):
+    """Python sees no write of the other one, but into the folder of a checkpoint being made."""
+    out, printed = runs[shape]
     wrote = [line for line in printed.splitlines() if line.startswith("WROTE")]
     assert wrote and all("/checkpoint/.partial_" in line for line in wrote)
-    assert printed.count("2 process(es)") == len(SHAPES)
-    assert (place / "2x2_sft.py" / "checkpoint").exists()
+    assert printed.count("2 process(es)") == 1 and (out / "checkpoint").exists()
 
 
 def start(place, name: str, *more: str, script="sft.py", scenario=None, flags: tuple = ()) -> subprocess.Popen:
@@ -119,6 +132,7 @@ def ends(process: subprocess.Popen) -> tuple[str, str]:
     return printed
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_the_run_with_its_text(place):
     strike = {"at": "common.run.Run.step", "n": 2, "rank": 1, "signal": 0}
     process = start(place, "error", scenario=strike)
@@ -128,7 +142,8 @@ def test_an_error_on_one_rank_ends_the_run_with_its_text(place):
     assert not (place / "error_sft.py" / "final").exists()
 
 
-def test_a_killed_rank_ends_the_run_and_one_process_can_resume_it(place):
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_one_process_can_resume_it(runs, place):
     strike = {"at": "common.run.Run.step", "n": 4, "rank": 1, "signal": int(signal.SIGKILL)}
     process = start(place, "killed", scenario=strike)
     ends(process)
@@ -136,10 +151,11 @@ def test_a_killed_rank_ends_the_run_and_one_process_can_resume_it(place):
     assert process.returncode != 0 and sorted(p.name for p in (out / "checkpoint").iterdir())[-1][-1] in "23"
     statuses, printed = drive([{"argv": ["sft.py", "--resume", str(out)]}])
     assert statuses == [0], printed
-    a, b = weights(place / "8_sft.py"), weights(out)
+    a, b = weights(runs["sft.py", 8][0]), weights(out)
     assert max((a[k] - b[k]).abs().max() for k in a) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_sigterm_to_launcher_and_ranks_writes_one_checkpoint_that_can_be_resumed(place):
     """The ranks get the signal twice, the launcher passes it on as well. A port in use is no obstacle."""
     with socket.socket() as taken:
@@ -164,8 +180,9 @@ def test_sigterm_to_launcher_and_ranks_writes_one_checkpoint_that_can_be_resumed
     assert [row["step"] for row in metrics(out) if "loss" in row] == list(range(1, steps + 3))
 
 
-def test_a_checkpoint_of_another_engine_is_refused(place, tmp_path):
-    out = place / "2x4_sft.py"
+@pytest.mark.slow
+def test_a_checkpoint_of_another_engine_is_refused(runs, tmp_path):
+    out, _ = runs["sft.py", 4]
     for path in [p / "position.json" for p in (out / "checkpoint").iterdir()]:
         text = path.read_text()
         assert '"engine": "plain"' in text and '"processes": 2' in text

@@ -52,7 +52,7 @@ def place(tmp_path_factory):
     statuses, printed = drive(resumed, NATIVE_BF16="0")
     assert statuses == [0] * len(KILLED), printed
     two = argv(folder, "sft", "sft_two", "--per-device-train-batch-size", "2")
-    statuses, printed = drive([{"argv": two}], config="cpu.yaml")
+    statuses, printed = drive([{"argv": two}], ranks=2)
     assert statuses == [0], printed
     return folder
 

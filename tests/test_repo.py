@@ -3,13 +3,13 @@
 import ast
 import dataclasses
 import functools
+import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run
 
 import aihf
 import aihf_direct
@@ -30,11 +30,12 @@ SOURCES = [
     *ROOT.glob("common/*.py"),
     *ROOT.glob("extras/*.py"),
     *ROOT.glob("toy/*.py"),
-    *ROOT.glob("benchmark/*.py"),
     *ROOT.glob("tiny/*.py"),
+    *ROOT.glob("benchmark/*.py"),
 ]
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
@@ -112,9 +113,7 @@ def test_every_flag_and_metric_is_on_the_page_of_its_script_or_on_the_shared_pag
 
 
 def test_generated_tables_are_up_to_date():
-    done = subprocess.run(
-        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run([sys.executable, "docs/generate.py", "--check"], check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -144,13 +143,13 @@ def test_the_page_of_a_script_begins_with_usage(script):
 
 
 def test_imports_point_one_way():
-    """Scripts import common; common never imports a script; toy, and tiny as it is imported, import nothing of ours."""
+    """Scripts import common; common never imports a script; toy, and tiny but for what made it, import nothing of ours."""
     scripts = {p.stem for p in ROOT.glob("*.py")}
     for path in ROOT.glob("common/*.py"):
         assert not imported(path) & scripts, path
     for path in ROOT.glob("toy/*.py"):
         assert not imported(path) & (scripts | {"common"}), path
-    assert not imported(ROOT / "tiny" / "__init__.py") & (scripts | {"common", "extras", "toy"})
+    assert not imported(ROOT / "tiny" / "__init__.py") & (scripts | {"common", "toy"})
 
 
 def imported(path: Path) -> set[str]:
@@ -161,6 +160,93 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
     return names
+
+
+# ---- circles of imports ----
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """{module: modules it imports} of common/ and extras/ below root, at the file's top or inside a function.
+
+    A door does not count: an import of extras inside a function of common/.
+    """
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("common", "extras")
+        for path in root.glob(f"{package}/**/*.py")
+    }
+    graph = {}
+    for module, path in files.items():
+        tree, found = parse(path), set()
+        functions_ = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+        lazy = {id(node) for function in functions_ for node in ast.walk(function)}
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: a relative import, which this test does not follow"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                while name and name not in files:  # common.run.Run is in common.run
+                    name = name.rpartition(".")[0]
+                door = id(node) in lazy and module.startswith("common") and name.startswith("extras")
+                if name and not door:
+                    found.add(name)
+        graph[module] = found - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle, in which each imports the next; empty where there is none."""
+    done, way = set(), []
+
+    def visit(module: str) -> list[str]:
+        if module in way:
+            return way[way.index(module) :]
+        if module in done:
+            return []
+        way.append(module)
+        for other in sorted(graph[module]):
+            if found := visit(other):
+                return found
+        way.pop()
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module))), [])
+
+
+def test_no_circle_of_imports():
+    graph = import_graph(ROOT)
+    assert not (found := circle(graph)), " -> ".join([*found, found[0]])
+    assert {"common.data", "common.run"} <= graph.keys() and "common.data" in graph["common.run"]
+
+
+CIRCLES = {  # files of a small package -> the circle in it
+    "at the top": ({"common/a.py": "import common.b\n", "common/b.py": "from common.a import x\n"}, ["common.a", "common.b"]),
+    "inside a function": (
+        {"common/a.py": "from common import b\n", "common/b.py": "def f():\n    from common import a\n"},
+        ["common.a", "common.b"],
+    ),
+    "of three": (
+        {"common/a.py": "from common import b\n", "common/b.py": "import extras.c as c\n", "extras/c.py": "import common.a\n"},
+        ["common.a", "common.b", "extras.c"],
+    ),
+    "among extras": (
+        {"extras/a.py": "def f():\n    import extras.b\n", "extras/b.py": "from extras.a import f\n"},
+        ["extras.a", "extras.b"],
+    ),
+    "through a door": ({"common/a.py": "def f():\n    from extras import b\n", "extras/b.py": "from common import a\n"}, []),
+    "none": ({"common/a.py": "import os, common.b\n", "common/b.py": "", "extras/c.py": "from common.a import y\n"}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CIRCLES)
+def test_a_circle_of_imports_is_found(tmp_path, name):
+    sources, expected = CIRCLES[name]
+    for file, text in {"common/__init__.py": "", "extras/__init__.py": "", **sources}.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    assert circle(import_graph(tmp_path)) == expected
 
 
 OWN = {
@@ -178,20 +264,39 @@ OWN_PPO = {
     "pad",
 }  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
-    ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "AIHF.sample_pairs", "AIHF.start_reward"),
-    ("rft.py", "aihf_ppo.py"): ("collect", "sft_batch_loss", "ActorCritic.forward"),
+    ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "loop.sample_pairs", "loop.start_reward"),
+    ("rft.py", "aihf_ppo.py"): (
+        "collect",
+        "sft_batch_loss",
+        "ActorCritic.forward",
+        "loop.learn",
+        "loop.start_reward",
+        "loop.start_policy",
+        "loop.policy_step",
+        "loop.measure",
+    ),  # fmt: skip
+    ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss", "ActorCritic.forward"),
     ("rft.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss",),
-    ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss", "IRL.start_reward"),
+    ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss", "loop.start_reward"),
     ("aihf.py", "irl_dpo_ultrachat.py"): ("sft_batch_loss", "dpo_batch_loss", "policy_rates"),
 }
 
 
 def functions(path: Path) -> dict[str, str]:
-    """{name: source} of a script's functions, and of its classes' as Class.name."""
+    """{name: code} of a script's functions, and of its classes' as Class.name; of the class with the loop as loop.name.
+
+    Without docstrings of methods of the loop: they name the paper's algorithm.
+    """
     found = {}
     for node in parse(path).body:
-        members = [(f"{node.name}.", n) for n in node.body] if isinstance(node, ast.ClassDef) else [("", node)]
-        found |= {prefix + n.name: ast.unparse(n) for prefix, n in members if isinstance(n, ast.FunctionDef)}
+        members = node.body if isinstance(node, ast.ClassDef) else [node]
+        members = [n for n in members if isinstance(n, ast.FunctionDef)]
+        is_loop = isinstance(node, ast.ClassDef) and any(n.name == "learn" for n in members)
+        prefix = "loop." if is_loop else f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for n in members:
+            if is_loop and ast.get_docstring(n):
+                n.body = n.body[1:]
+            found[prefix + n.name] = ast.unparse(n)
     return found
 
 
@@ -235,3 +340,57 @@ def commands(page: Path) -> list[str]:
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 90
+
+
+# ---- what make test leaves out ----
+COLLECT = """
+import json, sys
+import pytest
+class Marks:
+    def pytest_collection_finish(self, session):
+        found = {item.nodeid.partition("/")[2]: item.get_closest_marker("slow") is not None for item in session.items}
+        open(sys.argv[1], "w").write(json.dumps(found))
+sys.exit(pytest.main(["--collect-only", "-qq", "-n", "0", "-p", "no:cacheprovider"], plugins=[Marks()]))
+"""
+KILLED = "test_killed_and_resumed_equals_left_alone"
+QUICK = {  # script -> tests of a whole run, and of one that is killed and resumed
+    "sft.py": ("test_scripts.py::test_sft_lowers_the_loss_and_reductions_differ", f"test_resume.py::{KILLED}[sft.py-"),
+    "irft.py": ("test_scripts.py::test_a_run_leaves_what_it_promises", f"test_resume.py::{KILLED}[irft.py-"),
+    "rft.py": ("test_rft_runs.py::test_a_run_leaves_what_it_promises", f"test_resume.py::{KILLED}[rft.py-"),
+    "aihf.py": ("test_aihf_runs.py::test_a_run_leaves_what_it_promises[aihf.py]", f"test_aihf_runs.py::{KILLED}[aihf.py-"),
+    "aihf_ppo.py": (
+        "test_aihf_runs.py::test_a_run_leaves_what_it_promises[aihf_ppo.py]",
+        f"test_aihf_runs.py::{KILLED}[aihf_ppo.py-",
+    ),
+    "aihf_direct.py": ("test_aihf_direct.py::test_a_run_leaves_what_it_promises", f"test_aihf_direct.py::{KILLED}["),
+    "irl_ppo_tldr.py": ("test_irl_runs.py::test_a_run_leaves_what_it_promises", f"test_irl_runs.py::{KILLED}["),
+    "irl_dpo_ultrachat.py": (
+        "test_irl_dpo_runs.py::test_a_run_leaves_what_it_promises",
+        f"test_irl_dpo_runs.py::{KILLED}[",
+    ),
+    "evaluate.py": ("test_evaluate.py::test_the_json_agrees_with_the_rows", "test_judge.py::test_a_run_that_is_killed_asks_only_for_the_rest"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """{test: True if make test leaves it out}."""
+    folder = tmp_path_factory.mktemp("collect")
+    (folder / "collect.py").write_text(COLLECT)
+    run([sys.executable, str(folder / "collect.py"), str(folder / "found.json")])
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_make_test_has_a_whole_and_a_killed_run_of_every_script(slow):
+    assert QUICK.keys() == SCRIPTS.keys()
+    for names in QUICK.values():
+        for name in names:
+            assert any(test.startswith(name) and not left_out for test, left_out in slow.items()), name
+
+
+def test_make_test_leaves_out_few_tests_and_make_test_all_none(slow):
+    assert sum(slow.values()) < 0.15 * len(slow)
+    rules = (ROOT / "Makefile").read_text()
+    quick, everything = (re.search(rf"^{name}: .*\n((?:\t.*\n)+)", rules, re.M)[1] for name in ("test", "test-all"))
+    assert quick.replace(' -m "not slow"', "") == everything != quick
+    assert "make test-all" in (ROOT / ".ci" / "run").read_text()

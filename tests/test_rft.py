@@ -773,6 +773,7 @@ def all_logprobs(model) -> torch.Tensor:
     return torch.stack([exact.response_logprobs(model, prompt) for prompt in exact.PROMPTS])
 
 
+@pytest.mark.slow
 def test_ppo_reaches_the_optimal_policy(make_run):
     """With a fixed reward: KL(pi || pi_ref exp(r / beta) / Z), mean over prompts, from about 0.45 to below 0.01."""
     updates, beta = 110, 0.5

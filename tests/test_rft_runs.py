@@ -6,17 +6,18 @@ import sys
 import pytest
 import torch
 from helpers import (
+    OnDemand,
     assert_data_can_be_given_back,
     assert_same_metrics,
     command,
     drive,
-    launcher,
     make_classifier,
     make_data,
     make_model,
     make_tokenizer,
     metrics,
     run,
+    slow_unless,
     weights,
 )
 
@@ -161,16 +162,20 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def variants(place):
+    """{name: folder of that run}, each made when a test asks for it."""
     make_classifier(place / "classifier", place / "model")
-    outs = {name: place / f"variant_{name}" for name in VARIANTS}
-    flags = {n: [str(place / "classifier") if f == "REWARD" else f for f in fs] for n, fs in VARIANTS.items()}
-    scenarios = [{"argv": argv(place, outs[n], *flags[n]), "mark": n} for n in VARIANTS]
-    statuses, printed = drive(scenarios)
-    assert statuses == [0] * len(VARIANTS), printed
-    return outs
+
+    def make(name: str):
+        out = place / f"variant_{name}"
+        flags = [str(place / "classifier") if f == "REWARD" else f for f in VARIANTS[name]]
+        statuses, printed = drive([{"argv": argv(place, out, *flags)}])
+        assert statuses == [0], printed
+        return out
+
+    return OnDemand(make)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "linear", VARIANTS))
 def test_every_variant_trains_and_starts_at_its_reference(variants, name):
     out = variants[name]
     rows = [r for r in metrics(out) if "objective/kl" in r]
@@ -183,6 +188,7 @@ def test_every_variant_trains_and_starts_at_its_reference(variants, name):
     assert (out / "final" / "model.safetensors").is_file() and (out / "reward" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_lora_models_are_saved_merged(variants, place):
     from safetensors.torch import load_file
 
@@ -274,6 +280,7 @@ def test_dry_run_counts_what_a_run_would_do(place):
     assert "memory per device, policy update" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(place):
     """Uneven shares of every batch; rollouts, rewards, whitening and updates are those of one process."""
     from safetensors.torch import load_file
@@ -282,8 +289,7 @@ def test_two_processes_give_the_weights_of_one(place):
     flags += ["--reward-learning-rate", "1e-4", "--optimizer", "adamw"]
     one, two = place / "one", place / "two"
     assert drive([{"argv": argv(place, one, *flags)}])[0] == [0]
-    words = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2", *argv(place, two, *flags)]
-    run(words, ACCELERATE_USE_CPU="true")
+    run([sys.executable, *argv(place, two, *flags)], ranks=2)
     for name in ("final", "reward"):
         a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
         start = load_file(place / "model" / "model.safetensors")

@@ -206,7 +206,7 @@ def test_ctrl_c_reaches_two_processes_and_rank_0_alone_speaks(place):
     """In a phase without updates, where one may end while the other waits for it."""
     out = place / "ranks"
     strike = {"at": "common.evals.evaluate", "n": 1, "signal": int(signal.SIGINT)}
-    statuses, printed = drive([{"argv": argv("sft.py", place, out), **strike}], config="cpu.yaml")
+    statuses, printed = drive([{"argv": argv("sft.py", place, out), **strike}], ranks=2)
     assert statuses == [130] and "Traceback" not in printed, printed
     assert [line for line in printed.splitlines() if "SIGINT" in line] == [
         f"SIGINT: stopped; continue with --resume {out}"

@@ -349,7 +349,8 @@ def exact_loop(tmp_path, language, monkeypatch, setting):  # noqa: F811
             start = ref if source == learner.sft_policy else path[int(source.rpartition("_")[2])]
             path.append(best_response(script, start, table["r"], beta))
             events.clear()
-            learner.position.update(outer_iteration=t + 1, step=learner.steps.first(t + 1))
+            position = getattr(learner, "position", run.position)
+            position.update(outer_iteration=t + 1, step=learner.steps.first(t + 1))
 
         monkeypatch.setattr(Run, "step", step)
         monkeypatch.setattr(Run, "load_weights", load_weights)
@@ -359,7 +360,7 @@ def exact_loop(tmp_path, language, monkeypatch, setting):  # noqa: F811
         monkeypatch.setattr(script.evals, "evaluate_preferences", lambda *a, **k: {})
         monkeypatch.setattr(learner, "normalise", lambda t: {}, raising=False)
         monkeypatch.setattr(learner, "sample_pairs", lambda t: [{"iteration": t}])
-        monkeypatch.setattr(learner, "done", lambda t, k, save: learner.position.update(outer_iteration=t, step=k))
+        monkeypatch.setattr(Run, "save_checkpoint", lambda *_: None)
         monkeypatch.setattr(learner, "policy_step", policy_step)
         learner.learn()
         return path
@@ -497,6 +498,7 @@ def test_an_irft_loop_that_goes_the_wrong_way_is_told_apart(irft_path, setting, 
     assert not check_rise(irft_path(T=1, beta=0.1, learning_rate=1e-3, later_learning_rate=1e-3), setting)
 
 
+@pytest.mark.slow
 def test_t_chooses_between_imitation_and_sharpening(irft_path, setting):
     """72 updates at beta = 0.1. T = 1 passes the expert's hidden reward and loses likelihood; T = 12 stays below and gains it."""
     (start, gold), (sharp, sharp_gold) = irft_path(T=1, num_train_epochs=12, beta=0.1)
@@ -606,6 +608,7 @@ def test_a_wrong_covariate_shift_is_caught(name):
 
 
 # ---- as programs ----
+@pytest.mark.slow
 def test_the_programs_run_and_draw(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(theory, "SEEDS", 1)
     assert theory.example(theory.Args(output_dir=str(tmp_path)))
