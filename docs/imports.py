@@ -98,9 +98,7 @@ def extras_of(module: Module) -> str:
 
 
 WIDTH, GAP, HEIGHT, STEP = 210, 30, 68, 108  # of a box, between boxes, of a box, from row to row; pixels
-Chain = list[
-    tuple[str, ...]
-]  # an arrow's way through the rows: ("common.run",), ("common.run", "common.args", "1"), ...
+Chain = list[tuple[str, ...]]  # an arrow's way through the rows: ("common.run",), ("common.run", "common.args", "1"), ...
 
 
 def chains(modules: Modules, level: dict[str, int]) -> list[Chain]:
