@@ -1,4 +1,4 @@
-"""Models: loading, LoRA, and the reference policy."""
+"""Models: names, loading, the embedded `tiny`, LoRA, and the reference policy."""
 
 import contextlib
 import functools
