@@ -29,14 +29,14 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models, rewards
-from common.args import Auto, RunArgs, main, parse_args, require
+from common.args import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -73,28 +73,20 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
 class Args(RunArgs):
     sequences_per_row: ClassVar[int] = 2
     scalar_models: ClassVar[int] = 1
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs", "num_policy_epochs"),
-        "2 or more, to choose a pair from": ("num_generations",),
-        "a number above 0": (
-            "beta", "temperature", "reward_learning_rate", "sft_learning_rate", "rollout_batch_size", "eval_updates",
-        ),
-        "0 or more": ("demo_weight", "max_preferences", "total_prompts", "missing_eos_penalty", "sft_epochs"),
-    }  # fmt: skip
 
-    T: int = 2
+    T: Annotated[int, AT_LEAST_1] = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""
-    num_train_epochs: int = 1
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
     """passes of the reward model over demonstrations and preferences in one outer iteration, >= 1; K follows from it."""
     preference_dataset: str = "auto"
     """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations."""
-    max_preferences: int | Auto = "auto"
+    max_preferences: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH."""
-    demo_weight: float = 1.0
+    demo_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """w1 of Eq. 5, >= 0: weight of the demonstrations beside the preferences' 1. 0 is RLHF: the reward sees no demonstration."""
     prompts: Literal["preferences", "demonstrations"] = "preferences"
     """whose prompts the policy step answers. Paper, Sec. 5: those of the preferences."""
-    beta: float = 0.1
+    beta: Annotated[float, POSITIVE] = 0.1
     """weight of KL(pi || pi_ref), reward units per nat, > 0: in the policy step, and in a linear reward step."""
     reward_loss: Literal["logistic", "linear"] = "logistic"
     """logistic: -log sigmoid of both differences, bounded; linear: the likelihoods' own gradients (Eq. 17 to 19), unbounded."""
@@ -103,31 +95,31 @@ class Args(RunArgs):
     reward_init: Literal["previous", "sft", "base"] = "previous"
     """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
     sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
-    reward_learning_rate: float | Auto = "auto"
+    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B), the one rate it names."""
     init: Literal["previous", "initial"] = "previous"
     """where the policy step starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
     ref: Literal["initial", "previous"] = "initial"
     """reference policy of DPO: the initial (SFT) policy (the equations), or that of the last iteration."""
-    sft_epochs: int | Auto = "auto"
+    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: float | Auto = "auto"
+    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of --sft-epochs, > 0."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """of sampled answers, > 0; it divides the logits of every log-prob the policy step uses."""
     lr_scheduler_type: Literal["linear", "cosine"] | Auto = "auto"
     """how a learning rate falls to 0 after its warm-up. Paper: cosine (App. A.1.4)."""
-    num_generations: int | Auto = "auto"
+    num_generations: Annotated[int | Auto, AT_LEAST_2] = "auto"
     """N, answers to a prompt of which the best and the worst make a pair, >= 2."""
-    total_prompts: int | Auto = "auto"
+    total_prompts: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """prompts the policy step answers in one outer iteration; 0 means all there are."""
-    rollout_batch_size: int | Auto = "auto"
+    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """prompts answered at a time, over all devices, before DPO takes its steps on them, > 0. Paper: all prompts at once."""
-    num_policy_epochs: int = 1
+    num_policy_epochs: Annotated[int, AT_LEAST_1] = 1
     """passes of DPO over each batch of pairs, >= 1."""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 1.0
     """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
-    eval_updates: int | Auto = "auto"
+    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
     """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
 
     def check(self) -> None:

@@ -26,14 +26,14 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models
-from common.args import Auto, RunArgs, main, parse_args, require
+from common.args import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
 from common.data import collate, end_of_turn
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -64,33 +64,28 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
 @dataclass
 class Args(RunArgs):
     sequences_per_row: ClassVar[int] = 2
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs"),
-        "a number above 0": ("beta", "temperature"),
-        "0 or more": ("demo_weight", "max_preferences"),
-    }
 
     objective: Literal["self_play", "direct"] = "self_play"
     """the demonstrations' part: irft_loss against the policy's own answers (Eq. 11), or -log pi (Eq. 10), without answers."""
     preference_loss: Literal["dpo", "ipo"] = "dpo"
     """the preferences' part: -log sigmoid(beta d) (Eq. 10, 11), or (d - 1/(2 beta))^2 of IPO."""
-    demo_weight: float | Auto = "auto"
+    demo_weight: Annotated[float | Auto, NOT_NEGATIVE] = "auto"
     """w1, >= 0: weight of the demonstrations beside the preferences' 1. 0 is DPO or IPO: no demonstration is trained on.
     auto (ours): the balance, at which a nat of log pi weighs as much in both parts at first; beta/2 for Eq. 10, 1 for Eq. 11."""
     preference_dataset: str = "auto"
     """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations.
     none: no preferences, which makes self_play IRFT and direct SFT."""
-    max_preferences: int | Auto = "auto"
+    max_preferences: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH; all 61.1k of UltraFeedback."""
-    T: int = 2
+    T: Annotated[int, AT_LEAST_1] = 2
     """outer iterations, >= 1: how often the policy answers anew. With direct another factor of --num-train-epochs."""
-    num_train_epochs: int = 1
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
     """passes over demonstrations and preferences in one outer iteration, >= 1. Paper: answers anew at each epoch (A.1.4)."""
-    beta: float = 0.1
+    beta: Annotated[float, POSITIVE] = 0.1
     """weight of KL(pi || pi_ref), reward units per nat, > 0."""
     ref: Literal["initial", "previous"] = "initial"
     """reference policy: the model the run starts from (the equations), or that of the last iteration (SPIN)."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """of sampled answers, > 0. At 1 they come from the distribution whose log-probs enter the loss."""
     lr_scheduler_type: Literal["auto", "linear", "cosine"] = "auto"
     """how the learning rate falls to 0 after its warm-up. Paper: cosine (A.1.4)."""

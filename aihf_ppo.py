@@ -20,6 +20,8 @@ Laptop CPU, minutes:   python aihf_ppo.py
 The paper's run:       accelerate launch aihf_ppo.py --model pythia-1b
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     from extras import terminal
 
@@ -27,176 +29,44 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models, rewards
-from common.args import Auto, RunArgs, main, parse_args, require
-from common.data import collate, pad_right
+from common.args import (
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UP_TO_1,
+    ZERO_TO_1,
+    Auto,
+    RunArgs,
+    main,
+    parse_args,
+    require,
+)
+from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.run import Run
-from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, memory, records, sharding
-
-SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
-        max_new_tokens=48, learning_rate=2e-4, reward_model="", reward_learning_rate=1e-3, sft_epochs=2,
-        sft_learning_rate=4e-4, batch_size=32, total_episodes=960, rollout_batch_size=64, value_warmup_ratio=0.125,
-        eval_updates=10, per_device_train_batch_size=32, per_device_eval_batch_size=64,
-    ),
-    "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and episodes are ours
-        dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
-        max_new_tokens=256, learning_rate=5e-7, reward_model="pythia-1.4b", reward_learning_rate=5e-6, sft_epochs=1,
-        sft_learning_rate=2e-5, batch_size=64, total_episodes=50_000, rollout_batch_size=256, value_warmup_ratio=0.0,
-        eval_updates=20, per_device_train_batch_size=4, per_device_eval_batch_size=32,
-    ),
-    # AIHF paper, App. A.1.4: data, rate, length, batch 8 (eight devices with 1); PPO's episodes and their batch are ours, since
-    # the paper's policy step at 7B is that of aihf.py
-    "other": dict(
-        dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
-        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, reward_model="", reward_learning_rate=5e-7,
-        sft_epochs=0, sft_learning_rate=2e-5, batch_size=8, total_episodes=50_000, rollout_batch_size=256,
-        value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=1, per_device_eval_batch_size=16,
-    ),
-}  # fmt: skip
+from extras import gold, records, sharding
 
 
-@dataclass
-class Args(RunArgs):
-    scalar_models: ClassVar[int] = 2
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
-        "a number above 0": (
-            "beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value", "total_episodes",
-            "rollout_batch_size", "eval_updates",
-        ),
-        "0 or more": ("demo_weight", "vf_coef", "missing_eos_penalty", "max_preferences", "sft_epochs"),
-        "at least 0 and below 1": ("value_warmup_ratio",),
-        "a number above 0 and at most 1": ("gamma",),
-        "between 0 and 1": ("lam",),
-    }  # fmt: skip
+# ---- the maths: SFT, and the reward ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
 
-    T: int = 2
-    """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""
-    num_train_epochs: int = 1
-    """passes of the reward model over demonstrations and preferences in one outer iteration, >= 1; K follows from it."""
-    preference_dataset: str = "auto"
-    """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations."""
-    max_preferences: int | Auto = "auto"
-    """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH."""
-    demo_weight: float = 1.0
-    """w1 of Eq. 5, >= 0: weight of the demonstrations beside the preferences' 1. 0 is RLHF: the reward sees no demonstration."""
-    prompts: Literal["preferences", "demonstrations"] = "preferences"
-    """whose prompts the policy step answers. Paper, Sec. 5: those of the preferences."""
-    beta: float = 0.1
-    """weight of KL(pi || pi_ref), reward units per nat, > 0: in the policy step, and in a linear reward step."""
-    reward_loss: Literal["logistic", "linear"] = "logistic"
-    """logistic: -log sigmoid of both differences, bounded; linear: the likelihoods' own gradients (Eq. 17 to 19), unbounded."""
-    reward_model: str = "auto"
-    """what the reward is made from: a causal model or a classifier with one label; empty: the policy's own model."""
-    reward_init: Literal["previous", "sft", "base"] = "previous"
-    """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
-    sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
-    reward_learning_rate: float | Auto = "auto"
-    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B), the one rate it names."""
-    init: Literal["previous", "initial"] = "previous"
-    """where PPO starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
-    ref: Literal["initial", "previous"] = "initial"
-    """reference policy of the KL penalty: the initial (SFT) policy (the equations), or that of the last iteration."""
-    sft_epochs: int | Auto = "auto"
-    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: float | Auto = "auto"
-    """peak learning rate of --sft-epochs, > 0."""
-    temperature: float = 1.0
-    """of sampled answers, > 0; it divides the logits of every log-prob PPO uses."""
-    total_episodes: int | Auto = "auto"
-    """answers PPO samples in one outer iteration, > 0."""
-    rollout_batch_size: int | Auto = "auto"
-    """answers per PPO update over all devices, > 0."""
-    num_ppo_epochs: int = 4
-    """passes of PPO over each batch of answers, >= 1. TRL: 4."""
-    num_mini_batches: int = 1
-    """optimizer steps per such pass, >= 1. TRL: 1."""
-    cliprange: float = 0.2
-    """PPO's clip of the probability ratio, > 0. TRL: 0.2."""
-    cliprange_value: float = 0.2
-    """clip of the change of a value, reward units, > 0. TRL: 0.2."""
-    vf_coef: float = 0.1
-    """weight of the value loss, >= 0. TRL: 0.1."""
-    value_warmup_ratio: float | Auto = "auto"
-    """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). TRL: 0."""
-    gamma: float = 1.0
-    """discount per token, in (0, 1]. TRL: 1."""
-    lam: float = 0.95
-    """lambda of generalised advantage estimation, in [0, 1]. TRL: 0.95."""
-    missing_eos_penalty: float = 1.0
-    """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
-    eval_updates: int | Auto = "auto"
-    """PPO updates between evaluations, > 0; one is also made at the end."""
-
-    def check(self) -> None:
-        super().check()
-        require(
-            self.preference_dataset != "none", "preference_dataset", "none",
-            "a source of preferences: rft.py learns from demonstrations alone",
-        )  # fmt: skip
-        require(
-            self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
-            f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
-        )  # fmt: skip
-        require(
-            not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
-            f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
-        )  # fmt: skip
-
-    def needs_demonstrations(self) -> bool:
-        return any((self.demo_weight, self.sft_epochs, self.select_top_k, self.prompts == "demonstrations"))
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
 
 
-SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
-
-METRICS = {  # name -> meaning, unit, range
-    "sft/loss": "NLL, nats per response token, of --sft-epochs",
-    "reward/loss": "w1 demonstrations/loss + preferences/loss, over an epoch; falls",
-    "demonstrations/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
-    "demonstrations/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
-    "demonstrations/margin": "mean of r(demonstration) - r(answer), reward units; rises",
-    "preferences/loss": "preference_loss, mean over pairs; near log 2 = 0.693 at the start, falls",
-    "preferences/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; near 0.5 at the start, rises",
-    "preferences/margin": "mean of r(chosen) - r(rejected), reward units; rises",
-    "reward/demonstrations": "mean reward of the demonstrations in the batch",
-    "reward/answers": "mean reward of the policy's answers in the batch",
-    "eval/reward/center": "what was subtracted so that held-out chosen responses average 0",
-    "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
-    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
-    "objective/non_score_reward": "-beta objective/kl",
-    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
-    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
-    "loss/value_avg": "clipped value loss, the same mean",
-    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
-    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
-    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
-    "val/ratio": "mean probability ratio; 1 at the first step of an update",
-    "val/clipfrac_avg": "share of tokens whose value is clipped",
-    "val/explained_variance": "1 - Var(return - value) / Var(return) over response tokens; at most 1",
-    "val/num_eos_tokens": "answers that ended in EOS",
-    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
-    "completions/mean_length": "tokens of the answers, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
-    **evals.EVAL_METRICS,
-    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
-}
-
-
-# ---- the maths: reward ----
 def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
     """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
 
@@ -272,15 +142,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return torch.where(mask, losses, torch.zeros_like(losses))
 
 
-def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of each response, RFT paper Eq. 1.
-
-    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
-    Returns (B,), nats per response, summed over its tokens.
-    """
-    return -masked_sum(token_logprobs, response_mask)
-
-
 # ---- what is scored, by which model ----
 class ActorCritic(torch.nn.Module):
     """Policy and value model in one module: one optimizer, one backward pass."""
@@ -297,11 +158,11 @@ class ActorCritic(torch.nn.Module):
         return scores, sharding.zero_of(self.value)
 
 
-def sft_batch_loss(actor_critic, rows: list[dict], device) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations -> ((B,), {})."""
+def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, times scale -> ((B,), {})."""
     batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
     scores, nothing = actor_critic(batch, with_values=False)
-    return nll_loss(scores.logprobs, batch.response_mask) + nothing, {}
+    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
 
 
 def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
@@ -369,52 +230,7 @@ def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
     return pad_right([r[name] for r in rows], 0.0, like.dtype).to(like.device)
 
 
-# ---- the plan: numbers of optimizer steps, known before anything runs ----
-@dataclass
-class Steps:
-    demonstrations: int
-    sft: int
-    K: int  # reward steps in one outer iteration
-    updates: int  # PPO updates in one outer iteration
-    per_update: int  # optimizer steps of one PPO update
-
-    def first(self, t: int) -> int:
-        """Optimizer steps before outer iteration t."""
-        return self.sft + t * (self.K + self.updates * self.per_update)
-
-
-def count_steps(n: int, m: int, args: Args) -> Steps:
-    """Steps for n demonstrations and m preferences. An epoch of the reward passes once over both (mixed_batches)."""
-    batches = math.ceil(n / args.batch_size)
-    mixed = math.ceil(max(n if args.demo_weight else 0, m) / args.batch_size)
-    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
-    per_update = args.num_ppo_epochs * args.num_mini_batches
-    return Steps(n, args.sft_epochs * batches, args.num_train_epochs * mixed, updates, per_update)
-
-
-def mixed_batches(n: int, m: int, args, *key: int) -> list[tuple[list[int], list[int]]]:
-    """(demonstrations, preferences) of each step of one epoch over n and m of them: one pass over both, in equal parts."""
-    steps = math.ceil(max(n, m) / args.batch_size)
-    first, second = data_order(n, args.seed, *key), data_order(m, args.seed, *key, 1)
-    return [
-        (first[k * n // steps : (k + 1) * n // steps], second[k * m // steps : (k + 1) * m // steps])
-        for k in range(steps)
-    ]
-
-
-def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: int, args: Args) -> list[dict]:
-    """Rows of step k of an epoch. Weights are such that the losses of the epoch's steps average to w1 mean_D + mean_P."""
-    first, second = batches[k]
-    size = len(first) + len(second)  # a step's objective is the mean over its rows
-    weights = [
-        weight * len(batches) * size / max(n, 1)
-        for weight, n in ((args.demo_weight, len(pairs)), (1.0, len(preferences)))
-    ]
-    rows = [{**pairs[i], "weight": weights[0], "demonstrated": True} for i in first]
-    return rows + [{**preferences[i], "weight": weights[1], "demonstrated": False} for i in second]
-
-
-# ---- rollouts of PPO ----
+# ---- a PPO update: answers, advantages, optimizer steps ----
 def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
     """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
 
@@ -500,71 +316,59 @@ def ppo_update(
     return {**row, "sampling/logp_difference": first}
 
 
-def row_length(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["response_ids"])
+# ---- the loop: Algorithm 1 ----
+SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
 
 
-def pair_length(pair: dict) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-
-
-# ---- the algorithm ----
 class AIHF:
-    """The parts of a run and Alg. 1's steps over them. Every step skips what a resumed run has done already."""
+    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
 
     def __init__(self, run: Run, tokenizer, demonstrations: list[dict], preferences: list[dict], held_rows: list[dict]):
         args = run.args
         self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.preferences, self.held_rows = demonstrations, preferences, held_rows
+        self.demonstrations, self.preferences, self.held_rows, self.held = demonstrations, preferences, held_rows, None
         self.prompts = preferences if args.prompts == "preferences" else demonstrations
+        self.method, self.paper = "AIHF" if args.demo_weight else "RLHF", "arXiv:2406.06874, Alg. 1"
         self.steps = count_steps(len(demonstrations), len(preferences), args)
         source = args.reward_model or args.model
         policy = models.autocast_forward(run, models.prepare_policy(args))
         value, reward_model = (
             models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model")) for _ in range(2)
         )
-        actor_critic = ActorCritic(policy, value)
         self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
-            actor_critic, make_optimizer(args.optimizer, policy.parameters(), value.parameters()),
+            ActorCritic(policy, value), make_optimizer(args.optimizer, policy.parameters(), value.parameters()),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
         self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
         self.generator = make_generator(run, self.bare.policy, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
-        self.position = {"outer_iteration": 0, "step": 0}
-        self.held = None
 
-    def done(self, t: int, k: int, save: bool) -> None:
-        """One more optimizer step, or PPO update, is done: move the position, save where due, stop where asked."""
-        self.position.update(outer_iteration=t, step=k)
-        if save:
-            self.run.save_checkpoint(self.position)
-        self.run.stop_if_asked(self.position)
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        run.load_checkpoint()
+        if args.gold_reward_model and run.position["step"] < self.steps.sft:
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
+        self.warm_start()
+        self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
+        for t in range(run.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
 
     def warm_start(self) -> None:
         """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
-        run, args, total = self.run, self.args, self.steps.sft
+        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
         self.actor_critic.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
-        with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
-            for step, batch in enumerate(batches):
-                if step >= self.position["step"]:
-                    rows = [self.demonstrations[i] for i in batch]
-                    scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-
-                    def loss_fn(part, scale=scale):
-                        losses, stats = sft_batch_loss(self.actor_critic, part, run.accelerator.device)
-                        return losses * scale, stats
-
-                    lr = learning_rate_at(step, total, args.sft_learning_rate, args.warmup_ratio)
-                    row = run.step(  # the value model rests
-                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, (lr, 0.0), "sft_learning_rate"
-                    )
-                    if (step + 1) % args.logging_steps == 0:
-                        run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
-                    self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
-                advance(1)
-        if total and self.position["step"] == total:
+        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
+        for k, batch in run.updates("SFT", batches):
+            rows = [self.demonstrations[i] for i in batch]
+            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+            loss_fn = lambda part, scale=scale: sft_batch_loss(self.actor_critic, part, device, scale)  # noqa: E731
+            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio)
+            rates = (lr, 0.0)  # the value model rests
+            row = run.step(self.actor_critic, self.optimizer, rows, loss_fn, row_length, rates, "sft_learning_rate")
+            run.log_update({"sft/loss": row.pop("loss"), **row})
+        if total and run.position["step"] == total:
             card = run.model_card("SFT", "arXiv:2406.06874, Sec. 5")
             run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
 
@@ -573,27 +377,14 @@ class AIHF:
         run, rows = self.run, self.demonstrations
         if not self.args.demo_weight:
             return []
-        path = run.dir / "generations" / f"iter_{t}.parquet"
-        if not path.exists():
-            if self.position["step"] > self.steps.first(t):
-                raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
+
+        def make() -> list[dict]:
             with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
                 seed = stream_seed(self.args.seed, t, PAIRS)
                 rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
-            pairs = [
-                {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
-                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-                    "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-                    "chosen_finished": r.get("response_finished", True),
-                }
-                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
-            ]  # fmt: skip
-            if run.is_main:
-                write_pairs(path, pairs)
-            run.accelerator.wait_for_everyone()
-        return read_pairs(path)
+            return pair_rows(self.tokenizer, rows, rollout, t)
+
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
 
     def start_reward(self, t: int) -> None:
         """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
@@ -607,93 +398,70 @@ class AIHF:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, reward step: K gradient steps on pairs and preferences; then the reward is centred and measured."""
-        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
+        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
         pairs = self.sample_pairs(t)
-        if self.position["step"] <= first:
-            self.optimizer.state.clear()  # D3; and its memory, until the policy step
+        if run.position["step"] <= first:
+            self.optimizer.state.clear()  # D3; and its memory, until PPO
             self.start_reward(t)
         self.reward_model.train()
+        loss_fn = lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device)  # noqa: E731
         epochs = [
             mixed_batches(len(pairs), len(self.preferences), args, t, REWARD, e) for e in range(args.num_train_epochs)
         ]
-        steps = [(batches, k) for batches in epochs for k in range(len(batches))]
-        with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
-            for k, place in enumerate(steps):
-                if first + k >= self.position["step"]:
-                    row = run.step(
-                        self.reward_model, self.reward_optimizer, weighted_rows(pairs, self.preferences, *place, args),
-                        lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        pair_length, learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio), "reward_learning_rate",
-                    )  # fmt: skip
-                    if (k + 1) % args.logging_steps == 0:
-                        run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
-                    self.done(t, first + k + 1, (k + 1) % args.save_steps == 0 or k + 1 == K)
-                advance(1)
-        if self.position["step"] == first + K:
+        batches = [(parts, i) for parts in epochs for i in range(len(parts))]
+        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
+            rows = weighted_rows(pairs, self.preferences, *batch, args)
+            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio)
+            row = run.step(
+                self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
+            )
+            run.log_update({"reward/loss": row.pop("loss"), **row})
+        if run.position["step"] == end:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
             self.bare_reward.center += center  # D2
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
+            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
         """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
-        begun = self.position["step"] > self.steps.first(t) + self.steps.K
-        reference = self.sft_policy
-        if args.ref == "previous" and t > 0:
-            reference = str(run.dir / f"policy_{t}")
-            if not begun:
-                card = run.model_card("AIHF" if args.demo_weight else "RLHF", "arXiv:2406.06874, Alg. 1")
+        previous = args.ref == "previous" and t > 0
+        if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
+            if previous:
+                card = run.model_card(self.method, self.paper)
                 run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
-        if not begun:
             run.load_weights(self.actor_critic, self.bare_reward, "value")
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
                 run.load_weights(self.actor_critic, models.prepare_policy(args, self.sft_policy), "policy")
-        return reference
+        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
 
     def policy_step(self, t: int) -> None:
         """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
         run, args, steps = self.run, self.args, self.steps
-        first = steps.first(t) + steps.K
-        source = self.start_policy(t)
-        reference = models.open_reference(run, self.bare.policy, source)
-        save_every = max(1, args.save_steps // steps.per_update)
-        n, size = len(self.prompts), args.rollout_batch_size
-        epochs = math.ceil(steps.updates * size / n)
-        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, PPO, e)]
+        reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
+        initial = reference if source == self.sft_policy else None
+        warmup = int(steps.updates * args.value_warmup_ratio)  # D5
+        batches = run.prompt_batches(len(self.prompts), steps.updates * args.rollout_batch_size, t, PPO)
         self.actor_critic.train()
-        with run.phase(f"iteration {t}: PPO", steps.updates, updates=True, outer_iteration=t) as advance:
-            for u in range(steps.updates + 1):
-                if self.position["step"] > first + u * steps.per_update:
-                    advance(1)
-                    continue
-                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
-                    # an evaluation is long, and a stop in it would lose what is not saved
-                    run.save_checkpoint(self.position)
-                    with run.timed("evaluate"):
-                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
-                if u == steps.updates:
-                    break
-                rows = [self.prompts[i] for i in order[u * size : (u + 1) * size]]
-                seed = stream_seed(args.seed, t, PPO, u)
-                rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
-                run.stop_if_asked(self.position)
-                row = add_advantages(rollouts, args)
-                with run.timed("update"):
-                    warmup = int(steps.updates * args.value_warmup_ratio)  # D5
-                    if u == warmup:
-                        self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
-                    after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
-                    lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
-                    row |= ppo_update(
-                        run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
-                    )
-                step = first + (u + 1) * steps.per_update
-                if (u + 1) % args.logging_steps == 0:
-                    run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
-                advance(1)
+        for u, batch in run.updates(
+            f"iteration {t}: PPO", batches, t, steps.policy(t), steps.per_update,
+            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
+        ):  # fmt: skip
+            rows = [self.prompts[i] for i in batch]
+            seed = stream_seed(args.seed, t, PPO, u)
+            rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+            run.stop_if_asked()
+            row = add_advantages(rollouts, args)
+            with run.timed("update"):
+                if u == warmup:
+                    self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
+                after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
+                lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
+                row |= ppo_update(
+                    run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
+                )
+            run.log_update(row, episodes=(t * steps.updates + u + 1) * args.rollout_batch_size)
 
     def measure(self, t: int, updates: int, reference=None) -> None:
         """Evaluation of the policy after so many PPO updates, against the initial policy, loaded unless it is given."""
@@ -704,30 +472,76 @@ class AIHF:
             self.bare_reward,
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size
-        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
-
-    def learn(self) -> None:
-        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
-        run, args = self.run, self.args
-        if args.resume and (position := run.load_checkpoint()):
-            self.position = position
-        if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
-        self.warm_start()
-        self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
-        for t in range(self.position["outer_iteration"], args.T):
-            self.reward_step(t)
-            self.policy_step(t)
+        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
 
 
+# ---- the plan: numbers of optimizer steps, and the rows and weights of each, known before anything runs ----
+@dataclass
+class Steps:
+    demonstrations: int
+    sft: int
+    K: int  # reward steps in one outer iteration
+    updates: int  # PPO updates in one outer iteration
+    per_update: int  # optimizer steps of one PPO update
+
+    def first(self, t: int) -> int:
+        """Optimizer steps before outer iteration t."""
+        return self.sft + t * (self.K + self.updates * self.per_update)
+
+    def policy(self, t: int) -> int:
+        """Optimizer steps before the policy step of outer iteration t."""
+        return self.first(t) + self.K
+
+
+def count_steps(n: int, m: int, args: Args) -> Steps:
+    """Steps for n demonstrations and m preferences. An epoch of the reward passes once over both (mixed_batches)."""
+    batches = math.ceil(n / args.batch_size)
+    mixed = math.ceil(max(n if args.demo_weight else 0, m) / args.batch_size)
+    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
+    per_update = args.num_ppo_epochs * args.num_mini_batches
+    return Steps(n, args.sft_epochs * batches, args.num_train_epochs * mixed, updates, per_update)
+
+
+def mixed_batches(n: int, m: int, args, *key: int) -> list[tuple[list[int], list[int]]]:
+    """(demonstrations, preferences) of each step of one epoch over n and m of them: one pass over both, in equal parts."""
+    steps = math.ceil(max(n, m) / args.batch_size)
+    first, second = data_order(n, args.seed, *key), data_order(m, args.seed, *key, 1)
+    return [
+        (first[k * n // steps : (k + 1) * n // steps], second[k * m // steps : (k + 1) * m // steps])
+        for k in range(steps)
+    ]
+
+
+def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: int, args: Args) -> list[dict]:
+    """Rows of step k of an epoch. Weights are such that the losses of the epoch's steps average to w1 mean_D + mean_P."""
+    first, second = batches[k]
+    size = len(first) + len(second)  # a step's objective is the mean over its rows
+    weights = [
+        weight * len(batches) * size / max(n, 1)
+        for weight, n in ((args.demo_weight, len(pairs)), (1.0, len(preferences)))
+    ]
+    rows = [{**pairs[i], "weight": weights[0], "demonstrated": True} for i in first]
+    return rows + [{**preferences[i], "weight": weights[1], "demonstrated": False} for i in second]
+
+
+# ---- a run, from data to the saved models ----
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     demonstrations, preferences = demos.load_both(args, tokenizer)
     if args.dry_run:
-        print_steps(args, count_steps(args.select_top_k or len(demonstrations), len(preferences), args))
-        return
+        n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
+        steps, answers = count_steps(n, len(preferences), args), n if args.demo_weight else 0
+        return Run.print_plan(
+            args, "aihf_ppo", f"reward from {args.reward_model or args.model}, demonstrations {args.dataset},"
+            f" preferences {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}",
+            f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
+            f"{answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,",
+            f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
+            f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
+            f"in all {steps.first(args.T)} optimizer steps",
+        )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
 
     run = Run(args, "aihf_ppo", METRICS)
@@ -735,7 +549,7 @@ def train(args: Args) -> None:
         return
     aihf = AIHF(run, tokenizer, demos.select_demonstrations(run, demonstrations), preferences, held_rows)
     records.record_prompts(run, aihf.demonstrations, preferences)
-    steps, method = aihf.steps, "AIHF" if args.demo_weight else "RLHF"
+    steps = aihf.steps
     run.say(
         f"aihf_ppo: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {steps.sft} SFT steps,"
         f" T = {args.T}, K = {steps.K}, {steps.updates} PPO updates of {args.rollout_batch_size} answers,"
@@ -743,28 +557,153 @@ def train(args: Args) -> None:
     )
     aihf.learn()
     centred_on = "chosen responses" if "rejected_ids" in held_rows[0] else "demonstrations"
-    reward_path = rewards.save_reward(run, aihf.reward_model, method, "arXiv:2406.06874, Alg. 1", centred_on)
-    card = run.model_card(method, "arXiv:2406.06874, Alg. 1")
+    reward_path = rewards.save_reward(run, aihf.reward_model, aihf.method, aihf.paper, centred_on)
+    card = run.model_card(aihf.method, aihf.paper)
     path = run.save_final(aihf.actor_critic, tokenizer, card, part="policy")
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", aihf.method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 
 
-def print_steps(args: Args, steps: Steps) -> None:
-    """--dry-run: what would run, and what it would cost."""
-    print(
-        f"aihf_ppo --dry-run: model {args.model}, reward from {args.reward_model or args.model}, demonstrations {args.dataset},"
-        f" preferences {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}"
-    )
-    answers, tokens = steps.demonstrations if args.demo_weight else 0, args.max_new_tokens
-    episodes = steps.updates * args.rollout_batch_size
-    print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
-    print(f"  {answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,")
-    print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
-    print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
-    print(f"  in all {steps.first(args.T)} optimizer steps")
-    memory.print_memory_plan(args)
+# ---- what flags mean and what is logged ----
+@dataclass
+class Args(RunArgs):
+    scalar_models: ClassVar[int] = 2
+
+    T: Annotated[int, AT_LEAST_1] = 2
+    """outer iterations, >= 1: how often the policy answers anew and a reward is learned."""
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
+    """passes of the reward model over demonstrations and preferences in one outer iteration, >= 1; K follows from it."""
+    preference_dataset: str = "auto"
+    """preferences: pydoc, a file or folder, a short name or a hub id; if it is --dataset, rows not used as demonstrations."""
+    max_preferences: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
+    """preferences to use, the first N in a seeded order; 0 means all. Paper: the rest of HH."""
+    demo_weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    """w1 of Eq. 5, >= 0: weight of the demonstrations beside the preferences' 1. 0 is RLHF: the reward sees no demonstration."""
+    prompts: Literal["preferences", "demonstrations"] = "preferences"
+    """whose prompts the policy step answers. Paper, Sec. 5: those of the preferences."""
+    beta: Annotated[float, POSITIVE] = 0.1
+    """weight of KL(pi || pi_ref), reward units per nat, > 0: in the policy step, and in a linear reward step."""
+    reward_loss: Literal["logistic", "linear"] = "logistic"
+    """logistic: -log sigmoid of both differences, bounded; linear: the likelihoods' own gradients (Eq. 17 to 19), unbounded."""
+    reward_model: str = "auto"
+    """what the reward is made from: a causal model or a classifier with one label; empty: the policy's own model."""
+    reward_init: Literal["previous", "sft", "base"] = "previous"
+    """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
+    sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
+    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
+    """peak learning rate of the reward model, > 0. Paper: 5e-7 (7B), the one rate it names."""
+    init: Literal["previous", "initial"] = "previous"
+    """where PPO starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
+    ref: Literal["initial", "previous"] = "initial"
+    """reference policy of the KL penalty: the initial (SFT) policy (the equations), or that of the last iteration."""
+    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
+    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
+    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
+    """peak learning rate of --sft-epochs, > 0."""
+    temperature: Annotated[float, POSITIVE] = 1.0
+    """of sampled answers, > 0; it divides the logits of every log-prob PPO uses."""
+    total_episodes: Annotated[int | Auto, POSITIVE] = "auto"
+    """answers PPO samples in one outer iteration, > 0."""
+    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
+    """answers per PPO update over all devices, > 0."""
+    num_ppo_epochs: Annotated[int, AT_LEAST_1] = 4
+    """passes of PPO over each batch of answers, >= 1. TRL: 4."""
+    num_mini_batches: Annotated[int, AT_LEAST_1] = 1
+    """optimizer steps per such pass, >= 1. TRL: 1."""
+    cliprange: Annotated[float, POSITIVE] = 0.2
+    """PPO's clip of the probability ratio, > 0. TRL: 0.2."""
+    cliprange_value: Annotated[float, POSITIVE] = 0.2
+    """clip of the change of a value, reward units, > 0. TRL: 0.2."""
+    vf_coef: Annotated[float, NOT_NEGATIVE] = 0.1
+    """weight of the value loss, >= 0. TRL: 0.1."""
+    value_warmup_ratio: Annotated[float | Auto, BELOW_1] = "auto"
+    """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). TRL: 0."""
+    gamma: Annotated[float, UP_TO_1] = 1.0
+    """discount per token, in (0, 1]. TRL: 1."""
+    lam: Annotated[float, ZERO_TO_1] = 0.95
+    """lambda of generalised advantage estimation, in [0, 1]. TRL: 0.95."""
+    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 1.0
+    """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
+    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
+    """PPO updates between evaluations, > 0; one is also made at the end."""
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.preference_dataset != "none", "preference_dataset", "none",
+            "a source of preferences: rft.py learns from demonstrations alone",
+        )  # fmt: skip
+        require(
+            self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
+            f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
+        )  # fmt: skip
+        require(
+            not (self.reward_init == "sft" and self.reward_model), "reward_init", "sft",
+            f"--reward-model '' beside it, not {self.reward_model}: the reward starts from the SFT policy",
+        )  # fmt: skip
+
+    def needs_demonstrations(self) -> bool:
+        return any((self.demo_weight, self.sft_epochs, self.select_top_k, self.prompts == "demonstrations"))
+
+
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
+        max_new_tokens=48, learning_rate=2e-4, reward_model="", reward_learning_rate=1e-3, sft_epochs=2,
+        sft_learning_rate=4e-4, batch_size=32, total_episodes=960, rollout_batch_size=64, value_warmup_ratio=0.125,
+        eval_updates=10, per_device_train_batch_size=32, per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and episodes are ours
+        dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
+        max_new_tokens=256, learning_rate=5e-7, reward_model="pythia-1.4b", reward_learning_rate=5e-6, sft_epochs=1,
+        sft_learning_rate=2e-5, batch_size=64, total_episodes=50_000, rollout_batch_size=256, value_warmup_ratio=0.0,
+        eval_updates=20, per_device_train_batch_size=4, per_device_eval_batch_size=32,
+    ),
+    # AIHF paper, App. A.1.4: data, rate, length, batch 8 (eight devices with 1); PPO's episodes and their batch are ours, since
+    # the paper's policy step at 7B is that of aihf.py
+    "other": dict(
+        dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
+        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, reward_model="", reward_learning_rate=5e-7,
+        sft_epochs=0, sft_learning_rate=2e-5, batch_size=8, total_episodes=50_000, rollout_batch_size=256,
+        value_warmup_ratio=0.0, eval_updates=20, per_device_train_batch_size=1, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
+
+METRICS = {  # name -> meaning, unit, range
+    "sft/loss": "NLL, nats per response token, of --sft-epochs",
+    "reward/loss": "w1 demonstrations/loss + preferences/loss, over an epoch; falls",
+    "demonstrations/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
+    "demonstrations/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
+    "demonstrations/margin": "mean of r(demonstration) - r(answer), reward units; rises",
+    "preferences/loss": "preference_loss, mean over pairs; near log 2 = 0.693 at the start, falls",
+    "preferences/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; near 0.5 at the start, rises",
+    "preferences/margin": "mean of r(chosen) - r(rejected), reward units; rises",
+    "reward/demonstrations": "mean reward of the demonstrations in the batch",
+    "reward/answers": "mean reward of the policy's answers in the batch",
+    "eval/reward/center": "what was subtracted so that held-out chosen responses average 0",
+    "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
+    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
+    "objective/non_score_reward": "-beta objective/kl",
+    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
+    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
+    "loss/value_avg": "clipped value loss, the same mean",
+    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
+    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
+    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
+    "val/ratio": "mean probability ratio; 1 at the first step of an update",
+    "val/clipfrac_avg": "share of tokens whose value is clipped",
+    "val/explained_variance": "1 - Var(return - value) / Var(return) over response tokens; at most 1",
+    "val/num_eos_tokens": "answers that ended in EOS",
+    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
+    "completions/mean_length": "tokens of the answers, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    **evals.EVAL_METRICS,
+    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+}
 
 
 if __name__ == "__main__":

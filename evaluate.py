@@ -22,12 +22,12 @@ if __name__ == "__main__":
 
 import contextlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 
 from common import demos, evals, models, rewards
-from common.args import BaseArgs, main, parse_args
+from common.args import POSITIVE, BaseArgs, main, parse_args
 from common.generation import Rollout, make_generator
 from common.run import Run
 from common.store import without_nan, write_json, write_pairs
@@ -43,8 +43,6 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
 
 @dataclass
 class Args(BaseArgs):
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {"a number above 0": ("beta", "temperature")}
-
     model: str = "tiny"
     """policy to measure: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
     seed: int = 1
@@ -53,9 +51,9 @@ class Args(BaseArgs):
     """reference policy, with the tokenizer of --model; empty: no implicit reward, no KL, no win rate over it."""
     reward_model: str = ""
     """reward model to measure, a classifier with one label and the tokenizer of --model; empty: none."""
-    beta: float = 0.1
+    beta: Annotated[float, POSITIVE] = 0.1
     """scale of the implicit reward beta log pi/pi_ref, reward units per nat, > 0."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """of all samples, > 0; other than 1 there is no KL. irl_ppo_tldr.py measures at 0.01."""
 
 

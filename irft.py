@@ -24,14 +24,14 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models
-from common.args import Auto, RunArgs, main, parse_args, require
+from common.args import AT_LEAST_1, POSITIVE, Auto, RunArgs, main, parse_args, require
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -59,18 +59,14 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
 @dataclass
 class Args(RunArgs):
     sequences_per_row: ClassVar[int] = 2
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_chunks", "num_train_epochs"),
-        "a number above 0": ("beta", "temperature", "later_learning_rate"),
-    }
 
-    T: int = 5
+    T: Annotated[int, AT_LEAST_1] = 5
     """outer iterations, >= 1: how often the policy answers anew. 1 is SPIN. Paper: 5 to 8 (Tables 3, 4)."""
-    num_chunks: int | Auto = "auto"
+    num_chunks: Annotated[int | Auto, AT_LEAST_1] = "auto"
     """parts the demonstrations are split into, one per outer iteration; auto: T. 5 with --T 10 is the paper's second pass."""
-    num_train_epochs: int = 2
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 2
     """passes over the pairs of one outer iteration, >= 1. Paper: 2; released 7B code: 1."""
-    beta: float = 0.1
+    beta: Annotated[float, POSITIVE] = 0.1
     """weight of KL(pi || pi_ref), reward units per nat, > 0. Paper: 0.1 (App. C)."""
     loss_type: Literal["logistic", "linear"] = "logistic"
     """logistic: Eq. 7 with h = log sigmoid; linear: the bare estimator of Eq. 6, unbounded, for study."""
@@ -82,9 +78,9 @@ class Args(RunArgs):
     """pairs of earlier outer iterations to train on again: none (Alg. 2), those of the last one (SPIN), or all."""
     negatives: Literal["sampled", "greedy"] = "sampled"
     """the policy's answers: sampled (Alg. 2, line 5), or greedy (what the released script does)."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """of sampled answers, > 0. At 1 they come from the distribution whose log-probs enter the loss."""
-    later_learning_rate: float | Auto = "auto"
+    later_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate from the second pass over the chunks on, > 0. Paper: 1e-7."""
 
     def check(self) -> None:

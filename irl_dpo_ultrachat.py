@@ -32,14 +32,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models, rewards
-from common.args import Auto, RunArgs, main, parse_args, require
+from common.args import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -70,27 +70,18 @@ BLOCK = 256  # prompts whose candidates are sampled, scored and kept on disk at 
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 1
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs", "num_policy_epochs"),
-        "2 or more, to choose a pair from": ("num_generations",),
-        "a number above 0": (
-            "beta", "temperature", "greedy_temperature", "reward_learning_rate", "sft_learning_rate", "rollout_batch_size",
-            "eval_updates",
-        ),
-        "0 or more": ("total_prompts", "missing_eos_penalty", "sft_epochs"),
-    }  # fmt: skip
 
-    T: int = 2
+    T: Annotated[int, AT_LEAST_1] = 2
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 2."""
-    num_train_epochs: int = 1
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
     """passes of the reward model over its pairs in one outer iteration, >= 1. Paper: 1."""
     expert_model: str = ""
     """model whose answers are the demonstrations, training and held-out, kept in the cache folder; empty: --dataset's own."""
-    greedy_temperature: float = 0.01
+    greedy_temperature: Annotated[float, POSITIVE] = 0.01
     """temperature of the expert's answers and of --negatives greedy, > 0. Released code: 0.01."""
     eval_preference_dataset: str = "none"
     """held-out preferences of people, on which every reward is measured (Fig. 2a); none, a file, folder, short name or hub id."""
-    beta: float = 0.1
+    beta: Annotated[float, POSITIVE] = 0.1
     """weight of KL(pi || pi_ref), reward units per nat, > 0: in DPO, and in a linear reward step. Paper: 0.1."""
     negatives: Literal["sampled", "greedy"] = "sampled"
     """the policy's answers in the reward's pairs: at --temperature (Alg. 1), or near-greedy (released code)."""
@@ -101,15 +92,15 @@ class Args(RunArgs):
     """logistic: Eq. 11, bounded; linear: the likelihood's own gradient (Eq. 10), unbounded."""
     reward_init: Literal["sft", "previous"] = "sft"
     """where a reward step starts: the SFT policy every time (Sec. 6.1, released code), or the last iteration's reward."""
-    reward_learning_rate: float | Auto = "auto"
+    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of the reward model, > 0. Released code (TL;DR): 3e-6."""
     ref: Literal["initial", "previous"] = "initial"
     """reference policy of DPO: the SFT policy (Eq. 5), or that of the last iteration (released code, Online-RLHF)."""
-    sft_epochs: int | Auto = "auto"
+    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: float | Auto = "auto"
+    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of --sft-epochs, > 0."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """of sampled answers, > 0; it divides the logits of every log-prob the policy step uses. Online-RLHF: 1."""
     lr_scheduler_type: Literal["linear", "cosine"] = "cosine"
     """how a learning rate falls to 0 after its warm-up. Paper: cosine."""
@@ -119,19 +110,19 @@ class Args(RunArgs):
     pair_choice: Literal["max_min", "max_max", "max_random", "random"] = "max_min"
     """DPO's pair of a prompt: the best candidate and the worst (paper), the best and the second, the best and any other, or any
     two. Names of Online-RLHF."""
-    num_generations: int | Auto = "auto"
+    num_generations: Annotated[int | Auto, AT_LEAST_2] = "auto"
     """N, candidates of a prompt, >= 2. Paper: 32."""
     candidates_from: str = ""
     """run whose candidates and scores are taken where they come from the same weights, prompts and settings; empty: none."""
-    total_prompts: int | Auto = "auto"
+    total_prompts: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """prompts the policy step answers in one outer iteration; 0 means all there are. Online-RLHF: 20,000."""
-    rollout_batch_size: int | Auto = "auto"
+    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """prompts answered at a time, over all devices, before the policy takes its steps on them, > 0. Online-RLHF: all at once."""
-    num_policy_epochs: int = 1
+    num_policy_epochs: Annotated[int, AT_LEAST_1] = 1
     """passes of the policy over each batch of pairs, >= 1. Online-RLHF: 2."""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 1.0
     """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
-    eval_updates: int | Auto = "auto"
+    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
     """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
     optimizer: Literal["rmsprop", "adamw"] = "adamw"
     """both without weight decay; rmsprop with the bias correction that torch's lacks. Paper: AdamW."""

@@ -20,6 +20,8 @@ The paper's run, with the expert's weights in DIR (docs/irl_ppo_tldr.md):
 accelerate launch irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR --eval-preference-dataset tldr-preferences
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     from extras import terminal
 
@@ -28,236 +30,45 @@ if __name__ == "__main__":
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models, rewards
-from common.args import Auto, RunArgs, main, parse_args, require
-from common.data import Frame, collate, encode, end_of_turn, pad_right, tokenise
+from common.args import (
+    ANY_NUMBER,
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UP_TO_1,
+    ZERO_TO_1,
+    Auto,
+    RunArgs,
+    main,
+    parse_args,
+    require,
+)
+from common.data import Frame, collate, encode, end_of_turn, pad_right, pair_length, pair_rows, row_length, tokenise
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.run import Run
-from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, memory, records, sharding
-
-SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=960, prompts="demonstrations", eval_samples=200, max_length=208, max_new_tokens=48,
-        learning_rate=1e-4, reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, eval_temperature=0.7,
-        total_episodes=1024, rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=8,
-        per_device_train_batch_size=32, per_device_eval_batch_size=64,
-    ),
-    "pythia": dict(  # IRL paper, App. 8.1; the rates, which its text lost, and what else it leaves open are those of N+
-        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
-        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
-        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
-        per_device_train_batch_size=8, per_device_eval_batch_size=32,
-    ),
-    "other": dict(
-        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
-        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
-        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
-        per_device_train_batch_size=4, per_device_eval_batch_size=16,
-    ),
-}  # fmt: skip
-TLDR_TEMPLATE = (  # of the saved tokenizers: other scripts then ask as this one does; their completions need a leading space
-    "{% set text = messages[-1]['content'] %}{% if 'POST: ' in text and text.endswith('\n\nTL;DR:') %}{{ text }}"
-    "{% else %}{{ 'POST: ' + text + '\n\nTL;DR:' }}{% endif %}"
-)
-COMPARISON_TOKENS = 169  # N+: the longest summary in people's comparisons, EOS included
+from extras import gold, records, sharding
 
 
-@dataclass
-class Args(RunArgs):
-    scalar_models: ClassVar[int] = 2
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
-        "a number above 0": (
-            "reward_learning_rate", "sft_learning_rate", "adam_epsilon", "cliprange", "cliprange_value", "beta", "temperature",
-            "greedy_temperature", "eval_temperature", "total_episodes", "rollout_batch_size", "eval_updates",
-        ),
-        "0 or more": ("vf_coef", "sft_epochs", "weight_decay"),
-        "at least 0 and below 1": ("value_warmup_ratio",),
-        "a number above 0 and at most 1": ("gamma",),
-        "between 0 and 1": ("lam",),
-        "any number": ("missing_eos_score",),
-    }  # fmt: skip
+# ---- the maths: SFT, and the reward ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
 
-    T: int = 2
-    """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Released code: 11."""
-    num_train_epochs: int = 1
-    """passes of the reward model over its pairs in one outer iteration, >= 1. Paper: 1."""
-    expert_model: str = ""
-    """model whose answers are the demonstrations, training and held-out, kept in the cache folder; empty: --dataset's own.
-    Paper: a 6.9B policy made by PPO from human preferences."""
-    greedy_temperature: float = 0.01
-    """temperature of the expert's answers and of --negatives greedy, > 0. Released code: 0.01."""
-    eval_temperature: float | Auto = "auto"
-    """temperature of the samples that evaluations measure, > 0. N+ 32: 0.01, at which a model as small as tiny repeats itself."""
-    eval_preference_dataset: str = "none"
-    """held-out preferences of people, on which every reward is measured (Fig. 2a); none, a file, folder, short name or hub id."""
-    prompts: Literal["all", "demonstrations"] | Auto = "auto"
-    """posts that PPO summarises: all of --dataset (paper), or those of the demonstrations."""
-    negatives: Literal["sampled", "greedy"] = "sampled"
-    """the policy's answers in the reward's pairs: at --temperature (Alg. 1), or near-greedy (released code)."""
-    pairs: Literal["current", "accumulated"] = "current"
-    """what a reward learns from: this outer iteration's pairs (paper), or those of the earlier ones too (released code, which
-    leaves out the first)."""
-    reward_loss: Literal["logistic", "linear"] = "logistic"
-    """logistic: Eq. 11, bounded; linear: the likelihood's own gradient (Eq. 10), unbounded."""
-    reward_init: Literal["sft", "previous"] = "sft"
-    """where a reward step starts: the SFT policy every time (Sec. 6.1, released code), or the last iteration's reward."""
-    reward_learning_rate: float | Auto = "auto"
-    """peak learning rate of the reward model, > 0. N+ 10: 3e-6."""
-    reward_normalisation: Literal["mean", "mean_std", "none"] = "mean"
-    """after its training a reward is shifted so that the demonstrations average 0 (N+ 9), and with mean_std scaled so that
-    their scores have standard deviation 1 (released code)."""
-    ref: Literal["initial", "previous"] = "initial"
-    """reference policy of the KL penalty: the SFT policy (Eq. 5), or that of the last iteration (released code)."""
-    sft_epochs: int | Auto = "auto"
-    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: float | Auto = "auto"
-    """peak learning rate of --sft-epochs, > 0. N+: 3e-6."""
-    sft_tokens: Literal["all", "response"] = "all"
-    """tokens SFT learns: query and response (N+ 5), or the response alone (Eq. 1)."""
-    beta: float = 0.05
-    """weight of KL(pi || pi_ref) in PPO, reward units per nat, > 0. Paper: 0.05."""
-    temperature: float = 0.7
-    """of sampled answers, > 0; it divides the logits of every log-prob PPO uses (N+ 16). Paper: 0.7."""
-    total_episodes: int | Auto = "auto"
-    """answers PPO samples in one outer iteration, > 0. N+ 30: 1,000,000."""
-    rollout_batch_size: int | Auto = "auto"
-    """answers per PPO update over all devices, > 0. Paper: 512."""
-    num_ppo_epochs: int = 4
-    """passes of PPO over each batch of answers, >= 1. Paper: 4."""
-    num_mini_batches: int = 1
-    """optimizer steps per such pass, >= 1. Paper: 1."""
-    cliprange: float = 0.2
-    """PPO's clip of the probability ratio, > 0. Paper: 0.2."""
-    cliprange_value: float = 0.2
-    """clip of the change of a value, reward units, > 0. Paper: 0.2."""
-    vf_coef: float = 0.1
-    """weight of the value loss, >= 0. Paper: 0.1."""
-    value_warmup_ratio: float | Auto = "auto"
-    """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). N+: 0."""
-    gamma: float = 1.0
-    """discount per token, in (0, 1]. Paper: 1."""
-    lam: float = 0.95
-    """lambda of generalised advantage estimation, in [0, 1]. Paper: 0.95."""
-    missing_eos_score: float = -1.0
-    """score of an answer without EOS, in place of the reward's, reward units. N+ 19: -1."""
-    whiten_rewards: bool = False
-    """scale the rewards of the steps to variance 1, keeping their mean. N+ 24: off."""
-    eval_updates: int | Auto = "auto"
-    """PPO updates between evaluations, > 0; one is also made at the end. N+: 100."""
-    optimizer: Literal["rmsprop", "adamw"] = "adamw"
-    """rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
-    adam_epsilon: float = 1e-5
-    """of the optimizer, > 0. N+ 30: 1e-5."""
-    weight_decay: float = 0.01
-    """of the optimizer, >= 0. Released code: torch's 0.01."""
-    warmup_ratio: float = 0.0
-    """part of the updates in which a learning rate rises; then it falls to 0, linearly in PPO, else as a cosine. N+: 0."""
-    max_grad_norm: float = math.inf
-    """gradient norm is clipped at this value, > 0. N+ 30: not clipped."""
-    judge_task: Literal["answer", "summary"] = "summary"
-    """what the judge compares: answers to a request, or summaries of a post."""
-
-    def check(self) -> None:
-        super().check()
-        require(
-            self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
-            f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
-        )  # fmt: skip
-        require(self.template == "auto", "template", self.template, "auto: the text of TL;DR is the one template here")
-
-
-SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
-
-METRICS = {  # name -> meaning, unit, range
-    "sft/loss": "NLL, nats per token that --sft-tokens names, of --sft-epochs",
-    "reward/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
-    "reward/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
-    "reward/margin": "mean of r(demonstration) - r(answer), reward units; rises",
-    "reward/demonstrations": "mean reward of the demonstrations in the batch",
-    "reward/answers": "mean reward of the policy's answers in the batch",
-    "eval/reward/center": "what was subtracted so that the demonstrations average 0",
-    "eval/reward/scale": "standard deviation of the demonstrations' scores; 1 after --reward-normalisation mean_std",
-    "objective/scores": "mean score of the answers, --missing-eos-score for those without EOS; what PPO raises",
-    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
-    "objective/non_score_reward": "-beta objective/kl",
-    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
-    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
-    "loss/value_avg": "clipped value loss, mean over response tokens and the step after EOS",
-    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
-    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
-    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
-    "val/ratio": "mean probability ratio; 1 at the first step of an update",
-    "val/clipfrac_avg": "share of values that are clipped",
-    "val/explained_variance": "1 - Var(return - value) / Var(return) over all steps; at most 1",
-    "val/num_eos_tokens": "answers that ended in EOS",
-    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
-    "completions/mean_length": "tokens of the answers, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
-    **evals.EVAL_METRICS,
-    **evals.REWARD_METRICS,
-    **evals.PREFERENCE_METRICS,
-}
-
-
-# ---- the text of TL;DR ----
-def split_query(prompt, where: str) -> tuple[str, str, str]:
-    """(what precedes the post, the post, what follows). A prompt that has not the form of TL;DR is itself the post."""
-    if isinstance(prompt, list):
-        require(len(prompt) == 1, where, f"a prompt of {len(prompt)} turns", "one text to summarise")
-        prompt = prompt[0]["content"]
-    head, mark, rest = prompt.partition("POST: ")
-    if mark and rest.endswith("\n\nTL;DR:"):
-        return head + mark, rest.removesuffix("\n\nTL;DR:"), "\n\nTL;DR:"
-    return "POST: ", prompt, "\n\nTL;DR:"
-
-
-def fit_query(prompt, tokenizer, longest: int, where: str = "dataset") -> str:
-    """The query, its post cut at its last line break, or by one character, until the whole has `longest` tokens (N+ 1)."""
-    head, post, tail = split_query(prompt, where)
-    while post and len(tokenise(tokenizer, [head + post + tail])[0]) > longest:
-        cut = post.rfind("\n")
-        post = post[:cut] if cut >= 0 else post[:-1]
-    return head + post + tail
-
-
-def tldr_frame(tokenizer) -> Frame:
-    """A space before the summary, and EOS after it."""
-    return Frame(lead=" ", end=end_of_turn(tokenizer))
-
-
-def encode_tldr(
-    rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset", **how
-) -> list[dict]:
-    """data.encode in the form of TL;DR: the bare query, and " " + summary + EOS cut to max_length - max_prompt_length (N+ 1).
-
-    The leading space makes text and tokens the same whether query and summary are tokenised together or apart. `prompt`
-    stays as it came. how: more of encode's arguments.
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
     """
-
-    def render(_, prompt) -> str:
-        return fit_query(prompt, tokenizer, max_prompt_length, flag.removeprefix("--"))
-
-    longest = max_length - max_prompt_length
-    how["longest_response"] = min(longest, how.get("longest_response") or longest)
-    texts = ("response", "chosen", "rejected")
-    stripped = [{k: v.strip() if k in texts and v else v for k, v in row.items()} for row in rows]
-    frame = tldr_frame(tokenizer)
-    return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, frame=frame, **how)
+    return -masked_sum(token_logprobs, response_mask)
 
 
-# ---- the maths: reward ----
 def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
     """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
 
@@ -325,15 +136,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return torch.where(mask, losses, torch.zeros_like(losses))
 
 
-def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of each response, RFT paper Eq. 1.
-
-    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
-    Returns (B,), nats per response, summed over its tokens.
-    """
-    return -masked_sum(token_logprobs, response_mask)
-
-
 # ---- what is scored, by which model ----
 class ActorCritic(torch.nn.Module):
     """Policy and value model in one module: one optimizer, one backward pass."""
@@ -350,11 +152,11 @@ class ActorCritic(torch.nn.Module):
         return scores, sharding.zero_of(self.value)
 
 
-def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations, and of their queries where --sft-tokens says so -> ((B,), {})."""
+def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, and of their queries where --sft-tokens says so, times scale -> ((B,), {})."""
     batch = collate([learned_tokens(r, args) for r in rows], pad_token_id=0).to(device)
     scores, nothing = actor_critic(batch, with_values=False)
-    return nll_loss(scores.logprobs, batch.response_mask) + nothing, {}
+    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
 
 
 def learned_tokens(row: dict, args: Args) -> tuple[list[int], list[int]]:
@@ -426,33 +228,7 @@ def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
     return pad_right([r[name] + [0.0] * (width - len(r[name])) for r in rows], 0.0, like.dtype).to(like.device)
 
 
-# ---- the plan: numbers of optimizer steps, known before anything runs ----
-@dataclass
-class Steps:
-    sft: int
-    reward: list[int]  # reward steps of each outer iteration
-    updates: int  # PPO updates in one outer iteration
-    per_update: int  # optimizer steps of one PPO update
-
-    def K(self, t: int) -> int:
-        """Reward steps in outer iteration t."""
-        return self.reward[t]
-
-    def first(self, t: int) -> int:
-        """Optimizer steps before outer iteration t."""
-        return self.sft + sum(self.K(i) + self.updates * self.per_update for i in range(t))
-
-
-def count_steps(n: int, args: Args) -> Steps:
-    """Steps for n demonstrations; the last batch of an epoch may be smaller."""
-    kept = [t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)]  # iterations whose pairs are used
-    reward = [args.num_train_epochs * math.ceil(n * k / args.batch_size) for k in kept]
-    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
-    sft = args.sft_epochs * math.ceil(n / args.batch_size)
-    return Steps(sft, reward, updates, args.num_ppo_epochs * args.num_mini_batches)
-
-
-# ---- rollouts of PPO ----
+# ---- a PPO update: answers, advantages, optimizer steps ----
 def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
     """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
 
@@ -542,107 +318,76 @@ def ppo_update(
     return {**row, "sampling/logp_difference": first}
 
 
-def row_length(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["response_ids"])
+# ---- the loop: Algorithm 1 ----
+SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
 
 
-def pair_length(pair: dict) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-
-
-# ---- the algorithm ----
 class IRL:
-    """The parts of a run and Alg. 1's steps over them. Every step skips what a resumed run has done already."""
+    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
 
-    def __init__(
-        self,
-        run: Run,
-        tokenizer,
-        demonstrations: list[dict],
-        prompts: list[dict],
-        held_rows: list[dict],
-        preferences: list[dict],
-    ):
+    def __init__(self, run: Run, tokenizer, demonstrations, prompts, held_rows, preferences):  # lists of rows
         args = run.args
         self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.prompts = demonstrations, prompts
-        self.held_rows, self.preferences = held_rows, preferences
+        self.demonstrations, self.prompts, self.held_rows, self.held = demonstrations, prompts, held_rows, None
+        self.preferences = preferences
+        self.method, self.paper = "IRL", "arXiv:2503.13538, Alg. 1"
         self.steps = count_steps(len(demonstrations), args)
         policy = models.autocast_forward(run, models.prepare_policy(args))
         value, reward_model = (
             models.autocast_forward(run, rewards.prepare_scalar(args, args.model, "--model")) for _ in range(2)
         )
-        actor_critic = ActorCritic(policy, value)
         adam = dict(eps=args.adam_epsilon, weight_decay=args.weight_decay)
         self.actor_critic, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
-            actor_critic, make_optimizer(args.optimizer, policy.parameters(), value.parameters(), **adam),
+            ActorCritic(policy, value), make_optimizer(args.optimizer, policy.parameters(), value.parameters(), **adam),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters(), **adam),
         )  # fmt: skip
         self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
         self.generator = make_generator(run, self.bare.policy, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
-        self.position = {"outer_iteration": 0, "step": 0}
-        self.held = None
 
-    def done(self, t: int, k: int, save: bool) -> None:
-        """One more optimizer step, or PPO update, is done: move the position, save where due, stop where asked."""
-        self.position.update(outer_iteration=t, step=k)
-        if save:
-            self.run.save_checkpoint(self.position)
-        self.run.stop_if_asked(self.position)
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        run.load_checkpoint()
+        if args.gold_reward_model and run.position["step"] < self.steps.sft:
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
+        self.warm_start()
+        self.held = evals.prepare_held_out(
+            run, self.bare.policy, self.generator, self.held_rows, self.tokenizer, args.eval_temperature
+        )
+        for t in range(run.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
 
     def warm_start(self) -> None:
         """The SFT policy from --model. Kept in sft/ as reference, as start of every reward, and for comparison."""
-        run, args, total = self.run, self.args, self.steps.sft
+        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
         self.actor_critic.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
-        with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
-            for step, batch in enumerate(batches):
-                if step >= self.position["step"]:
-                    rows = [self.demonstrations[i] for i in batch]
-                    scale = len(rows) / sum(len(learned_tokens(r, args)[1]) for r in rows)
-
-                    def loss_fn(part, scale=scale):
-                        losses, stats = sft_batch_loss(self.actor_critic, part, args, run.accelerator.device)
-                        return losses * scale, stats
-
-                    lr = learning_rate_at(step, total, args.sft_learning_rate, args.warmup_ratio, "cosine")
-                    row = run.step(  # the value model rests
-                        self.actor_critic, self.optimizer, rows, loss_fn, row_length, (lr, 0.0), "sft_learning_rate"
-                    )
-                    if (step + 1) % args.logging_steps == 0:
-                        run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
-                    self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
-                advance(1)
-        if total and self.position["step"] == total:
+        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
+        for k, batch in run.updates("SFT", batches):
+            rows = [self.demonstrations[i] for i in batch]
+            scale = len(rows) / sum(len(learned_tokens(r, args)[1]) for r in rows)
+            loss_fn = lambda part, scale=scale: sft_batch_loss(self.actor_critic, part, args, device, scale)  # noqa: E731
+            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio, "cosine")
+            rates = (lr, 0.0)  # the value model rests
+            row = run.step(self.actor_critic, self.optimizer, rows, loss_fn, row_length, rates, "sft_learning_rate")
+            run.log_update({"sft/loss": row.pop("loss"), **row})
+        if total and run.position["step"] == total:
             card = run.model_card("SFT", "arXiv:2503.13538, Sec. 6.1")
             run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
 
     def sample_pairs(self, t: int) -> list[dict]:
-        """Alg. 1, data sample: (expert's, policy's) summaries of every demonstration's post; read if already made."""
+        """Alg. 1, data sample: (expert's, policy's) summaries of every demonstration's post, read if already made."""
         run, args, rows = self.run, self.args, self.demonstrations
-        path = run.dir / "generations" / f"iter_{t}.parquet"
-        if not path.exists():
-            if self.position["step"] > self.steps.first(t):
-                raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
+
+        def make() -> list[dict]:
             with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                temperature = args.temperature if args.negatives == "sampled" else args.greedy_temperature
                 seed = stream_seed(args.seed, t, PAIRS)
+                temperature = args.temperature if args.negatives == "sampled" else args.greedy_temperature
                 rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
-            pairs = [
-                {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
-                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-                    "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-                    "chosen_finished": r.get("response_finished", True),
-                }
-                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
-            ]  # fmt: skip
-            if run.is_main:
-                write_pairs(path, pairs)
-            run.accelerator.wait_for_everyone()
-        return read_pairs(path)
+            return pair_rows(self.tokenizer, rows, rollout, t)
+
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
 
     def start_reward(self, t: int) -> None:
         """theta_{t,0}: made anew from the SFT policy, or carried over."""
@@ -655,33 +400,28 @@ class IRL:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, reward optimization: gradient steps on the pairs; then the reward is normalised and measured."""
-        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K(t)
+        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
         pairs = self.sample_pairs(t)
         if args.pairs == "accumulated":
             pairs = [p for i in range(t) for p in self.sample_pairs(i)] + pairs
-        if self.position["step"] <= first:
+        if run.position["step"] <= first:
             self.optimizer.state.clear()  # D3; and its memory, until PPO
             self.start_reward(t)
         self.reward_model.train()
-        batches = [b for e in range(args.num_train_epochs) for b in run.batches(len(pairs), t, REWARD, e)]
-        with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
-            for k, batch in enumerate(batches):
-                if first + k >= self.position["step"]:
-                    lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio, "cosine")
-                    row = run.step(
-                        self.reward_model, self.reward_optimizer, [pairs[i] for i in batch],
-                        lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        pair_length, lr, "reward_learning_rate",
-                    )  # fmt: skip
-                    if (k + 1) % args.logging_steps == 0:
-                        run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
-                    self.done(t, first + k + 1, (k + 1) % args.save_steps == 0 or k + 1 == K)
-                advance(1)
-        if self.position["step"] == first + K:
+        loss_fn = lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device)  # noqa: E731
+        batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
+        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
+            rows = [pairs[i] for i in batch]
+            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio, "cosine")
+            row = run.step(
+                self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
+            )
+            run.log_update({"reward/loss": row.pop("loss"), **row})
+        if run.position["step"] == end:
             row = self.normalise(t)
             row |= evals.evaluate_reward(run, self.bare_reward, self.held, t)
             row |= evals.evaluate_preferences(run, self.bare_reward, self.preferences, t)
-            run.log(row, step=first + K, outer_iteration=t)
+            run.log(row, step=end, outer_iteration=t)
 
     def normalise(self, t: int) -> dict[str, float]:
         """N+ 9: the demonstrations' scores get mean 0, and with mean_std deviation 1 -> {metric: value}."""
@@ -699,59 +439,41 @@ class IRL:
 
     def start_policy(self, t: int) -> str:
         """Before PPO: value from reward (N+ 12). Returns the reference's model or folder."""
-        run = self.run
-        begun = self.position["step"] > self.steps.first(t) + self.steps.K(t)
-        if not begun:
+        run, args = self.run, self.args
+        previous = args.ref == "previous" and t > 0
+        if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
+            if previous:
+                card = run.model_card(self.method, self.paper)
+                run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
             run.load_weights(self.actor_critic, self.bare_reward, "value")
-        if self.args.ref == "initial" or t == 0:
-            return self.sft_policy
-        if not begun:
-            card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
-            run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
-        return str(run.dir / f"policy_{t}")
+        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
 
     def policy_step(self, t: int) -> None:
         """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
         run, args, steps = self.run, self.args, self.steps
-        first = steps.first(t) + steps.K(t)
-        source = self.start_policy(t)
-        reference = models.open_reference(run, self.bare.policy, source)
-        save_every = max(1, args.save_steps // steps.per_update)
-        n, size = len(self.prompts), args.rollout_batch_size
-        epochs = math.ceil(steps.updates * size / n)
-        order = [i for e in range(epochs) for i in data_order(n, args.seed, t, PPO, e)]
+        reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
+        initial = reference if source == self.sft_policy else None
+        warmup = int(steps.updates * args.value_warmup_ratio)  # D2
+        batches = run.prompt_batches(len(self.prompts), steps.updates * args.rollout_batch_size, t, PPO)
         self.actor_critic.train()
-        with run.phase(f"iteration {t}: PPO", steps.updates, updates=True, outer_iteration=t) as advance:
-            for u in range(steps.updates + 1):
-                if self.position["step"] > first + u * steps.per_update:
-                    advance(1)
-                    continue
-                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
-                    # an evaluation is long, and a stop in it would lose what is not saved
-                    run.save_checkpoint(self.position)
-                    with run.timed("evaluate"):
-                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
-                if u == steps.updates:
-                    break
-                rows = [self.prompts[i] for i in order[u * size : (u + 1) * size]]
-                seed = stream_seed(args.seed, t, PPO, u)
-                rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
-                run.stop_if_asked(self.position)
-                row = add_advantages(rollouts, args)
-                with run.timed("update"):
-                    warmup = int(steps.updates * args.value_warmup_ratio)  # D2
-                    if u == warmup:
-                        self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
-                    after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
-                    lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
-                    row |= ppo_update(
-                        run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
-                    )
-                step = first + (u + 1) * steps.per_update
-                if (u + 1) % args.logging_steps == 0:
-                    run.log(row, step=step, outer_iteration=t, episodes=(t * steps.updates + u + 1) * size)
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
-                advance(1)
+        for u, batch in run.updates(
+            f"iteration {t}: PPO", batches, t, steps.policy(t), steps.per_update,
+            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
+        ):  # fmt: skip
+            rows = [self.prompts[i] for i in batch]
+            seed = stream_seed(args.seed, t, PPO, u)
+            rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+            run.stop_if_asked()
+            row = add_advantages(rollouts, args)
+            with run.timed("update"):
+                if u == warmup:
+                    self.optimizer.state.clear()  # the policy's means of zero gradients would make its first steps too long
+                after = learning_rate_at(u - warmup, steps.updates - warmup, args.learning_rate, args.warmup_ratio)
+                lr, weight = (args.learning_rate, 0.0) if u < warmup else (after, 1.0)
+                row |= ppo_update(
+                    run, self.actor_critic, self.optimizer, rollouts, lr, t, STEPS, u, policy_weight=weight
+                )
+            run.log_update(row, episodes=(t * steps.updates + u + 1) * args.rollout_batch_size)
 
     def measure(self, t: int, updates: int, reference=None) -> None:
         """Evaluation of the policy after so many PPO updates; for a KL against the initial policy, loaded unless it is given."""
@@ -763,22 +485,90 @@ class IRL:
             self.bare_reward, temperature=self.args.eval_temperature,
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size
-        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
 
-    def learn(self) -> None:
-        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
-        run, args = self.run, self.args
-        if args.resume and (position := run.load_checkpoint()):
-            self.position = position
-        if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
-        self.warm_start()
-        self.held = evals.prepare_held_out(
-            run, self.bare.policy, self.generator, self.held_rows, self.tokenizer, args.eval_temperature
-        )
-        for t in range(self.position["outer_iteration"], args.T):
-            self.reward_step(t)
-            self.policy_step(t)
+
+# ---- the plan: numbers of optimizer steps, known before anything runs ----
+@dataclass
+class Steps:
+    sft: int
+    reward: list[int]  # reward steps of each outer iteration
+    updates: int  # PPO updates in one outer iteration
+    per_update: int  # optimizer steps of one PPO update
+
+    def K(self, t: int) -> int:
+        """Reward steps in outer iteration t."""
+        return self.reward[t]
+
+    def first(self, t: int) -> int:
+        """Optimizer steps before outer iteration t."""
+        return self.sft + sum(self.K(i) + self.updates * self.per_update for i in range(t))
+
+    def policy(self, t: int) -> int:
+        """Optimizer steps before the policy step of outer iteration t."""
+        return self.first(t) + self.K(t)
+
+
+def count_steps(n: int, args: Args) -> Steps:
+    """Steps for n demonstrations; the last batch of an epoch may be smaller."""
+    kept = [t + 1 if args.pairs == "accumulated" else 1 for t in range(args.T)]  # iterations whose pairs are used
+    reward = [args.num_train_epochs * math.ceil(n * k / args.batch_size) for k in kept]
+    updates = math.ceil(args.total_episodes / args.rollout_batch_size)
+    sft = args.sft_epochs * math.ceil(n / args.batch_size)
+    return Steps(sft, reward, updates, args.num_ppo_epochs * args.num_mini_batches)
+
+
+# ---- the text of TL;DR ----
+TLDR_TEMPLATE = (  # of the saved tokenizers: other scripts then ask as this one does; their completions need a leading space
+    "{% set text = messages[-1]['content'] %}{% if 'POST: ' in text and text.endswith('\n\nTL;DR:') %}{{ text }}"
+    "{% else %}{{ 'POST: ' + text + '\n\nTL;DR:' }}{% endif %}"
+)
+COMPARISON_TOKENS = 169  # N+: the longest summary in people's comparisons, EOS included
+
+
+def split_query(prompt, where: str) -> tuple[str, str, str]:
+    """(what precedes the post, the post, what follows). A prompt that has not the form of TL;DR is itself the post."""
+    if isinstance(prompt, list):
+        require(len(prompt) == 1, where, f"a prompt of {len(prompt)} turns", "one text to summarise")
+        prompt = prompt[0]["content"]
+    head, mark, rest = prompt.partition("POST: ")
+    if mark and rest.endswith("\n\nTL;DR:"):
+        return head + mark, rest.removesuffix("\n\nTL;DR:"), "\n\nTL;DR:"
+    return "POST: ", prompt, "\n\nTL;DR:"
+
+
+def fit_query(prompt, tokenizer, longest: int, where: str = "dataset") -> str:
+    """The query, its post cut at its last line break, or by one character, until the whole has `longest` tokens (N+ 1)."""
+    head, post, tail = split_query(prompt, where)
+    while post and len(tokenise(tokenizer, [head + post + tail])[0]) > longest:
+        cut = post.rfind("\n")
+        post = post[:cut] if cut >= 0 else post[:-1]
+    return head + post + tail
+
+
+def tldr_frame(tokenizer) -> Frame:
+    """A space before the summary, and EOS after it."""
+    return Frame(lead=" ", end=end_of_turn(tokenizer))
+
+
+def encode_tldr(
+    rows: list[dict], tokenizer, max_length: int, max_prompt_length: int, flag: str = "--dataset", **how
+) -> list[dict]:
+    """data.encode in the form of TL;DR: the bare query, and " " + summary + EOS cut to max_length - max_prompt_length (N+ 1).
+
+    The leading space makes text and tokens the same whether query and summary are tokenised together or apart. `prompt`
+    stays as it came. how: more of encode's arguments.
+    """
+
+    def render(_, prompt) -> str:
+        return fit_query(prompt, tokenizer, max_prompt_length, flag.removeprefix("--"))
+
+    longest = max_length - max_prompt_length
+    how["longest_response"] = min(longest, how.get("longest_response") or longest)
+    texts = ("response", "chosen", "rejected")
+    stripped = [{k: v.strip() if k in texts and v else v for k, v in row.items()} for row in rows]
+    frame = tldr_frame(tokenizer)
+    return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, frame=frame, **how)
 
 
 def expert_rows(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
@@ -790,6 +580,7 @@ def expert_rows(run: Run, tokenizer, rows: list[dict]) -> list[dict]:
     )  # fmt: skip
 
 
+# ---- a run, from data to the saved models ----
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     tokenizer.chat_template = TLDR_TEMPLATE
@@ -797,8 +588,17 @@ def train(args: Args) -> None:
         models.load_tokenizer(args, args.expert_model, "--expert-model")
     demonstrations = prompts = demos.load_demonstrations(args, tokenizer, encode_tldr)
     if args.dry_run:
-        print_steps(args, args.select_top_k or len(demonstrations))
-        return
+        n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
+        steps, expert = count_steps(n, args), args.expert_model or "the data set's own summaries"
+        reward_steps = f"{steps.K(0)} to {steps.K(args.T - 1)}" if args.pairs == "accumulated" else steps.K(0)
+        return Run.print_plan(
+            args, "irl_ppo_tldr", f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
+            f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
+            f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",
+            f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
+            f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
+            f"in all {steps.first(args.T)} optimizer steps",
+        )  # fmt: skip
     if args.prompts == "all":
         prompts = demos.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
     held_rows = demos.load_held_out(args, tokenizer, prompts, encode=encode_tldr)
@@ -819,27 +619,161 @@ def train(args: Args) -> None:
         f" {run.world} process(es), {run.dir}"
     )
     irl.learn()
-    reward_path = rewards.save_reward(run, irl.reward_model, "IRL", "arXiv:2503.13538, Alg. 1", "demonstrations")
-    card = run.model_card("IRL", "arXiv:2503.13538, Alg. 1")
+    reward_path = rewards.save_reward(run, irl.reward_model, irl.method, irl.paper, "demonstrations")
+    card = run.model_card(irl.method, irl.paper)
     path = run.save_final(irl.actor_critic, tokenizer, card, part="policy")
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "IRL")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", irl.method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 
 
-def print_steps(args: Args, n: int) -> None:
-    """--dry-run: what would run for n demonstrations, and what it would cost."""
-    steps, tokens = count_steps(n, args), args.max_new_tokens
-    expert = args.expert_model or "the data set's own summaries"
-    print(f"irl_ppo_tldr --dry-run: model {args.model}, data {args.dataset}, demonstrations: {expert}, T = {args.T}")
-    episodes = steps.updates * args.rollout_batch_size
-    print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
-    reward_steps = f"{steps.K(0)} to {steps.K(args.T - 1)}" if args.pairs == "accumulated" else steps.K(0)
-    print(f"  {n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,")
-    print(f"  {steps.updates} PPO updates of {steps.per_update} optimizer steps on {args.rollout_batch_size} answers,")
-    print(f"  {episodes} answers ({episodes * tokens} tokens at most)")
-    print(f"  in all {steps.first(args.T)} optimizer steps")
-    memory.print_memory_plan(args)
+# ---- what flags mean and what is logged ----
+@dataclass
+class Args(RunArgs):
+    scalar_models: ClassVar[int] = 2
+
+    T: Annotated[int, AT_LEAST_1] = 2
+    """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Released code: 11."""
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 1
+    """passes of the reward model over its pairs in one outer iteration, >= 1. Paper: 1."""
+    expert_model: str = ""
+    """model whose answers are the demonstrations, training and held-out, kept in the cache folder; empty: --dataset's own.
+    Paper: a 6.9B policy made by PPO from human preferences."""
+    greedy_temperature: Annotated[float, POSITIVE] = 0.01
+    """temperature of the expert's answers and of --negatives greedy, > 0. Released code: 0.01."""
+    eval_temperature: Annotated[float | Auto, POSITIVE] = "auto"
+    """temperature of the samples that evaluations measure, > 0. N+ 32: 0.01, at which a model as small as tiny repeats itself."""
+    eval_preference_dataset: str = "none"
+    """held-out preferences of people, on which every reward is measured (Fig. 2a); none, a file, folder, short name or hub id."""
+    prompts: Literal["all", "demonstrations"] | Auto = "auto"
+    """posts that PPO summarises: all of --dataset (paper), or those of the demonstrations."""
+    negatives: Literal["sampled", "greedy"] = "sampled"
+    """the policy's answers in the reward's pairs: at --temperature (Alg. 1), or near-greedy (released code)."""
+    pairs: Literal["current", "accumulated"] = "current"
+    """what a reward learns from: this outer iteration's pairs (paper), or those of the earlier ones too (released code, which
+    leaves out the first)."""
+    reward_loss: Literal["logistic", "linear"] = "logistic"
+    """logistic: Eq. 11, bounded; linear: the likelihood's own gradient (Eq. 10), unbounded."""
+    reward_init: Literal["sft", "previous"] = "sft"
+    """where a reward step starts: the SFT policy every time (Sec. 6.1, released code), or the last iteration's reward."""
+    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
+    """peak learning rate of the reward model, > 0. N+ 10: 3e-6."""
+    reward_normalisation: Literal["mean", "mean_std", "none"] = "mean"
+    """after its training a reward is shifted so that the demonstrations average 0 (N+ 9), and with mean_std scaled so that
+    their scores have standard deviation 1 (released code)."""
+    ref: Literal["initial", "previous"] = "initial"
+    """reference policy of the KL penalty: the SFT policy (Eq. 5), or that of the last iteration (released code)."""
+    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
+    """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
+    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
+    """peak learning rate of --sft-epochs, > 0. N+: 3e-6."""
+    sft_tokens: Literal["all", "response"] = "all"
+    """tokens SFT learns: query and response (N+ 5), or the response alone (Eq. 1)."""
+    beta: Annotated[float, POSITIVE] = 0.05
+    """weight of KL(pi || pi_ref) in PPO, reward units per nat, > 0. Paper: 0.05."""
+    temperature: Annotated[float, POSITIVE] = 0.7
+    """of sampled answers, > 0; it divides the logits of every log-prob PPO uses (N+ 16). Paper: 0.7."""
+    total_episodes: Annotated[int | Auto, POSITIVE] = "auto"
+    """answers PPO samples in one outer iteration, > 0. N+ 30: 1,000,000."""
+    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
+    """answers per PPO update over all devices, > 0. Paper: 512."""
+    num_ppo_epochs: Annotated[int, AT_LEAST_1] = 4
+    """passes of PPO over each batch of answers, >= 1. Paper: 4."""
+    num_mini_batches: Annotated[int, AT_LEAST_1] = 1
+    """optimizer steps per such pass, >= 1. Paper: 1."""
+    cliprange: Annotated[float, POSITIVE] = 0.2
+    """PPO's clip of the probability ratio, > 0. Paper: 0.2."""
+    cliprange_value: Annotated[float, POSITIVE] = 0.2
+    """clip of the change of a value, reward units, > 0. Paper: 0.2."""
+    vf_coef: Annotated[float, NOT_NEGATIVE] = 0.1
+    """weight of the value loss, >= 0. Paper: 0.1."""
+    value_warmup_ratio: Annotated[float | Auto, BELOW_1] = "auto"
+    """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). N+: 0."""
+    gamma: Annotated[float, UP_TO_1] = 1.0
+    """discount per token, in (0, 1]. Paper: 1."""
+    lam: Annotated[float, ZERO_TO_1] = 0.95
+    """lambda of generalised advantage estimation, in [0, 1]. Paper: 0.95."""
+    missing_eos_score: Annotated[float, ANY_NUMBER] = -1.0
+    """score of an answer without EOS, in place of the reward's, reward units. N+ 19: -1."""
+    whiten_rewards: bool = False
+    """scale the rewards of the steps to variance 1, keeping their mean. N+ 24: off."""
+    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
+    """PPO updates between evaluations, > 0; one is also made at the end. N+: 100."""
+    optimizer: Literal["rmsprop", "adamw"] = "adamw"
+    """rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
+    adam_epsilon: Annotated[float, POSITIVE] = 1e-5
+    """of the optimizer, > 0. N+ 30: 1e-5."""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
+    """of the optimizer, >= 0. Released code: torch's 0.01."""
+    warmup_ratio: float = 0.0
+    """part of the updates in which a learning rate rises; then it falls to 0, linearly in PPO, else as a cosine. N+: 0."""
+    max_grad_norm: float = math.inf
+    """gradient norm is clipped at this value, > 0. N+ 30: not clipped."""
+    judge_task: Literal["answer", "summary"] = "summary"
+    """what the judge compares: answers to a request, or summaries of a post."""
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.rollout_batch_size % self.num_mini_batches == 0, "num_mini_batches", self.num_mini_batches,
+            f"a divisor of --rollout-batch-size {self.rollout_batch_size}",
+        )  # fmt: skip
+        require(self.template == "auto", "template", self.template, "auto: the text of TL;DR is the one template here")
+
+
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=960, prompts="demonstrations", eval_samples=200, max_length=208, max_new_tokens=48,
+        learning_rate=1e-4, reward_learning_rate=5e-4, sft_epochs=2, sft_learning_rate=5e-4, batch_size=32, eval_temperature=0.7,
+        total_episodes=1024, rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=8,
+        per_device_train_batch_size=32, per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # IRL paper, App. 8.1; the rates, which its text lost, and what else it leaves open are those of N+
+        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
+        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
+        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
+        per_device_train_batch_size=8, per_device_eval_batch_size=32,
+    ),
+    "other": dict(
+        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
+        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
+        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
+        per_device_train_batch_size=4, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
+
+METRICS = {  # name -> meaning, unit, range
+    "sft/loss": "NLL, nats per token that --sft-tokens names, of --sft-epochs",
+    "reward/loss": "reward_loss, mean over pairs; logistic: near log 2 = 0.693 at the start, falls",
+    "reward/accuracy": "share of pairs with r(demonstration) > r(answer), ties half; near 0.5 at the start, rises",
+    "reward/margin": "mean of r(demonstration) - r(answer), reward units; rises",
+    "reward/demonstrations": "mean reward of the demonstrations in the batch",
+    "reward/answers": "mean reward of the policy's answers in the batch",
+    "eval/reward/center": "what was subtracted so that the demonstrations average 0",
+    "eval/reward/scale": "standard deviation of the demonstrations' scores; 1 after --reward-normalisation mean_std",
+    "objective/scores": "mean score of the answers, --missing-eos-score for those without EOS; what PPO raises",
+    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
+    "objective/non_score_reward": "-beta objective/kl",
+    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
+    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
+    "loss/value_avg": "clipped value loss, mean over response tokens and the step after EOS",
+    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
+    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
+    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
+    "val/ratio": "mean probability ratio; 1 at the first step of an update",
+    "val/clipfrac_avg": "share of values that are clipped",
+    "val/explained_variance": "1 - Var(return - value) / Var(return) over all steps; at most 1",
+    "val/num_eos_tokens": "answers that ended in EOS",
+    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
+    "completions/mean_length": "tokens of the answers, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    **evals.EVAL_METRICS,
+    **evals.REWARD_METRICS,
+    **evals.PREFERENCE_METRICS,
+}
 
 
 if __name__ == "__main__":

@@ -30,14 +30,26 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models, rewards
-from common.args import Auto, RunArgs, main, parse_args, require
+from common.args import (
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UP_TO_1,
+    ZERO_TO_1,
+    Auto,
+    RunArgs,
+    main,
+    parse_args,
+    require,
+)
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
@@ -291,7 +303,8 @@ class RFT:
     def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict]):
         args = run.args
         self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.held_rows, self.held = demonstrations, held_rows, None
+        self.demonstrations, self.prompts, self.held_rows, self.held = demonstrations, demonstrations, held_rows, None
+        self.method, self.paper = "RFT", "arXiv:2405.17888, Alg. 1"
         self.steps = count_steps(len(demonstrations), args)
         source = args.reward_model or args.model
         policy = models.autocast_forward(run, models.prepare_policy(args))
@@ -359,7 +372,7 @@ class RFT:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, inner loop: K gradient steps on the pairs; then the reward is centred and measured."""
-        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
+        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
         pairs = self.sample_pairs(t)
         if run.position["step"] <= first:
             self.optimizer.state.clear()  # D3; and its memory, until PPO
@@ -369,24 +382,24 @@ class RFT:
         batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
         for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
             rows = [pairs[i] for i in batch]
-            lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio)
+            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio)
             row = run.step(
                 self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
             )
             run.log_update({"reward/loss": row.pop("loss"), **row})
-        if run.position["step"] == first + K:
+        if run.position["step"] == end:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
             self.bare_reward.center += center  # D2
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
+            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
         """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
         previous = args.ref == "previous" and t > 0
-        if run.position["step"] <= self.steps.first(t) + self.steps.K:  # else PPO has begun already
+        if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
             if previous:
-                card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
+                card = run.model_card(self.method, self.paper)
                 run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
             run.load_weights(self.actor_critic, self.bare_reward, "value")
             if args.init == "initial" and t > 0:
@@ -400,13 +413,13 @@ class RFT:
         reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
         initial = reference if source == self.sft_policy else None
         warmup = int(steps.updates * args.value_warmup_ratio)  # D5
-        batches = run.prompt_batches(len(self.demonstrations), steps.updates * args.rollout_batch_size, t, PPO)
+        batches = run.prompt_batches(len(self.prompts), steps.updates * args.rollout_batch_size, t, PPO)
         self.actor_critic.train()
         for u, batch in run.updates(
-            f"iteration {t}: PPO", batches, t, steps.first(t) + steps.K, steps.per_update,
+            f"iteration {t}: PPO", batches, t, steps.policy(t), steps.per_update,
             evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
         ):  # fmt: skip
-            rows = [self.demonstrations[i] for i in batch]
+            rows = [self.prompts[i] for i in batch]
             seed = stream_seed(args.seed, t, PPO, u)
             rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
             run.stop_if_asked()
@@ -444,6 +457,10 @@ class Steps:
     def first(self, t: int) -> int:
         """Optimizer steps before outer iteration t."""
         return self.sft + t * (self.K + self.updates * self.per_update)
+
+    def policy(self, t: int) -> int:
+        """Optimizer steps before the policy step of outer iteration t."""
+        return self.first(t) + self.K
 
 
 def count_steps(n: int, args: Args) -> Steps:
@@ -484,10 +501,10 @@ def train(args: Args) -> None:
         f" {steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
     )
     rft.learn()
-    reward_path = rewards.save_reward(run, rft.reward_model, "RFT", "arXiv:2405.17888, Alg. 1", "demonstrations")
-    card = run.model_card("RFT", "arXiv:2405.17888, Alg. 1")
+    reward_path = rewards.save_reward(run, rft.reward_model, rft.method, rft.paper, "demonstrations")
+    card = run.model_card(rft.method, rft.paper)
     path = run.save_final(rft.actor_critic, tokenizer, card, part="policy")
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", "RFT")
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", rft.method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
 
@@ -496,23 +513,12 @@ def train(args: Args) -> None:
 @dataclass
 class Args(RunArgs):
     scalar_models: ClassVar[int] = 2
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("T", "num_train_epochs", "num_ppo_epochs", "num_mini_batches"),
-        "a number above 0": (
-            "beta", "temperature", "reward_learning_rate", "sft_learning_rate", "cliprange", "cliprange_value", "total_episodes",
-            "rollout_batch_size", "eval_updates",
-        ),
-        "0 or more": ("vf_coef", "missing_eos_penalty", "sft_epochs"),
-        "at least 0 and below 1": ("value_warmup_ratio",),
-        "a number above 0 and at most 1": ("gamma",),
-        "between 0 and 1": ("lam",),
-    }  # fmt: skip
 
-    T: int = 1
+    T: Annotated[int, AT_LEAST_1] = 1
     """outer iterations, >= 1: how often the policy answers anew and a reward is learned. Paper: 1."""
-    num_train_epochs: int = 2
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 2
     """passes of the reward model over the demonstrations in one outer iteration, >= 1; K follows from it. Paper: 2."""
-    beta: float = 0.1
+    beta: Annotated[float, POSITIVE] = 0.1
     """weight of KL(pi || pi_ref), reward units per nat, > 0: in the reward gradient and in PPO. Paper: 0.1 (App. C)."""
     reward_loss: Literal["logistic", "linear"] = "logistic"
     """logistic: -log sigmoid(r(y) - r(y~)), bounded (IRL paper, Eq. 11; released code); linear: g_{t,k} of Alg. 1, unbounded."""
@@ -521,41 +527,41 @@ class Args(RunArgs):
     reward_init: Literal["previous", "sft", "base"] = "previous"
     """where a reward step starts. previous: the last iteration's reward (Alg. 1), at first --reward-model, else the SFT policy;
     sft: the SFT policy every time (IRL's released code); base: --reward-model, else --model, every time."""
-    reward_learning_rate: float | Auto = "auto"
+    reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of the reward model, > 0. Paper: 5e-7."""
     init: Literal["previous", "initial"] = "previous"
     """where PPO starts in an outer iteration: the last iteration's policy, or the initial (SFT) policy."""
     ref: Literal["initial", "previous"] = "initial"
     """reference policy of the KL penalty: the initial (SFT) policy (the equations), or that of the last iteration."""
-    sft_epochs: int | Auto = "auto"
+    sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
-    sft_learning_rate: float | Auto = "auto"
+    sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of --sft-epochs, > 0."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """of sampled answers, > 0; it divides the logits of every log-prob PPO uses."""
-    total_episodes: int | Auto = "auto"
+    total_episodes: Annotated[int | Auto, POSITIVE] = "auto"
     """answers PPO samples in one outer iteration, > 0. Paper: 17,500 policy steps (Fig. 2), which may be 35,000 answers."""
-    rollout_batch_size: int | Auto = "auto"
+    rollout_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """answers per PPO update over all devices, > 0."""
-    num_ppo_epochs: int = 4
+    num_ppo_epochs: Annotated[int, AT_LEAST_1] = 4
     """passes of PPO over each batch of answers, >= 1. TRL: 4."""
-    num_mini_batches: int = 1
+    num_mini_batches: Annotated[int, AT_LEAST_1] = 1
     """optimizer steps per such pass, >= 1. TRL: 1."""
-    cliprange: float = 0.2
+    cliprange: Annotated[float, POSITIVE] = 0.2
     """PPO's clip of the probability ratio, > 0. TRL: 0.2."""
-    cliprange_value: float = 0.2
+    cliprange_value: Annotated[float, POSITIVE] = 0.2
     """clip of the change of a value, reward units, > 0. TRL: 0.2."""
-    vf_coef: float = 0.1
+    vf_coef: Annotated[float, NOT_NEGATIVE] = 0.1
     """weight of the value loss, >= 0. TRL: 0.1."""
-    value_warmup_ratio: float | Auto = "auto"
+    value_warmup_ratio: Annotated[float | Auto, BELOW_1] = "auto"
     """part of the PPO updates of an outer iteration, the first ones, in which the value model learns alone, in [0, 1). TRL: 0."""
-    gamma: float = 1.0
+    gamma: Annotated[float, UP_TO_1] = 1.0
     """discount per token, in (0, 1]. TRL: 1."""
-    lam: float = 0.95
+    lam: Annotated[float, ZERO_TO_1] = 0.95
     """lambda of generalised advantage estimation, in [0, 1]. TRL: 0.95."""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 1.0
     """taken from the score of an answer without EOS, reward units, >= 0. N+ details: such an answer scores -1."""
-    eval_updates: int | Auto = "auto"
+    eval_updates: Annotated[int | Auto, POSITIVE] = "auto"
     """PPO updates between evaluations, > 0; one is also made at the end."""
 
     def check(self) -> None:

@@ -22,12 +22,12 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from common import demos, evals, models
-from common.args import RunArgs, main, parse_args
+from common.args import AT_LEAST_1, POSITIVE, RunArgs, main, parse_args
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -53,19 +53,14 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
 
 @dataclass
 class Args(RunArgs):
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "1 or more": ("num_train_epochs",),
-        "a number above 0": ("beta",),
-    }
-
-    num_train_epochs: int = 2
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 2
     """passes over the demonstrations, >= 1. RFT paper: 2; for the base of its Sec. 5.2, and SFT on the top 10k, 10."""
     keep_best: bool = False
     """final/ is the model after the epoch with the lowest held-out NLL, not after the last one. RFT paper, Sec. 5.2: the best of
     10 epochs, by "testing accuracy"."""
     loss_reduction: Literal["token", "sequence"] = "token"
     """mean over all response tokens of the update, or over responses of their summed NLL (Eq. 1 as written)."""
-    beta: float = 0.1
+    beta: Annotated[float, POSITIVE] = 0.1
     """scale of the implicit reward beta log pi/pi_ref in the evaluation; no part of the loss. > 0."""
 
 

@@ -5,6 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source benchmark/lib.sh
 out=${1:-runs/demo}
-python irft.py --T 5 --dry-run # makes the embedded model on first use, and prints the plan
+python irft.py --T 5 --dry-run # prints the plan
 two_lanes "$out"
 python benchmark/compare.py --runs "SFT=$out/sft" "SPIN=$out/spin" "IRFT=$out/irft" --output "$out"

@@ -16,14 +16,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rft  # noqa: E402
 from benchmark.families import family_names, in_first_half  # noqa: E402
 from common import evals, models, rewards
-from common.args import Auto, BaseArgs, main, parse_args
+from common.args import NOT_NEGATIVE, POSITIVE, Auto, BaseArgs, main, parse_args
 from common.data import encode
 from common.generation import make_generator
 from common.run import Run
@@ -41,30 +41,23 @@ SETTINGS = {
 
 @dataclass
 class Args(BaseArgs):
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "0 or more": ("max_samples",),
-        "a number above 0": (
-            "prompt_chars", "num_train_epochs", "learning_rate", "batch_size", "per_device_train_batch_size", "max_grad_norm",
-        ),
-    }  # fmt: skip
-
-    max_samples: int = 0
+    max_samples: Annotated[int, NOT_NEGATIVE] = 0
     """training rows of --dataset to use, the first N in a seeded order; 0 means all."""
-    prompt_chars: int = 160
+    prompt_chars: Annotated[int, POSITIVE] = 160
     """prompts are cut at the last line that ends before this many characters."""
     sampler: str = ""
     """policy whose samples are rejected in every other pair; empty: other rows' responses in all of them."""
     split_only: bool = False
     """write demonstrations.jsonl and held_out.jsonl and stop: a --sampler can be trained on them."""
-    num_train_epochs: int = 6
+    num_train_epochs: Annotated[int, POSITIVE] = 6
     """passes over the preferences; each pairs a prompt with another row's response anew."""
-    learning_rate: float | Auto = "auto"
+    learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak; AdamW, linear warm-up over a tenth of the updates, then linear to 0."""
-    batch_size: int | Auto = "auto"
+    batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """preferences per update."""
-    per_device_train_batch_size: int | Auto = "auto"
+    per_device_train_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """preferences per forward pass."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """gradient norm is clipped at this value."""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass."""

@@ -192,13 +192,16 @@ def make_model(folder: Path, shape: str) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-    from common.models import TINY
+    import tiny
 
     words = ["<eos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
-    GPTNeoXForCausalLM(GPTNeoXConfig(**TINY if shape == "tiny" else NEOX_100M)).save_pretrained(folder)
+    config = (
+        GPTNeoXConfig.from_pretrained(tiny.MODEL, dtype="float32") if shape == "tiny" else GPTNeoXConfig(**NEOX_100M)
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
 
 
 def resident() -> int:

@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmark.families import family_names, in_first_half  # noqa: E402
 from common import evals, models
-from common.args import BaseArgs, main, parse_args
+from common.args import POSITIVE, BaseArgs, main, parse_args
 from common.data import encode, plain_prompt
 from common.generation import make_generator
 from common.run import Run
@@ -34,9 +34,7 @@ SETTINGS = {
 
 @dataclass
 class Args(BaseArgs):
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {"a number above 0": ("max_preferences",)}
-
-    max_preferences: int = 1000
+    max_preferences: Annotated[int, POSITIVE] = 1000
     """prompts to make a pair for, > 0."""
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_type_hints
 
 import torch
 
@@ -22,17 +22,24 @@ from extras.terminal import one_line_warning, report_failure
 
 Auto = Literal["auto"]
 LARGEST = 2**32 - 1  # of whole numbers: numpy takes no larger seed
-RANGES = {  # expected -> whether a number is so
-    "a number above 0": lambda x: x > 0,
-    "0 or more": lambda x: x >= 0,
-    "1 or more": lambda x: x >= 1,
-    "2 or more, to choose a pair from": lambda x: x >= 2,
-    "at least 0 and below 1": lambda x: 0 <= x < 1,
-    "a share above 0 and below 1": lambda x: 0 < x < 1,
-    "a number above 0 and at most 1": lambda x: 0 < x <= 1,
-    "between 0 and 1": lambda x: 0 <= x <= 1,
-    "any number": lambda x: True,
-}
+
+
+class Range(NamedTuple):
+    """What a number may be, in words and as a test. A flag has it in its type: Annotated[int, AT_LEAST_1]."""
+
+    expected: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("a number above 0", lambda x: x > 0)
+NOT_NEGATIVE = Range("0 or more", lambda x: x >= 0)
+AT_LEAST_1 = Range("1 or more", lambda x: x >= 1)
+AT_LEAST_2 = Range("2 or more, to choose a pair from", lambda x: x >= 2)
+BELOW_1 = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
+SHARE = Range("a share above 0 and below 1", lambda x: 0 < x < 1)
+UP_TO_1 = Range("a number above 0 and at most 1", lambda x: 0 < x <= 1)
+ZERO_TO_1 = Range("between 0 and 1", lambda x: 0 <= x <= 1)
+ANY_NUMBER = Range("any number", lambda x: True)
 FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  # row of SETTINGS -> the models it is for
 
 
@@ -43,13 +50,6 @@ class BaseArgs:
     resume: ClassVar[str] = ""  # a flag of training scripts
     lora_r: ClassVar[int] = 0
     load_in_4bit: ClassVar[bool] = False
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {  # key of RANGES -> flags; a subclass adds its own
-        "a number above 0": (
-            "eval_samples", "max_length", "max_prompt_length", "max_new_tokens", "per_device_eval_batch_size",
-        ),
-        "a share above 0 and below 1": ("vllm_gpu_memory_utilization",),
-        "0 or more": ("seed",),
-    }  # fmt: skip
     may_be_infinite: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
     may_be_empty: ClassVar[tuple[str, ...]] = ("reward_model",)  # beside the flags that are empty by default
 
@@ -61,13 +61,13 @@ class BaseArgs:
     """held-out data; auto: the test split of --dataset (of --preference-dataset where there is one), or a tenth, by prompt."""
     turns: Literal["auto", "first", "last", "all"] = "auto"
     """assistant turns of a dialogue to learn: first, last, or all, a row each; auto: UltraChat first (as SPIN), else last."""
-    eval_samples: int | Auto = "auto"
+    eval_samples: Annotated[int | Auto, POSITIVE] = "auto"
     """held-out rows to measure on, > 0."""
-    max_length: int | Auto = "auto"
+    max_length: Annotated[int | Auto, POSITIVE] = "auto"
     """window, prompt + response tokens. RFT paper: 1024 (1B), 2048 (7B); AIHF paper: 512 (7B); N+ details: 565."""
-    max_prompt_length: int | Auto = "auto"
+    max_prompt_length: Annotated[int | Auto, POSITIVE] = "auto"
     """longest prompt, tokens; rows above it are left out and counted. auto: --max-length minus --max-new-tokens."""
-    max_new_tokens: int | Auto = "auto"
+    max_new_tokens: Annotated[int | Auto, POSITIVE] = "auto"
     """longest sampled response, tokens; one cut here has no EOS. SPIN's code: 256; N+ details: 53; papers silent."""
     cut_demonstrations: bool = False
     """cut demonstrations at --max-new-tokens too, without EOS, so that length and end do not tell them from answers."""
@@ -81,11 +81,11 @@ class BaseArgs:
     """OpenAI-compatible endpoint of --judge-model, such as http://localhost:8000/v1; empty: OpenAI's own."""
     judge_task: Literal["answer", "summary"] = "answer"
     """what the judge compares: answers to a request, or summaries of a post."""
-    per_device_eval_batch_size: int | Auto = "auto"
+    per_device_eval_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """rows per forward pass without gradient, and per batch of generation."""
     generation: Literal["hf", "vllm"] = "hf"
     """sampler: transformers, anywhere, or a vLLM engine per process beside the model (docs/generation.md)."""
-    vllm_gpu_memory_utilization: float = 0.3
+    vllm_gpu_memory_utilization: Annotated[float, SHARE] = 0.3
     """share of a GPU for vLLM's weights and KV cache, in (0, 1). On CPU the variable VLLM_CPU_KVCACHE_SPACE says it, in GiB."""
     vllm_sleep_level: Literal[0, 1, 2] = 2
     """what vLLM does with its GPU memory between answers: 0 keeps it, 1 moves the weights to RAM, 2 gives all up. Not on CPU."""
@@ -101,7 +101,7 @@ class BaseArgs:
     the paper does for zephyr too. Saved tokenizers then have no chat template, so that all that follows asks alike."""
     trust_remote_code: bool = False
     """run the Python code that a hub repository ships. Off unless you ask."""
-    seed: int = 1
+    seed: Annotated[int, NOT_NEGATIVE] = 1
     """seed of data order and sampling, 0 to 4294967295."""
     output_dir: str = "auto"
     """run directory; auto: runs/<script>__<seed>__<time>. One that holds another run is refused."""
@@ -145,45 +145,37 @@ class RunArgs(BaseArgs):
 
     sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two
     scalar_models: ClassVar[int] = 0  # beside the policy: 1 is a reward model, 2 a value model too
-    ranges: ClassVar[dict[str, tuple[str, ...]]] = {
-        "a number above 0": (
-            "learning_rate", "batch_size", "per_device_train_batch_size", "max_grad_norm", "lora_alpha", "save_steps",
-            "logging_steps",
-        ),
-        "0 or more": ("max_samples", "select_top_k", "lora_r"),
-        "at least 0 and below 1": ("warmup_ratio",),
-    }  # fmt: skip
     # flag -> what a run did that was made before the flag was, where that is not the default or the default is auto
     before: ClassVar[dict] = {"template": "auto", "turns": "last"}
 
-    max_samples: int | Auto = "auto"
+    max_samples: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper, as SPIN: 50,000 of UltraChat200k."""
-    select_top_k: int = 0
+    select_top_k: Annotated[int, NOT_NEGATIVE] = 0
     """keep the N demonstrations that --gold-reward-model scores highest; 0 keeps all. RFT paper, Sec. 5.2: 10,000."""
-    learning_rate: float | Auto = "auto"
+    learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of the policy, > 0. RFT paper: 5e-7; AIHF paper: 5e-7 (7B)."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """both without weight decay; rmsprop with the bias correction that torch's lacks. RFT paper: rmsprop; AIHF paper: silent."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: Annotated[float, BELOW_1] = 0.1
     """part of the updates in which the learning rate rises linearly; then it falls to 0. RFT's released code: 0.1."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """gradient norm is clipped at this value, > 0; inf: not clipped. Default of transformers' Trainer, with which RFT's released
     code trains: 1."""
-    batch_size: int | Auto = "auto"
+    batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """rows (demonstrations or pairs) per optimizer step over all devices. RFT paper: 8 or 16; AIHF: 8 (7B); IRL: 64."""
-    per_device_train_batch_size: int | Auto = "auto"
+    per_device_train_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
     """rows per forward pass: changes memory, never the gradient; accumulation steps follow from it."""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time."""
-    lora_r: int = 0
+    lora_r: Annotated[int, NOT_NEGATIVE] = 0
     """rank of LoRA adapters on all linear layers; 0 trains all weights. RFT paper's LoRA variant: 64."""
-    lora_alpha: int = 16
+    lora_alpha: Annotated[int, POSITIVE] = 16
     """LoRA scale numerator, > 0. RFT's released code: 16."""
     load_in_4bit: bool = False
     """QLoRA: the frozen base in 4 bits (nf4), with --lora-r, on a CUDA GPU with bitsandbytes; not where a reward is learned."""
-    save_steps: int = 100
+    save_steps: Annotated[int, POSITIVE] = 100
     """optimizer steps between checkpoints inside a training phase, > 0; one is also written at the end of each phase."""
-    logging_steps: int = 1
+    logging_steps: Annotated[int, POSITIVE] = 1
     """optimizer steps between rows of metrics.jsonl, > 0."""
     resume: str = ""
     """run directory to continue; its own settings are used."""
@@ -212,18 +204,27 @@ def require(ok: bool, name: str, found, expected: str) -> None:
         raise UserError(f"{flag(name)}: found {found}, expected {expected}")
 
 
+def ranges_of(cls) -> dict[str, Range]:
+    """{name of a flag: the range in its type}."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = {
+        name: [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)] for name, hint in hints.items()
+    }
+    return {name: ranges[0] for name, ranges in found.items() if ranges}
+
+
 def check_values(args: BaseArgs) -> None:
-    """UserError for a number outside the range that its class declares, and for one that is not finite."""
+    """Raise UserError for a number outside the range of its flag, and for one that is not finite."""
+    ranges = ranges_of(type(args))
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and field.name not in args.may_be_infinite:
             require(math.isfinite(value), field.name, value, "a finite number")
         elif isinstance(value, int):
             require(value <= LARGEST, field.name, value, f"at most {LARGEST}")
-    for cls in reversed(type(args).__mro__):
-        for expected, names in vars(cls).get("ranges", {}).items():
-            for name in names:
-                require(RANGES[expected](getattr(args, name)), name, getattr(args, name), expected)
+        if field.name in ranges:
+            expected, holds = ranges[field.name]
+            require(holds(value), field.name, value, expected)
 
 
 def first_model(name: str) -> str:

@@ -8,23 +8,17 @@ A row that cannot be used is left out and counted, whatever the reason: one bad 
 Dims: B sequences, L prompt + response tokens, T response tokens.
 """
 
-import ast
-import hashlib
-import inspect
 import re
-import sys
-import sysconfig
 import unicodedata
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common import UserError
-from common.store import as_messages, cache_folder, read_pairs, write_pairs
+from common.store import as_messages
 
 PLAIN_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # RFT paper, App. C
 HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: text cut in the middle of an emoji
@@ -46,109 +40,6 @@ def warn_left_out(unusable: list[str], total: int, kept: int) -> None:
 
 def is_messages(value) -> bool:
     return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-
-
-def pydoc_key() -> str:
-    """Names what the harvest would give: the interpreter, and the code that harvests."""
-    from extras.sources import held_out
-
-    code = [inspect.getsource(f) for f in (harvest_pydoc, documented, cut_lines, held_out)]
-    return hashlib.sha256(repr((sys.version, sys.prefix, code)).encode()).hexdigest()[:12]
-
-
-def pydoc_rows(kind: str) -> list[tuple[bool, dict]]:
-    """[(held out?, row)] of harvest_pydoc, from the user's cache folder after the first time.
-
-    kind preferences: the definition's own summary is chosen over that of the next documented one of the same module,
-    which is of the same author and subject; modules with one summary have no row.
-    """
-    path = cache_folder() / f"pydoc-{pydoc_key()}.parquet"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_pairs(path, [{"test": test, **row} for test, row in harvest_pydoc()])
-    rows = list(enumerate(read_pairs(path)))
-    if kind == "preferences":
-        columns = {"prompt": "prompt", "chosen": "response", "rejected": "next_response"}
-        rows = [(i, r) for i, r in rows if r["next_response"]]
-    else:
-        columns = {"prompt": "prompt", "response": "response"}
-    return [(r["test"], {"row": i} | {name: r[column] for name, column in columns.items()}) for i, r in rows]
-
-
-def harvest_pydoc() -> list[tuple[bool, dict]]:
-    """[(held out?, {prompt, response, next_response})]: documented functions and classes of the standard library.
-
-    prompt: the definition and the docstring after its summary, or, where there is no more, the first lines of the code.
-    response: the summary line. next_response: the next other summary in the module, if there is one.
-    Modules are held out as a whole. Files are parsed, never imported.
-    """
-    from extras.sources import held_out
-
-    root = Path(sysconfig.get_paths()["stdlib"])
-    rows, seen_prompts, seen_responses = [], set(), {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if "site-packages" in parts or any(p.startswith(("test", "idle_test", "_test")) or p == "tests" for p in parts):
-            continue
-        try:
-            source = path.read_text(encoding="utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(source)
-        except (OSError, SyntaxError, ValueError):
-            continue
-        test = held_out("/".join(parts))
-        lines, own = source.splitlines(), []
-        for row in documented(tree, lines):
-            prompt, response = row["prompt"], row["response"]
-            count = seen_responses.get(response, 0)
-            if prompt in seen_prompts or count >= 3 or response in prompt:
-                continue
-            seen_prompts.add(prompt)
-            seen_responses[response] = count + 1
-            own.append(row)
-        for i, row in enumerate(own):
-            others = (r["response"] for r in own[i + 1 :] + own[:i] if r["response"] != row["response"])
-            rows.append((test, {**row, "next_response": next(others, None)}))
-    return rows
-
-
-def documented(tree: ast.AST, lines: list[str], limit: int = 240):
-    """{prompt, response} of every documented definition below a tree, methods under their class's name."""
-    stack = [(tree, "")]
-    while stack:
-        node, owner = stack.pop()
-        children = [
-            c
-            for c in ast.iter_child_nodes(node)
-            if isinstance(c, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-        ]
-        inner = f"{owner}{node.name}." if isinstance(node, ast.ClassDef) else owner
-        stack += [(child, inner) for child in reversed(children)]
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue
-        text = ast.get_docstring(node)
-        if not text:
-            continue
-        summary, _, body = text.strip().partition("\n\n")
-        summary = " ".join(summary.split())
-        if not 8 <= len(summary) <= 160:
-            continue
-        if isinstance(node, ast.ClassDef):
-            head = f"class {owner}{node.name}({', '.join(ast.unparse(b) for b in node.bases)})"
-        else:
-            head = f"def {owner}{node.name}({ast.unparse(node.args)})"
-        if not body.strip():
-            first = node.body[0].end_lineno
-            body = "\n".join(line.strip() for line in lines[first : min(node.end_lineno, first + 8)] if line.strip())
-        yield {"prompt": f"{head}\n{cut_lines(body.strip(), limit)}", "response": summary}
-
-
-def cut_lines(text: str, limit: int) -> str:
-    """The whole lines of text that fit in limit characters; the beginning of the first line if it alone does not."""
-    if len(text) <= limit:
-        return text
-    return text[:limit].rpartition("\n")[0] or text[:limit]
 
 
 # ---- templates ----

@@ -3,34 +3,15 @@
 import contextlib
 import functools
 import hashlib
-import json
-import os
-import shutil
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from common import UserError
 from common.args import uses_bf16
-from common.data import check_template, encode, pydoc_key
-from common.store import cache_folder
-from common.streams import data_order, learning_rate_at
+from common.data import check_template
 from extras import sharding
-from extras.terminal import progress
-
-TINY = {  # Pythia's architecture, small enough for a laptop; trained on the pydoc training rows on first use
-    "vocab_size": 1024,
-    "hidden_size": 144,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 576,
-    "max_position_embeddings": 512,
-}
-TINY_TRAINING = {"epochs": 1, "batch_size": 16, "learning_rate": 5e-3, "max_length": 224, "seed": 0}
 
 
 def load_tokenizer(args, name: str = "", flag: str = "--model"):
@@ -268,92 +249,3 @@ def open_reference(run, policy, source: str) -> Callable[[], contextlib.Abstract
         return adapter_off
     model = for_inference(run, load_model(run.args, source))
     return lambda: contextlib.nullcontext(model)
-
-
-# ---- the embedded model ----
-def tiny_key() -> str:
-    """Digest of all that makes the embedded model."""
-    key = json.dumps([TINY, TINY_TRAINING, pydoc_key(), torch.__version__])
-    return hashlib.sha256(key.encode()).hexdigest()[:12]
-
-
-def tiny_path() -> Path:
-    """Folder of the embedded model; made on first use by the first process that asks, others wait for it."""
-    path = cache_folder() / f"tiny-{tiny_key()}"
-    if path.is_dir():
-        return path
-    import fcntl
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.parent / f".{path.name}.lock", "w")
-    except OSError as error:
-        raise UserError(
-            f"--model tiny: found no cache folder {path.parent} that can be written ({error.strerror}), expected one: set"
-            " CLEANIRL_CACHE"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.is_dir():
-            partial = path.with_name(f".partial_{path.name}")
-            shutil.rmtree(partial, ignore_errors=True)
-            train_tiny(partial)
-            os.replace(partial, path)
-    return path
-
-
-def train_tiny(path: Path) -> None:
-    """Byte-level BPE and a GPT-NeoX language model over the pydoc training rows, prompt and response alike."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-
-    from extras.sources import load_rows
-
-    setting = TINY_TRAINING
-    rows = load_rows("pydoc", "train")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|padding|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=TINY["vocab_size"], special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator((f"{r['prompt']}\n{r['response']}" for r in rows), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[0], pad_token=special[1])
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(setting["seed"])
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**TINY, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad))
-    torch.random.set_rng_state(generator_state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        encoded = encode(rows, tokenizer, setting["max_length"], setting["max_length"] - 32)
-    texts = [torch.tensor(r["prompt_ids"] + r["response_ids"]) for r in encoded]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, fused=True)
-    size = setting["batch_size"]
-    total = setting["epochs"] * (len(texts) // size)
-    print(f"training the embedded model tiny once ({total} steps on {len(texts)} docstrings)", file=sys.stderr)
-    with progress("tiny", total) as advance:
-        for epoch in range(setting["epochs"]):
-            order = data_order(len(texts), setting["seed"], epoch)
-            blocks = [
-                order[i : i + 16 * size] for i in range(0, len(order), 16 * size)
-            ]  # similar lengths share a batch
-            by_length = [sorted(block, key=lambda i: len(texts[i])) for block in blocks]
-            batches = [b[i : i + size] for b in by_length for i in range(0, len(b) - size + 1, size)]
-            for step, j in enumerate(data_order(len(batches), setting["seed"], epoch, 1)):
-                ids = torch.nn.utils.rnn.pad_sequence(
-                    [texts[i] for i in batches[j]], batch_first=True, padding_value=-100
-                )
-                logits = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long()).logits[:, :-1]
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                done = epoch * len(batches) + step
-                optimizer.param_groups[0]["lr"] = learning_rate_at(
-                    min(done, total - 1), total, setting["learning_rate"], 0.05
-                )
-                optimizer.step()
-                optimizer.zero_grad()
-                advance(1)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)

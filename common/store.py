@@ -118,7 +118,7 @@ def broken_seal(folder: Path) -> str | None:
     return None
 
 
-# ---- the embedded data set ----
+# ---- the cache ----
 def cache_folder() -> Path:
     """$CLEANIRL_CACHE, else cleanirl/ in the user's cache folder."""
     base = os.environ.get("CLEANIRL_CACHE")

@@ -1,4 +1,4 @@
-"""Write the generated parts of the docs: tables of settings, flags and metrics.
+"""Write the generated parts of the docs: tables of settings, flags, metrics and modules, and the picture of the imports.
 
 `python docs/generate.py --check` writes nothing and fails if a page is out of date.
 
@@ -27,6 +27,7 @@ import irl_dpo_ultrachat  # noqa: E402
 import irl_ppo_tldr  # noqa: E402
 import rft  # noqa: E402
 import sft  # noqa: E402
+from docs import imports  # noqa: E402
 
 MODULES = (sft, irft, rft, aihf, aihf_ppo, aihf_direct, irl_ppo_tldr, irl_dpo_ultrachat, evaluate)  # in reading order
 SCRIPTS = {module.__name__: module for module in MODULES}
@@ -123,8 +124,40 @@ def shared_metrics_tables() -> str:
     return "\n\n".join(parts)
 
 
+def common_table() -> str:
+    modules = imports.read_modules()
+    level = imports.levels(modules)
+    rows = [
+        [
+            f"`{name.replace('.', '/')}.py`",
+            modules[name].summary,
+            ", ".join(sorted(short(n) for n in modules[name].imports)),
+        ]
+        for name in sorted(level, key=lambda name: (level[name], name))
+    ]
+    return table(["module", "what it has", "imports"], rows)
+
+
+def extras_table() -> str:
+    modules = imports.read_modules()
+    rows = []
+    for name in [name for name in modules if name.startswith("extras.")]:
+        users = {user: module for user, module in modules.items() if name in module.imports or name in module.doors}
+        doors = [
+            f"{short(user)}: {', '.join(sorted(module.doors.get(name, ['always'])))}" for user, module in users.items()
+        ]
+        rows.append([f"`{name.replace('.', '/')}.py`", modules[name].summary, "; ".join(doors)])
+    return table(["module", "what it has", "functions that import it"], rows)
+
+
+def short(name: str) -> str:
+    return name.removeprefix("common.")
+
+
 def tables(page: str) -> dict[str, str]:
     """{name of a table: its text} of a page of docs/."""
+    if page == "architecture":
+        return {"common": common_table(), "extras": extras_table()}
     if page == "flags":
         return {kind: flags_table(rows) for kind, rows in shared_flags().items()}
     if page == "metrics":
@@ -149,13 +182,14 @@ def render(page: str, text: str) -> str:
 
 
 def main() -> None:
+    made = {path: render(path.stem, path.read_text()) for path in sorted((ROOT / "docs").glob("*.md"))}
+    made[ROOT / "docs" / "imports.svg"] = imports.svg(imports.read_modules())
     stale = []
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        text = path.read_text()
-        if (made := render(path.stem, text)) != text:
+    for path, text in made.items():
+        if not path.exists() or path.read_text() != text:
             stale.append(path.name)
             if "--check" not in sys.argv:
-                path.write_text(made)
+                path.write_text(text)
     if stale and "--check" in sys.argv:
         sys.exit(f"out of date, run `make docs`: {', '.join(stale)}")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+import tiny
 from common import UserError
-from common.models import text_config, tiny_path
+from common.models import text_config
 from extras import sharding
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
@@ -31,9 +32,9 @@ MODELS = {  # short name -> hub id; a local folder of the same name wins
 
 def resolve_model(name: str) -> str:
     """A local folder wins; then `tiny`; then the short names; else the name is taken as a hub id."""
-    if Path(name).is_dir():
-        return name
-    return str(tiny_path()) if name == "tiny" else MODELS.get(name, name)
+    if tiny.is_tiny(name):
+        return str(tiny.MODEL)
+    return name if Path(name).is_dir() else MODELS.get(name, name)
 
 
 def refuse_other_kinds(config, owner: str) -> None:
@@ -132,7 +133,8 @@ def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator
     part: what is being read, where it is not the whole model.
     """
     offline_if_unreachable(name)
-    if Path(name).is_dir() and (problem := wrong_folder(Path(name))):
+    folder = Path(resolve_model(name))
+    if folder.is_dir() and (problem := wrong_folder(folder)):
         raise UserError(f"{flag} {name}: the folder could not be read: {problem}")
     try:
         yield
@@ -153,8 +155,8 @@ def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
         )
     if any(words in text for words in ("attention implementation", "attn_implementation", "flash attention")):
         return f"--attn-implementation: found one that {flag} {name} cannot use, expected auto, sdpa or eager: {reason}"
-    if name == "tiny" or Path(name).is_dir():
-        where = "the embedded model" if name == "tiny" else "the folder"
+    if tiny.is_tiny(name) or Path(name).is_dir():
+        where = "the embedded model" if tiny.is_tiny(name) else "the folder"
         if part:
             return f"{flag} {name}: found no {part} that can be read in {where}: {reason}; expected what save_pretrained writes"
         return f"{flag} {name}: {where} could not be read ({type(error).__name__}): {reason}"
@@ -199,7 +201,7 @@ HUB_SECONDS = 10  # to get any answer from the hub; its client would try again a
 
 def offline_if_unreachable(name: str) -> None:
     """Before a model is asked of the hub: if the hub does not answer, use what is in its cache, without trying every file."""
-    if name != "tiny" and not Path(name).exists() and not is_path(name):
+    if not Path(resolve_model(name)).exists() and not is_path(name):
         probe_hub()
 
 

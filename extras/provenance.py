@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tiny
 from common import UserError
 from common.args import flag
-from common.data import pydoc_key
-from common.models import tiny_key
 from common.store import digest
 from extras.loading import resolve_model
 from extras.sources import DATASETS
@@ -67,13 +66,11 @@ def data_digest(name: str) -> str:
     if path.is_dir():
         files = (p for p in path.rglob("*") if p.suffix in DATA_FILES and not p.name.startswith("cache-"))
         return joined({str(p.relative_to(path)): digest(p) for p in files if p.is_file()})
-    return pydoc_key() if name == "pydoc" else hub_commit("datasets", DATASETS.get(name, (name,))[0])
+    return digest(tiny.DATA) if name == "pydoc" else hub_commit("datasets", DATASETS.get(name, (name,))[0])
 
 
 def model_digest(name: str) -> str:
     """Digest a model's files: all bytes of small ones; the size, the names and shapes, and sampled bytes of weights."""
-    if name == "tiny" and not Path(name).is_dir():
-        return tiny_key()
     path = Path(resolve_model(name))
     if not path.is_dir():
         return hub_commit("models", str(path))

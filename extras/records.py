@@ -5,6 +5,7 @@ import json
 import warnings
 from pathlib import Path
 
+import tiny
 from common.args import flag
 from common.data import plain_prompt
 from common.store import read_pairs, write_pairs
@@ -41,7 +42,7 @@ def trained_before(name: str) -> tuple[set[int], list[Path]]:
     keys, without_record, pending, seen = set(), [], [name], set()
     while pending:
         model = pending.pop()
-        if model == "tiny" and not Path(model).is_dir():
+        if tiny.is_tiny(model):
             keys = keys.union(*map(prompt_keys, load_rows("pydoc", "train")))
         folder = Path(model).resolve().parent
         if folder in seen or not Path(model).is_dir():

@@ -4,8 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+import tiny
 from common import UserError
-from common.data import HALF, UnusableRow, is_messages, pydoc_rows, warn_left_out
+from common.data import HALF, UnusableRow, is_messages, warn_left_out
 from common.store import BrokenFile, read_pairs
 
 DATASETS = {  # short name -> (hub id, configuration, training split, held-out split); a local path of the name wins
@@ -37,7 +38,7 @@ def load_rows(
     """
     path = Path(name)
     if name == "pydoc" and not path.exists():
-        return [r for test, r in pydoc_rows(kind) if split == "all" or test == (split == "test")]
+        return [r for test, r in tiny.pydoc_rows(kind) if split == "all" or test == (split == "test")]
     if path.is_dir():
         raw, own_split = read_folder(path, split, flag)
     elif path.is_file():

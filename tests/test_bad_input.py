@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT, jsonl, make_data, make_model, make_tokenizer, slow_unless
 
 from common import UserError, args
-from common.args import LARGEST, RANGES, flag, main, parse_args, resolve_auto, settings_row
+from common.args import LARGEST, flag, main, parse_args, ranges_of, resolve_auto, settings_row
 from extras import command_line, launch, trackers
 
 sys.path[:0] = [str(ROOT / "docs")]
@@ -64,19 +64,12 @@ def refused(tmp_path, monkeypatch, capsys):
 
 
 # ---- generated: what the flags of every script declare ----
-def declared(cls) -> dict[str, str]:
-    """{number flag: the key of RANGES its class, or one of its bases, puts it under}."""
-    return {
-        n: words for c in reversed(cls.__mro__) for words, names in vars(c).get("ranges", {}).items() for n in names
-    }
-
-
 def wrong_values(name: str, kind, cls) -> list[str]:
     """Words that are no value of a flag."""
     kinds = command_line.kinds_of(kind)
     if any(k in (int, float) for k in kinds):
         tried = ["-1", "0", "1", "1.5"] if int in kinds else ["-1", "0", "1", "inf", "-inf", "nan"]
-        fits = RANGES[declared(cls)[name]]
+        fits = ranges_of(cls)[name].holds
         wrong = [t for t in tried if not fits(float(t)) or (t == "1.5" and int in kinds)]
         wrong += [t for t in tried if t in ("inf", "-inf", "nan") and name not in cls.may_be_infinite]
         wrong += [str(LARGEST + 1), "1e3"] if int in kinds else ["1,5"]
@@ -115,14 +108,14 @@ STATED = {  # in a flag's help -> its declared range
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_number_declares_a_range_and_its_help_says_the_same(script):
     cls = SCRIPTS[script].Args
-    kinds, ranges = get_type_hints(cls), declared(cls)
+    kinds, ranges = get_type_hints(cls), ranges_of(cls)
     docs = {name: meaning for name, (_, meaning) in flag_rows(cls).items()}
     numbers = [f.name for f in dataclasses.fields(cls) if {int, float} & set(command_line.kinds_of(kinds[f.name]))]
     assert set(numbers) == set(ranges)
     for name in numbers:
         for stated, expected in STATED.items():
             if f", {stated}" in docs[name] or f" {stated}:" in docs[name] or f"; {stated}" in docs[name]:
-                assert ranges[name] == expected, (name, docs[name])
+                assert ranges[name].expected == expected, (name, docs[name])
 
 
 # ---- a table: script, words, what the one line says ----

@@ -1,6 +1,7 @@
 """Every format, every kind of bad input, templates, EOS and masks."""
 
 import json
+import sys
 import sysconfig
 import warnings
 
@@ -11,12 +12,14 @@ import torch
 from helpers import ZEPHYR_TEMPLATE, jsonl, make_model, make_tokenizer
 
 import sft
+import tiny
 from common import UserError, data, demos, models, store
-from common.data import collate, encode, harvest_pydoc, render_prompt
+from common.data import collate, encode, render_prompt
 from common.store import read_pairs, write_pairs
 from common.streams import data_order
 from extras import sources
 from extras.sources import load_rows
+from tiny import make
 
 USER, ASSISTANT = {"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}
 WRONG = {"role": "assistant", "content": "five"}
@@ -128,22 +131,31 @@ def test_unknown_name_without_a_hub_is_one_line(name):
 # ---- the embedded data ----
 @pytest.fixture(scope="module")
 def pydoc():
-    return harvest_pydoc()
+    return read_pairs(tiny.DATA)
 
 
 def test_pydoc_is_real_and_large(pydoc):
     assert len(pydoc) > 4000
-    assert pydoc == harvest_pydoc()
-    for _, row in pydoc:
+    for row in pydoc:
         assert 8 <= len(row["response"]) <= 160 and row["response"] not in row["prompt"]
         assert row["prompt"].startswith(("def ", "class "))
-    held = [row for test, row in pydoc if test]
+    held = [row for row in pydoc if row["test"]]
     assert 0.04 < len(held) / len(pydoc) < 0.2
-    assert any(row["response"].startswith("Return a list") for _, row in pydoc)
+    assert any(row["response"].startswith("Return a list") for row in pydoc)
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="another Python's library has other docstrings")
+def test_pydoc_is_what_make_harvests(pydoc):
+    """Patch versions, and systems that leave modules out, differ in a few rows."""
+    own, shipped = (
+        {(r["module"], r["prompt"], r["response"]): r["test"] for r in rows} for rows in (make.harvest(), pydoc)
+    )
+    both = own.keys() & shipped.keys()
+    assert len(both) > 0.7 * len(shipped) and all(own[key] == shipped[key] for key in both)
 
 
 def test_pydoc_prompts_are_not_shared_between_splits(pydoc):
-    assert not {r["prompt"] for t, r in pydoc if t} & {r["prompt"] for t, r in pydoc if not t}
+    assert not {r["prompt"] for r in pydoc if r["test"]} & {r["prompt"] for r in pydoc if not r["test"]}
 
 
 # ---- templates and tokens ----
@@ -594,20 +606,18 @@ def test_pairs_are_stored_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # ---- the harvest in detail ----
 def test_pydoc_rows_have_something_to_learn(pydoc):
-    rows = [row for _, row in pydoc]
+    rows = pydoc
     assert all(r["response"] == " ".join(r["response"].split()) for r in rows)
     assert len({r["prompt"] for r in rows}) == len(rows)
     assert sum(bool(r["prompt"].partition("\n")[2].strip()) for r in rows) > 0.95 * len(rows)
 
 
-def test_pydoc_is_harvested_once_and_loads_fast_after_that(pydoc, tmp_path, monkeypatch):
-    harvests = []
-    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path))
-    monkeypatch.setattr(data, "harvest_pydoc", lambda: harvests.append(1) or pydoc)
+def test_pydoc_loads_its_two_splits_as_shipped_and_writes_nothing(pydoc, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path / "cache"))
     train, test = load_rows("pydoc", "train"), load_rows("pydoc", "test")
-    assert harvests == [1]
     assert sorted(r["row"] for r in train + test) == list(range(len(pydoc)))
-    assert [(r["prompt"], r["response"]) for r in test] == [(r["prompt"], r["response"]) for t, r in pydoc if t]
+    assert [(r["prompt"], r["response"]) for r in test] == [(r["prompt"], r["response"]) for r in pydoc if r["test"]]
+    assert not (tmp_path / "cache").exists()
 
 
 LIBRARY = '''raise SystemExit("imported")
@@ -648,11 +658,14 @@ def library(tmp_path, monkeypatch):
     (tmp_path / "python2.py").write_text("print 'hello'")
     (tmp_path / "latin.py").write_bytes(b"x = '\xe9'")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    return harvest_pydoc()
+    rows = make.harvest()
+    write_pairs(tmp_path / "pydoc.parquet", rows)
+    monkeypatch.setattr(tiny, "DATA", tmp_path / "pydoc.parquet")
+    return rows
 
 
 def test_harvest_reads_without_importing(library):
-    texts = {row["prompt"]: row["response"] for _, row in library}
+    texts = {row["prompt"]: row["response"] for row in library}
     assert texts["def mod3_Box.get(self, key, default=None)\nRaises KeyError in mod3."] == "Return the value of mod3."
     assert texts["def mod3_plain(x)\ny = x + 1\nreturn y"] == "Compute mod3 of the number."
     assert any(p.startswith("class mod3_Box(mod3_Base)\n") for p in texts)
@@ -662,13 +675,13 @@ def test_harvest_reads_without_importing(library):
 
 def test_harvest_holds_out_whole_modules_deterministically(library):
     sides = {}
-    for test, row in library:
-        sides.setdefault(row["prompt"].split()[1].split("_")[0], set()).add(test)
+    for row in library:
+        sides.setdefault(row["prompt"].split()[1].split("_")[0], set()).add(row["test"])
     assert len(sides) == 60 and all(len(side) == 1 for side in sides.values())
     assert 0 < sum(side == {True} for side in sides.values()) < 20
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert library == harvest_pydoc()
+        assert library == make.harvest()
 
 
 # ---- preferences of the embedded data ----
@@ -676,11 +689,8 @@ def preferred(rows: list[dict]) -> dict[int, tuple[str, str, str]]:
     return {r["row"]: (r["prompt"], r["chosen"], r["rejected"]) for r in rows}
 
 
-def test_pydoc_preferences_are_the_demonstrations_beside_the_next_summary_of_their_module(
-    library, tmp_path, monkeypatch
-):
+def test_pydoc_preferences_are_the_demonstrations_beside_the_next_summary_of_their_module(library):
     """Same row ids, same prompts, same side; chosen is the definition's own summary, rejected the next other one."""
-    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path / "cache"))
     for split in ("train", "test"):
         shown = {r["row"]: r for r in load_rows("pydoc", split)}
         pairs = preferred(load_rows("pydoc", split, "preferences"))
@@ -699,13 +709,13 @@ def test_pydoc_preferences_are_the_demonstrations_beside_the_next_summary_of_the
 
 
 def test_pydoc_pairs_differ_and_a_lone_summary_makes_none(pydoc, tmp_path, monkeypatch):
-    lone = [(False, {"prompt": "p", "response": "Do it all.", "next_response": None})]
-    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path))
-    monkeypatch.setattr(data, "harvest_pydoc", lambda: lone + pydoc)
+    lone = [{"test": False, "prompt": "p", "response": "Do it all.", "next_response": None}]
+    write_pairs(tmp_path / "pydoc.parquet", lone + pydoc)
+    monkeypatch.setattr(tiny, "DATA", tmp_path / "pydoc.parquet")
     rows = load_rows("pydoc", "train", "preferences") + load_rows("pydoc", "test", "preferences")
     assert 0.9 * len(pydoc) < len(rows) and 0 not in {r["row"] for r in rows}
     assert all(r["chosen"] != r["rejected"] and r.keys() == {"row", "prompt", "chosen", "rejected"} for r in rows)
-    summaries = {row["response"] for _, row in pydoc}
+    summaries = {row["response"] for row in pydoc}
     assert {r["rejected"] for r in rows} <= summaries
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import architectures
@@ -11,6 +12,7 @@ from helpers import make_classifier, make_data, make_model, make_tokenizer, slow
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import irft
+import tiny
 from common import UserError, demos, generation, models, rewards
 from common.args import resolve_auto
 from common.data import collate
@@ -187,11 +189,29 @@ def test_errors_of_attention_name_its_flag(good):
             models.load_model(arguments(good, attn_implementation=given))
 
 
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CLEANIRL_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match="--model tiny: found no cache folder .*set CLEANIRL_CACHE"):
-        models.load_config("tiny")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_embedded_model_is_a_folder_as_any_other_in_the_type_asked_for(monkeypatch, dtype):
+    """Its weights are float16 on disk. Neither the cache nor the hub is asked for it."""
+    monkeypatch.setenv("CLEANIRL_CACHE", "/dev/null/cache")
+    monkeypatch.setattr(loading, "probe_hub", None)
+    args = arguments(Path("tiny"), dtype=dtype)
+    shipped, given = models.load_model(args), models.load_model(args, str(tiny.MODEL))
+    assert {p.dtype for p in shipped.parameters()} == {getattr(torch, dtype)}
+    for (name, p), q in zip(shipped.named_parameters(), given.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    tokenizer = models.load_tokenizer(args)
+    assert len(tokenizer) == shipped.config.vocab_size and tokenizer.eos_token_id != tokenizer.pad_token_id
+    with pytest.raises(UserError, match="--max-length: found 9999, expected at most .*, the window of --model tiny"):
+        models.load_tokenizer(arguments(Path("tiny"), max_length=9999))
+
+
+def test_a_local_folder_of_the_embedded_models_name_wins_but_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loading.resolve_model("tiny") == str(tiny.MODEL)
+    (tmp_path / "tiny").mkdir()
+    assert loading.resolve_model("tiny") == "tiny"
+    monkeypatch.chdir(tiny.FOLDER.parent)
+    assert loading.resolve_model("tiny") == str(tiny.MODEL)
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capsys):

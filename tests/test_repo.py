@@ -30,6 +30,7 @@ SOURCES = [
     *ROOT.glob("common/*.py"),
     *ROOT.glob("extras/*.py"),
     *ROOT.glob("toy/*.py"),
+    *ROOT.glob("tiny/*.py"),
     *ROOT.glob("benchmark/*.py"),
 ]
 
@@ -142,12 +143,13 @@ def test_the_page_of_a_script_begins_with_usage(script):
 
 
 def test_imports_point_one_way():
-    """Scripts import common; common never imports a script; toy imports nothing of ours outside toy."""
+    """Scripts import common; common never imports a script; toy, and tiny but for what made it, import nothing of ours."""
     scripts = {p.stem for p in ROOT.glob("*.py")}
     for path in ROOT.glob("common/*.py"):
         assert not imported(path) & scripts, path
     for path in ROOT.glob("toy/*.py"):
         assert not imported(path) & (scripts | {"common"}), path
+    assert not imported(ROOT / "tiny" / "__init__.py") & (scripts | {"common", "toy"})
 
 
 def imported(path: Path) -> set[str]:
@@ -262,20 +264,39 @@ OWN_PPO = {
     "pad",
 }  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
-    ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "AIHF.sample_pairs", "AIHF.start_reward"),
-    ("rft.py", "aihf_ppo.py"): ("collect", "sft_batch_loss", "ActorCritic.forward"),
+    ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "loop.sample_pairs", "loop.start_reward"),
+    ("rft.py", "aihf_ppo.py"): (
+        "collect",
+        "sft_batch_loss",
+        "ActorCritic.forward",
+        "loop.learn",
+        "loop.start_reward",
+        "loop.start_policy",
+        "loop.policy_step",
+        "loop.measure",
+    ),  # fmt: skip
+    ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss", "ActorCritic.forward"),
     ("rft.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss",),
-    ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss", "IRL.start_reward"),
+    ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss", "loop.start_reward"),
     ("aihf.py", "irl_dpo_ultrachat.py"): ("sft_batch_loss", "dpo_batch_loss", "policy_rates"),
 }
 
 
 def functions(path: Path) -> dict[str, str]:
-    """{name: source} of a script's functions, and of its classes' as Class.name."""
+    """{name: code} of a script's functions, and of its classes' as Class.name; of the class with the loop as loop.name.
+
+    Without docstrings of methods of the loop: they name the paper's algorithm.
+    """
     found = {}
     for node in parse(path).body:
-        members = [(f"{node.name}.", n) for n in node.body] if isinstance(node, ast.ClassDef) else [("", node)]
-        found |= {prefix + n.name: ast.unparse(n) for prefix, n in members if isinstance(n, ast.FunctionDef)}
+        members = node.body if isinstance(node, ast.ClassDef) else [node]
+        members = [n for n in members if isinstance(n, ast.FunctionDef)]
+        is_loop = isinstance(node, ast.ClassDef) and any(n.name == "learn" for n in members)
+        prefix = "loop." if is_loop else f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for n in members:
+            if is_loop and ast.get_docstring(n):
+                n.body = n.body[1:]
+            found[prefix + n.name] = ast.unparse(n)
     return found
 
 

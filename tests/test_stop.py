@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, slow_unless, tldr_rows, weights
 
+import tiny
 from common import UserError
 from common.run import Run
 from common.store import broken_seal, lock, new_directory, read_metrics, untouched, without_nan
@@ -479,6 +480,11 @@ def test_digests_are_of_content(tmp_path, monkeypatch):
     assert provenance.data_digest(str(data)) != first
     args = types.SimpleNamespace(dataset=str(data), eval_dataset="auto", preference_dataset="none", model="a/b")
     assert provenance.digests(args) == {"dataset": provenance.data_digest(str(data))}
+
+
+def test_digests_of_what_is_embedded_are_those_of_its_files():
+    assert provenance.data_digest("pydoc") == provenance.data_digest(str(tiny.DATA))
+    assert provenance.model_digest("tiny") == provenance.model_digest(str(tiny.MODEL))
 
 
 def test_a_stored_file_that_is_not_whole_or_gone_is_named(place):

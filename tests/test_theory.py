@@ -349,7 +349,8 @@ def exact_loop(tmp_path, language, monkeypatch, setting):  # noqa: F811
             start = ref if source == learner.sft_policy else path[int(source.rpartition("_")[2])]
             path.append(best_response(script, start, table["r"], beta))
             events.clear()
-            learner.position.update(outer_iteration=t + 1, step=learner.steps.first(t + 1))
+            position = getattr(learner, "position", run.position)
+            position.update(outer_iteration=t + 1, step=learner.steps.first(t + 1))
 
         monkeypatch.setattr(Run, "step", step)
         monkeypatch.setattr(Run, "load_weights", load_weights)
@@ -359,7 +360,7 @@ def exact_loop(tmp_path, language, monkeypatch, setting):  # noqa: F811
         monkeypatch.setattr(script.evals, "evaluate_preferences", lambda *a, **k: {})
         monkeypatch.setattr(learner, "normalise", lambda t: {}, raising=False)
         monkeypatch.setattr(learner, "sample_pairs", lambda t: [{"iteration": t}])
-        monkeypatch.setattr(learner, "done", lambda t, k, save: learner.position.update(outer_iteration=t, step=k))
+        monkeypatch.setattr(Run, "save_checkpoint", lambda *_: None)
         monkeypatch.setattr(learner, "policy_step", policy_step)
         learner.learn()
         return path
