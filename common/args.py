@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import torch
 
@@ -20,7 +20,10 @@ from common import UserError
 from extras import terminal
 from extras.terminal import one_line_warning, report_failure
 
-Auto = Literal["auto"]
+if TYPE_CHECKING:
+    Auto = Any  # no flag is read before its auto is resolved
+else:
+    Auto = Literal["auto"]
 LARGEST = 2**32 - 1  # of whole numbers: numpy takes no larger seed
 
 
@@ -47,9 +50,10 @@ FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  #
 class BaseArgs:
     """Flags of everything that reads a model and data. Those that default to auto are resolved from the SETTINGS table."""
 
-    resume: ClassVar[str] = ""  # a flag of training scripts
-    lora_r: ClassVar[int] = 0
-    load_in_4bit: ClassVar[bool] = False
+    # flags of training scripts alone; without an annotation they are no fields
+    resume = ""
+    lora_r = 0
+    load_in_4bit = False
     may_be_infinite: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
     may_be_empty: ClassVar[tuple[str, ...]] = ("reward_model",)  # beside the flags that are empty by default
 
