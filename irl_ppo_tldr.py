@@ -662,9 +662,9 @@ class Args(RunArgs):
     """of the optimizer, > 0. N+ 30: 1e-5."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     """of the optimizer, >= 0. Released code: torch's 0.01."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: Annotated[float, BELOW_1] = 0.0
     """part of the updates in which a learning rate rises; then it falls to 0, linearly in PPO, else as a cosine. N+: 0."""
-    max_grad_norm: float = math.inf
+    max_grad_norm: Annotated[float, POSITIVE] = math.inf
     """gradient norm is clipped at this value, > 0. N+ 30: not clipped."""
     judge_task: Literal["answer", "summary"] = "summary"
     """what the judge compares: answers to a request, or summaries of a post."""

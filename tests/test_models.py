@@ -18,7 +18,7 @@ from common.args import resolve_auto
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import response_logprobs
-from extras import loading
+from extras import gold, loading
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([9] * 8, [4, 3, 20])]
 
@@ -246,13 +246,13 @@ def test_an_unusable_gold_model_is_refused_before_sampling(tmp_path, good, class
     data = str(make_data(tmp_path / "data.jsonl"))
     cut = shutil.copytree(classifier, tmp_path / "cut")
     cut_weights(0.5)(cut)
-    for gold, line in (
+    for unusable, line in (
         (good, "found no weights for score.weight"),
         (cut, "SafetensorError"),
         ("nobody/x", "reachable hub"),
     ):
-        args = arguments(good, dataset=data, eval_dataset=data, gold_reward_model=str(gold), eval_samples=4)
-        with pytest.raises(UserError, match=f"--gold-reward-model {gold}: .*{line}"):
+        args = arguments(good, dataset=data, eval_dataset=data, gold_reward_model=str(unusable), eval_samples=4)
+        with pytest.raises(UserError, match=f"--gold-reward-model {unusable}: .*{line}"):
             demos.load_held_out(args, models.load_tokenizer(args), [])
     gold.refuse_unusable(arguments(good, gold_reward_model=str(classifier)))
     cut_policy = shutil.copytree(good, tmp_path / "policy")

@@ -411,7 +411,7 @@ def test_make_test_has_a_whole_and_a_killed_run_of_every_script(slow):
 
 
 def test_make_test_leaves_out_few_tests_and_make_test_all_none(slow):
-    assert sum(slow.values()) < 0.15 * len(slow)
+    assert sum(slow.values()) < len(slow) / 5
     rules = (ROOT / "Makefile").read_text()
     quick, everything = (re.search(rf"^{name}: .*\n((?:\t.*\n)+)", rules, re.M)[1] for name in ("test", "test-all"))
     assert quick.replace(' -m "not slow"', "") == everything != quick

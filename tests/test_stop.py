@@ -158,7 +158,7 @@ def test_a_signal_that_the_shell_ignores_stays_ignored():
 
 
 def test_a_stop_that_something_holds_up_is_forced():
-    code = "import time\nfrom common import terminal\nterminal.PATIENCE = 0.2\ntry:\n    terminal.leave(2)\n"
+    code = "import time\nfrom extras import terminal\nterminal.PATIENCE = 0.2\ntry:\n    terminal.leave(2)\n"
     code += "except BaseException:\n    time.sleep(60)\n"
     started = time.time()
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130 and time.time() - started < 20
@@ -169,7 +169,7 @@ def test_a_signal_that_comes_again_is_the_same_one_for_ten_seconds(monkeypatch, 
     left = []
     monkeypatch.setattr(terminal, "leave", left.append)
     monkeypatch.setattr(terminal, "asked", 0)
-    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    monkeypatch.setattr(terminal, "hint", " continue with --resume x")
     run_ = types.SimpleNamespace(in_updates=True, stop_requested=0.0, stop_signal=0, is_main=True)
     run_._stop = types.MethodType(Run._stop, run_)
     Run._on_signal(run_, signal.SIGINT)
@@ -352,7 +352,7 @@ def test_a_full_disk_while_the_model_is_saved_is_one_line_and_leaves_nothing_hal
 
 def test_any_file_that_a_full_disk_refuses_is_one_line(monkeypatch, capsys):
     """A row of metrics, say. Another error of the system keeps its traceback, with how to go on below it."""
-    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    monkeypatch.setattr(terminal, "hint", " continue with --resume x")
     monkeypatch.delenv("RANK", raising=False)
     full = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
     assert report_failure(full) == 2
