@@ -37,11 +37,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, demos, evals, models, rewards
-from common.args import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
+from common import demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pair_length, pair_rows, row_length
-from common.generation import make_generator
+from common.generation import check_first_step, make_generator
 from common.logprobs import masked_sum, response_logprobs
+from common.ranges import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
 from extras import gold, records, sharding
@@ -245,16 +246,11 @@ def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *k
             rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
             loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
             steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
-            first = steps[0]["sampling/logp_difference"]
-            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
-                raise UserError(
-                    f"first DPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
-                    " expected rounding: the policy that is trained is not the one that answered"
-                )
+            check_first_step("DPO", steps[0], args.temperature)
     if not steps:
         return {}
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": first}
+    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
 
 def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
@@ -494,10 +490,9 @@ def train(args: Args) -> None:
         return
     aihf = AIHF(run, tokenizer, demos.select_demonstrations(run, demonstrations), preferences, held_rows)
     records.record_prompts(run, aihf.demonstrations, preferences)
-    steps = aihf.steps
     run.say(
-        f"aihf: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {steps.sft} SFT steps,"
-        f" T = {args.T}, K = {steps.K}, {steps.updates} policy updates on {args.rollout_batch_size} prompts x"
+        f"aihf: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {aihf.steps.sft} SFT steps,"
+        f" T = {args.T}, K = {aihf.steps.K}, {aihf.steps.updates} policy updates on {args.rollout_batch_size} prompts x"
         f" {args.num_generations} answers, {run.world} process(es), {run.dir}"
     )
     aihf.learn()

@@ -35,10 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models
-from common.args import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, end_of_turn, pair_rows
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
+from common.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer
 from extras import records, sharding
@@ -405,8 +406,9 @@ class Args(RunArgs):
     """how the learning rate falls to 0 after its warm-up. Paper: cosine (A.1.4)."""
 
     def check(self) -> None:
-        if self.demo_weight == "auto" and 0 < self.beta < math.inf:  # another beta is refused below
-            self.demo_weight = 1.0 if self.preference_dataset == "none" else balance(self)
+        if self.demo_weight == "auto":
+            compares = self.preference_dataset != "none" and 0 < self.beta < math.inf  # another beta is refused below
+            self.demo_weight = balance(self) if compares else 1.0
         super().check()
         require(
             self.demo_weight > 0 or self.preference_dataset != "none", "demo_weight", self.demo_weight,

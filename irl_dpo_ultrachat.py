@@ -41,11 +41,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, demos, evals, models, rewards
-from common.args import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
+from common import demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pair_length, pair_rows, row_length
-from common.generation import make_generator
+from common.generation import check_first_step, make_generator
 from common.logprobs import masked_sum, response_logprobs
+from common.ranges import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
 from extras import gold, records, sharding
@@ -301,16 +302,11 @@ def policy_update(run, policy, optimizer, pairs: list[dict], rates: list[float],
                 return losses * scale, stats
 
             steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
-            first = steps[0]["sampling/logp_difference"]
-            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
-                raise UserError(
-                    f"first policy step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
-                    " expected rounding: the policy that is trained is not the one that answered"
-                )
+            check_first_step("policy", steps[0], args.temperature)
     if not steps:
         return {}
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": first}
+    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
 
 def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
@@ -632,7 +628,7 @@ class Args(RunArgs):
     """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
     optimizer: Literal["rmsprop", "adamw"] = "adamw"
     """both without weight decay; rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: Annotated[float, BELOW_1] = 0.0
     """part of the updates in which a learning rate rises linearly; then it falls to 0. Online-RLHF, released code: 0."""
 
     def check(self) -> None:

@@ -574,12 +574,12 @@ RUNS = {  # name -> flags
 }  # fmt: skip
 KILLS = [  # (run, function, n-th call): one or more in every phase
     ("whole", "common.evals.sequence_logprobs", 10),  # reference on the demonstrations' pairs
-    ("whole", "common.run.write_pairs", 2),  # preferences scored, not yet on disk; the demonstrations' pairs are
+    ("whole", "common.run.write_pairs", 3),  # preferences scored, not yet on disk; the demonstrations' pairs are
     ("whole", "common.run.Run.step", 4),  # between checkpoints
     ("whole", "common.models.reference_policy", 5),  # iteration 1, the reference is another model now
     ("whole", "common.run.Run.step", 9),  # iteration 1
     ("whole", "common.run.Run.save_final", 1),
-    ("previous", "common.run.write_pairs", 4),  # iteration 1, preferences of the new reference
+    ("previous", "common.run.write_pairs", 5),  # iteration 1, preferences of the new reference
     ("direct", "common.evals.evaluate", 2),
 ]
 QUICK = [("whole", "common.run.Run.step", 9)]

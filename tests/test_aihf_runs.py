@@ -477,7 +477,7 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("aihf.py", "common.run.Run.step", 3),  # SFT
     ("aihf.py", "common.evals.prepare_held_out", 1),
     ("aihf.py", "common.run.Run.save_final", 1),  # after 5 SFT steps, sft/ not yet kept
-    ("aihf.py", "common.run.write_pairs", 1),  # answers sampled, not yet on disk
+    ("aihf.py", "common.run.write_pairs", 2),  # answers sampled, not yet on disk
     ("aihf.py", "common.run.Run.step", 8),  # reward step: 6 to 10
     ("aihf.py", "common.evals.evaluate_reward", 1),
     ("aihf.py", "common.run.Run.step", 12),  # inside an update of online DPO

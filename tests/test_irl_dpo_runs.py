@@ -336,11 +336,11 @@ POINTS = [  # (function, n-th call): one or more in every phase
     ("common.run.Run.step", 3),  # SFT
     ("common.evals.prepare_held_out", 1),
     ("common.run.Run.save_final", 1),  # after 5 SFT steps, sft/ not yet kept
-    ("common.run.write_pairs", 1),  # answers sampled, not yet on disk
+    ("common.run.write_pairs", 2),  # answers sampled, not yet on disk
     ("common.run.Run.step", 8),  # reward step: 6 to 10
     ("common.evals.evaluate_reward", 1),
     ("common.evals.evaluate_preferences", 1),
-    ("common.run.write_pairs", 2),  # candidates scored, not yet on disk
+    ("common.run.write_pairs", 3),  # candidates scored, not yet on disk
     ("irl_dpo_ultrachat.choose_pairs", 2),  # candidates on disk, no step taken
     ("common.run.Run.step", 12),  # inside a policy update
     ("common.evals.evaluate", 2),  # between updates

@@ -7,9 +7,11 @@ import functools
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, run
 
 import aihf
@@ -279,19 +281,20 @@ SHARED = {  # of these, what two scripts have in common all the same: proved for
     ("rft.py", "aihf_ppo.py"): (
         "collect",
         "sft_batch_loss",
-        "ActorCritic.forward",
         "loop.learn",
         "loop.start_reward",
         "loop.start_policy",
         "loop.policy_step",
         "loop.measure",
     ),  # fmt: skip
-    ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss", "ActorCritic.forward"),
+    ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss",),
     ("rft.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss",),
     ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): (
         "reward_batch_loss",
         "loop.sample_pairs",
         "loop.start_reward",
+        "Steps.first",
+        "Steps.policy",
     ),
     ("aihf.py", "irl_dpo_ultrachat.py"): (
         "sft_batch_loss",
@@ -338,7 +341,9 @@ def test_functions_of_the_same_name_in_two_scripts_are_the_same():
 
 
 DIFFS = {  # two scripts -> lines that `diff` of them shows at most, of both
-    ("aihf_ppo.py", "aihf.py"): 540,
+    ("rft.py", "aihf_ppo.py"): 250,
+    ("rft.py", "irl_ppo_tldr.py"): 490,
+    ("aihf_ppo.py", "aihf.py"): 500,
     ("aihf.py", "irl_dpo_ultrachat.py"): 600,
 }
 
@@ -384,6 +389,7 @@ def test_the_readme_is_short():
 COLLECT = """
 import json, sys
 import pytest
+import yaml
 class Marks:
     def pytest_collection_finish(self, session):
         found = {item.nodeid.partition("/")[2]: item.get_closest_marker("slow") is not None for item in session.items}
@@ -427,8 +433,30 @@ def test_make_test_has_a_whole_and_a_killed_run_of_every_script(slow):
 
 
 def test_make_test_leaves_out_few_tests_and_make_test_all_none(slow):
-    assert sum(slow.values()) < 0.15 * len(slow)
+    assert sum(slow.values()) < len(slow) / 5
     rules = (ROOT / "Makefile").read_text()
     quick, everything = (re.search(rf"^{name}: .*\n((?:\t.*\n)+)", rules, re.M)[1] for name in ("test", "test-all"))
     assert quick.replace(' -m "not slow"', "") == everything != quick
     assert "make test-all" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_project_file_names_every_script_package_and_list_of_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    setuptools = project["tool"]["setuptools"]
+    assert set(setuptools["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    assert set(setuptools["packages"]) == {"common", "extras", "tiny"}
+    dynamic = setuptools["dynamic"]
+    lists = [dynamic["dependencies"], *dynamic["optional-dependencies"].values()]
+    assert {name for entry in lists for name in entry["file"]} == {
+        f"requirements/{path.name}" for path in ROOT.glob("requirements/*.txt")
+    }
+
+
+def test_the_site_has_every_page():
+    def pages(entry) -> set[str]:
+        if isinstance(entry, str):
+            return {entry}
+        return set().union(*map(pages, entry.values() if isinstance(entry, dict) else entry))
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert pages(nav) == {path.name for path in ROOT.glob("docs/*.md")}
