@@ -35,12 +35,13 @@ from torch import Tensor
 from common import UserError, demos, evals, models
 from common.args import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
 from common.data import collate, end_of_turn
+from common.engine import evaluating
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
 from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import memory, records, sharding
+from extras import memory, records
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
@@ -344,7 +345,7 @@ def score_reference(run, t: int, pairs: list[dict], policy, path) -> list[dict]:
     with (
         run.phase(f"iteration {t}: reference, {path.stem}", 2 * len(pairs), outer_iteration=t) as advance,
         models.reference_policy(run, policy, is_reference) as ref_policy,
-        sharding.evaluating(ref_policy),
+        evaluating(ref_policy),
     ):
         for kind in ("chosen", "rejected"):
             sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]

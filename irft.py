@@ -33,12 +33,13 @@ from torch import Tensor
 from common import UserError, demos, evals, models
 from common.args import AT_LEAST_1, POSITIVE, Auto, RunArgs, main, parse_args, require
 from common.data import collate
+from common.engine import evaluating
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
 from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import memory, records, sharding
+from extras import memory, records
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
@@ -228,7 +229,7 @@ def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, genera
     with (
         run.phase(f"iteration {t}: reference", 2 * len(pairs), outer_iteration=t) as advance,
         models.reference_policy(run, policy, is_reference) as ref_policy,
-        sharding.evaluating(ref_policy),
+        evaluating(ref_policy),
     ):
         for kind in ("chosen", "rejected"):
             sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]

@@ -51,11 +51,12 @@ from common.args import (
     require,
 )
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
+from common.engine import evaluating, zero_of
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records, sharding
+from extras import gold, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -143,7 +144,7 @@ class ActorCritic(torch.nn.Module):
         scores = response_logprobs(self.policy, batch, temperature)
         if with_values:
             return scores, self.value(batch, every=True)
-        return scores, sharding.zero_of(self.value)
+        return scores, zero_of(self.value)
 
 
 def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
@@ -220,11 +221,11 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
             prompts = [rows[i]["prompt_ids"] for i in indices]
             rollout = generator.sample(prompts, indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), sharding.evaluating(reward_model):
+        with run.timed("score"), evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        with run.timed("value"), sharding.evaluating(actor_critic.value):
+        with run.timed("value"), evaluating(actor_critic.value):
             values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
             {

@@ -17,9 +17,12 @@ from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, 
 
 import tiny
 from common import UserError
+from common.engine import Engine, not_finite
 from common.run import Run
-from common.store import broken_seal, lock, new_directory, read_metrics, untouched, without_nan
-from extras import provenance, sharding, terminal
+from common.store import read_metrics, without_nan
+from extras import provenance, terminal
+from extras.resume import broken_seal
+from extras.run_directory import lock, new_directory, untouched
 from extras.terminal import report_failure
 
 PPO = (
@@ -158,7 +161,7 @@ def test_a_signal_that_the_shell_ignores_stays_ignored():
 
 
 def test_a_stop_that_something_holds_up_is_forced():
-    code = "import time\nfrom common import terminal\nterminal.PATIENCE = 0.2\ntry:\n    terminal.leave(2)\n"
+    code = "import time\nfrom extras import terminal\nterminal.PATIENCE = 0.2\ntry:\n    terminal.leave(2)\n"
     code += "except BaseException:\n    time.sleep(60)\n"
     started = time.time()
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130 and time.time() - started < 20
@@ -169,7 +172,7 @@ def test_a_signal_that_comes_again_is_the_same_one_for_ten_seconds(monkeypatch, 
     left = []
     monkeypatch.setattr(terminal, "leave", left.append)
     monkeypatch.setattr(terminal, "asked", 0)
-    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    monkeypatch.setattr(terminal, "hint", " continue with --resume x")
     run_ = types.SimpleNamespace(in_updates=True, stop_requested=0.0, stop_signal=0, is_main=True)
     run_._stop = types.MethodType(Run._stop, run_)
     Run._on_signal(run_, signal.SIGINT)
@@ -265,16 +268,16 @@ def test_a_checkpoint_that_is_called_good_is(place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_weight_that_is_not_finite_is_found(value, dtype):
     model = torch.nn.Sequential(torch.nn.Linear(70, 70), torch.nn.Linear(70, 1)).to(dtype)
-    assert sharding.not_finite(model) == ""
+    assert not_finite(model) == ""
     with torch.no_grad():
         model[1].weight[0, 66] = value
-    assert sharding.not_finite(model) == "1.weight"
+    assert not_finite(model) == "1.weight"
 
 
 def test_what_is_probed_is_left_as_it_was():
     model = torch.nn.Linear(2, 2).train()
     state = torch.random.get_rng_state()
-    assert sharding.probe(model, lambda rows: (model(rows).sum(-1), {}), torch.full((3, 2), math.inf)) != 0
+    assert Engine(None).probe(model, lambda rows: (model(rows).sum(-1), {}), torch.full((3, 2), math.inf)) != 0
     assert model.training and model.weight.grad is None and torch.equal(state, torch.random.get_rng_state())
 
 
@@ -350,7 +353,7 @@ def test_a_full_disk_while_the_model_is_saved_is_one_line_and_leaves_nothing_hal
 
 def test_any_file_that_a_full_disk_refuses_is_one_line(monkeypatch, capsys):
     """A row of metrics, say. Another error of the system keeps its traceback, with how to go on below it."""
-    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    monkeypatch.setattr(terminal, "hint", " continue with --resume x")
     monkeypatch.delenv("RANK", raising=False)
     full = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
     assert report_failure(full) == 2
