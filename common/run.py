@@ -48,6 +48,8 @@ class Run:
     """One run of one script: its processes, its directory, its log and its checkpoints."""
 
     engine: Engine
+    args: Any  # of a script: BaseArgs or RunArgs, with flags of its own
+    views: dict[torch.nn.Module, torch.nn.Module]  # prepared model -> its view
 
     def __init__(self, args: BaseArgs, script: str, metrics: dict[str, str]):
         from accelerate.utils import ProjectConfiguration, set_seed
@@ -65,7 +67,7 @@ class Run:
         self.dir = Path(args.resume or args.output_dir)
         project = ProjectConfiguration(logging_dir=str(self.dir))  # rank 0 settles the directory below
         self.engine = open_engine(mixed_precision=precision, log_with=log_with, project_config=project)
-        self.accelerator, self.views = self.engine.accelerator, {}  # views: prepared model -> its view
+        self.accelerator, self.views = self.engine.accelerator, {}
         self.rank, self.world, self.is_main = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -340,7 +342,9 @@ class Run:
         rates = lr if isinstance(lr, tuple) else (lr,) * len(optimizer.param_groups)
         for group, own in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = own * bias_correction(optimizer)
-        names, totals, fresh = [], 0.0, not optimizer.state
+        names: list[str] = []
+        totals: Any = 0.0
+        fresh = not optimizer.state
         for i, (part, share) in enumerate(parts):
             last = i == most - 1
             with self.engine.part(model, last):

@@ -16,7 +16,7 @@ def model_card(run, method: str, paper: str, note: str, base: str, measure: str)
     matter = ModelCardData(
         library_name="transformers", base_model=base, datasets=data, tags=["cleanirl", run.script]
     ).to_yaml()
-    last = next((r for r in reversed(run.logged()) if measure in r), {}) if run.is_main else {}
+    last: dict = next((r for r in reversed(run.logged()) if measure in r), {}) if run.is_main else {}
     measured = "".join(
         f"| {k} | {v:.4g} | {meaning} |\n"
         for k, v in last.items()

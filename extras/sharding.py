@@ -11,12 +11,16 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from common import UserError
 from common.engine import Engine
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def open_sharded(**settings) -> Engine:
@@ -148,17 +152,17 @@ class ZeRO(Sharded):
             "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         }
 
-    def backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
+    def backward(self, model: Any, loss: Tensor, last: bool) -> None:
         model.set_gradient_accumulation_boundary(last)
         model.backward(loss)
 
-    def clip(self, model: nn.Module, max_norm: float) -> float:
+    def clip(self, model: Any, max_norm: float) -> float:
         """DeepSpeed clips and moves the weights in one call: the update is made here."""
         model.step()
         return float(model.get_global_grad_norm())
 
     @torch.no_grad()
-    def load_weights(self, model: nn.Module, state: dict[str, Tensor], part: str = "") -> None:
+    def load_weights(self, model: Any, state: dict[str, Tensor], part: str = "") -> None:
         super().load_weights(model, state, part)
         model.optimizer.refresh_fp32_params()
 
@@ -190,8 +194,9 @@ class FSDP2(Sharded):
     def probe(self, model: nn.Module, loss_fn, rows: list) -> float:
         loss = super().probe(model, loss_fn, rows)
         for part in model.modules():
-            if hasattr(part, "reshard"):  # FSDP2 keeps what is outside its layers whole until a backward pass
-                part.reshard()
+            # FSDP2 keeps what is outside its layers whole until a backward pass
+            if callable(reshard := getattr(part, "reshard", None)):
+                reshard()
         return loss
 
 
@@ -262,7 +267,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
     from torch.distributed.tensor import DTensor
 
     return isinstance(x, DTensor)

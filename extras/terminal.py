@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from common import UserError
 
@@ -65,7 +66,7 @@ class PatientFile(io.FileIO):
 
     lost: OSError | None = None
 
-    def write(self, data) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:

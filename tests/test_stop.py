@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, tldr_rows, weights
+from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, slow_unless, tldr_rows, weights
 
 import tiny
 from common import UserError
@@ -111,7 +111,7 @@ CHAIN = [  # where Ctrl-C comes, in one run that is resumed each time; the call 
 ]
 
 
-@pytest.mark.parametrize("script", FLAGS)
+@pytest.mark.parametrize("script", slow_unless(lambda script: script == "sft.py", FLAGS))
 def test_ctrl_c_in_every_phase_is_one_line_and_costs_nothing(place, script):
     whole, out = place / f"whole_{script}", place / f"chain_{script}"
     again = [script, "--resume", str(out)]
@@ -216,6 +216,7 @@ def test_ctrl_c_reaches_two_processes_and_rank_0_alone_speaks(place):
     ]
 
 
+@pytest.mark.slow
 def test_a_failing_rank_says_how_to_go_on_and_the_other_only_that_it_lost_it(place):
     out = place / "failing"
     scenario = {"argv": argv("sft.py", place, out), "at": "common.run.Run.step", "n": 2, "rank": 1, "signal": 0}
@@ -316,6 +317,7 @@ def test_metrics_hold_null_and_readers_read_it_as_nan(tmp_path):
 
 
 # ---- streams and disks ----
+@pytest.mark.slow
 def test_stdout_that_closes_or_is_full_costs_no_model(place):
     flags = ["--num-train-epochs", "1"]
     outs = [place / "to_head", place / "to_full", place / "to_nothing"]
