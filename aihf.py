@@ -40,12 +40,13 @@ from torch import Tensor
 from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pair_length, pair_rows, row_length
+from common.engine import evaluating
 from common.generation import check_first_step, make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records, sharding
+from extras import gold, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -188,13 +189,13 @@ def collect(run, reward_model, generator, reference, rows: list[dict], seed: int
             asked = [(rows[i]["prompt_ids"], i * n + j) for i in indices for j in range(n)]
             rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), sharding.evaluating(reward_model):
+        with run.timed("score"), evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
             scores = torch.tensor(scores, dtype=torch.float64).view(len(indices), n)
             scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool).view(len(indices), n)
         best, worst = (index + torch.arange(len(scores)) * n for index in max_min(scores))
         kept = [*best.tolist(), *worst.tolist()]
-        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
             ref = run.score_batches(
                 [sequences[k] for k in kept], lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature)
             )

@@ -37,12 +37,13 @@ from torch import Tensor
 from common import UserError, demos, evals, models
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, end_of_turn, pair_rows
+from common.engine import evaluating
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import records, sharding
+from extras import records
 
 
 # ---- the maths ----
@@ -295,7 +296,7 @@ def score_reference(run, t: int, pairs: list[dict], policy, name: str) -> list[d
     with (
         run.phase(f"iteration {t}: reference, {name}", 2 * len(pairs), outer_iteration=t) as advance,
         models.reference_policy(run, policy, is_reference) as ref_policy,
-        sharding.evaluating(ref_policy),
+        evaluating(ref_policy),
     ):
         for kind in ("chosen", "rejected"):
             sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]

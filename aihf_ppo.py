@@ -38,13 +38,14 @@ from torch import Tensor
 from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
+from common.engine import evaluating
 from common.generation import check_first_step, make_generator
 from common.logprobs import masked_mean, masked_sum
 from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records, sharding
+from extras import gold, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -215,11 +216,11 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
         with run.timed("sample"):
             rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), sharding.evaluating(reward_model):
+        with run.timed("score"), evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        with run.timed("value"), sharding.evaluating(actor_critic.value):
+        with run.timed("value"), evaluating(actor_critic.value):
             values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
             {

@@ -36,12 +36,13 @@ from torch import Tensor
 from common import UserError, demos, evals, models
 from common.args import AT_LEAST_1, POSITIVE, Auto, RunArgs, main, parse_args, require
 from common.data import collate, pair_length, pair_rows
+from common.engine import evaluating
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
 from common.store import read_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import records, sharding
+from extras import records
 
 
 # ---- the maths ----
@@ -182,7 +183,7 @@ def make_pairs(run, t: int, plan: Plan, demonstrations, policy, generator, token
         with (
             run.phase(f"iteration {t}: reference", 2 * len(pairs), outer_iteration=t) as advance,
             models.reference_policy(run, policy, is_reference) as ref_policy,
-            sharding.evaluating(ref_policy),
+            evaluating(ref_policy),
         ):
             for kind in ("chosen", "rejected"):
                 sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]

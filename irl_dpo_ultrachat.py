@@ -44,12 +44,13 @@ from torch import Tensor
 from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pair_length, pair_rows, row_length
+from common.engine import evaluating
 from common.generation import check_first_step, make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records, sharding
+from extras import gold, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -200,7 +201,7 @@ def score_candidates(run, reward_model, generator, rows: list[dict], first: int,
             asked = [(rows[i]["prompt_ids"], (first + i) * n + j) for i in indices for j in range(n)]
             rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), sharding.evaluating(reward_model):
+        with run.timed("score"), evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
         names = {"response_ids": rollout.response_ids, "finished": rollout.finished, "logprobs": rollout.logprobs}
         names["scores"] = scores
@@ -253,7 +254,7 @@ def choose_pairs(run, rows: list[dict], candidates: list[dict], reference) -> li
             "lengths": list(map(len, candidate["response_ids"])), "finished": candidate["finished"],
         })  # fmt: skip
     if dpo:
-        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
             ref = run.map_sequences(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
         for pair, (chosen, _), (rejected, _) in zip(pairs, ref[: len(rows)], ref[len(rows) :], strict=True):
             pair |= {"ref_chosen": chosen, "ref_rejected": rejected}

@@ -39,13 +39,14 @@ from torch import Tensor
 from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import Frame, collate, encode, end_of_turn, pad_right, pair_length, pair_rows, row_length, tokenise
+from common.engine import evaluating, whole
 from common.generation import check_first_step, make_generator
 from common.logprobs import masked_mean, masked_sum
 from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records, sharding
+from extras import gold, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -212,12 +213,12 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
         with run.timed("sample"):
             rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), sharding.evaluating(reward_model):
+        with run.timed("score"), evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
+        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
             ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
         stepped = [with_last_step(x, y, args) for x, y in sequences]
-        with run.timed("value"), sharding.evaluating(actor_critic.value):
+        with run.timed("value"), evaluating(actor_critic.value):
             values = run.score_batches(stepped, lambda batch: actor_critic.value(batch, every=True).tolist())
         return [
             {
@@ -394,7 +395,7 @@ class IRL:
             scores = torch.tensor(evals.sequence_scores(run, self.bare_reward, sequences, advance), dtype=torch.float64)
         std = scores.std(correction=0).item()
         if kind != "none":
-            with sharding.whole(self.bare_reward, cast=False):
+            with whole(self.bare_reward, cast=False):
                 self.bare_reward.normalise(scores.mean().item(), std if kind == "mean_std" else 1.0)
                 run.load_weights(self.reward_model, self.bare_reward)
         center = self.bare_reward.center.item()

@@ -2,19 +2,15 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
-
-import torch
 
 from common import UserError
 from common.ranges import (  # noqa: F401
@@ -30,13 +26,12 @@ from common.ranges import (  # noqa: F401
     Range,
 )  # fmt: skip
 from extras import terminal
-from extras.terminal import one_line_warning, report_failure
 
 if TYPE_CHECKING:
     Auto = Any  # no flag is read before its auto is resolved
 else:
     Auto = Literal["auto"]
-LARGEST = 2**32 - 1  # of whole numbers: numpy takes no larger seed
+LARGEST = 2**32 - 1  # largest whole number of a flag: numpy takes no larger seed
 FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  # row of SETTINGS -> the models it is for
 
 
@@ -107,18 +102,12 @@ class BaseArgs:
     """tracker to send the metrics to as well."""
 
     def check(self) -> None:
-        """UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
-        from extras.trackers import check_tracker
-
+        """Raise UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
         check_values(self)
         if not getattr(self, "dry_run", False):
-            check_tracker(self.report_to)
-        installed = importlib.util.find_spec("vllm") is not None
-        require(
-            self.generation == "hf" or installed or getattr(self, "dry_run", False), "generation",
-            "vllm, which is not installed here",
-            "hf, or vLLM installed: pip install -r requirements-gpu.txt (without an NVIDIA GPU: make install-vllm)",
-        )  # fmt: skip
+            from extras.launch import check_installed
+
+            check_installed(self)
         require(
             self.max_prompt_length < self.max_length, "max_prompt_length", self.max_prompt_length,
             f"less than --max-length {self.max_length}",
@@ -143,7 +132,7 @@ class RunArgs(BaseArgs):
 
     sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two
     scalar_models: ClassVar[int] = 0  # beside the policy: 1 is a reward model, 2 a value model too
-    # flag -> what a run did that was made before the flag was, where that is not the default or the default is auto
+    # flag -> how a run behaved before the flag existed, if that is not its default or its default is auto
     before: ClassVar[dict] = {"template": "auto", "turns": "last"}
 
     max_samples: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
@@ -226,7 +215,7 @@ def check_values(args: BaseArgs) -> None:
 
 
 def first_model(name: str) -> str:
-    """Name, in lower case, of the model that a model in a run directory was made from; of any other model its own."""
+    """Name, in lower case, of the model that a run began with, if it made this one; else the model's own name."""
     with contextlib.suppress(
         OSError, ValueError, KeyError, TypeError, RecursionError
     ):  # no args.json, or not one of ours
@@ -236,7 +225,7 @@ def first_model(name: str) -> str:
 
 
 def settings_row(model: str, settings: dict[str, dict]) -> str:
-    """Key of the row of `settings` for a model: the one that first_model is, or whose FAMILIES it is of; else `other`."""
+    """Key of the row of `settings` for a model: the row named as first_model, or whose FAMILIES match it; else `other`."""
     name = first_model(model)
     return next((k for k in settings if re.fullmatch(FAMILIES.get(k, re.escape(k)), name)), "other")
 
@@ -251,46 +240,19 @@ def resolve_auto(args: BaseArgs, settings: dict[str, dict]) -> str:
     if args.max_prompt_length == "auto":
         args.max_prompt_length = max(args.max_length - args.max_new_tokens, 1)
     if len(given) == 1 and hasattr(args, "preference_dataset"):
+        from extras.command_line import check_sources
+
         check_sources(args, given[0])
     return key
 
 
-def check_sources(args, given: str) -> None:
-    """UserError if a user's own source of one kind would be joined by the table's source of the other kind."""
-    missing = "preference_dataset" if given == "dataset" else "dataset"
-    if given == "dataset" or (args.needs_demonstrations() and args.preference_dataset != "none"):
-        raise UserError(
-            f"{flag(missing)}: found none beside {flag(given)} {getattr(args, given)}, expected a source too; one may be both"
-        )
-
-
 def parse_args(cls, description: str, settings: dict[str, dict]):
     """Command line -> args with every auto resolved. With --resume the run's own args come back; others are refused."""
-    from extras.command_line import command_line, saved_args
+    from extras.command_line import given_args
     from extras.launch import check_launch
 
     check_launch()
-    args = command_line(cls, description)
-    if args.resume:
-        saved = saved_args(cls, args.resume)
-        same = args.output_dir == "auto" or Path(args.output_dir).resolve() == Path(args.resume).resolve()
-        require(
-            same, "output_dir", args.output_dir, f"none beside --resume {args.resume}, which goes on in its own folder"
-        )
-        for name, given in vars(command_line(cls, description, saved)).items():
-            if name not in ("resume", "dry_run", "output_dir") and given not in ("auto", getattr(saved, name)):
-                raise UserError(
-                    f"{flag(name)}: found {given}, but the run in {args.resume} has {getattr(saved, name)};"
-                    " a resumed run keeps its settings"
-                )
-        args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run)
-    elif any(word.partition("=")[0] == "--resume" for word in sys.argv[1:]):  # such as --resume "$RUN" of a shell
-        require(False, "resume", "an empty text", "a run directory")
-    for field in dataclasses.fields(cls):  # before a name is looked up: "" would be the current folder
-        empty = (
-            field.default != "" and field.name not in cls.may_be_empty and not str(getattr(args, field.name)).strip()
-        )
-        require(not empty, field.name, "an empty text", "a value")
+    args = given_args(cls, description)
     row = settings_row(args.model, settings)
     filled = any(getattr(args, name) == "auto" for name in settings[row])
     resolve_auto(args, settings)
@@ -304,48 +266,5 @@ def parse_args(cls, description: str, settings: dict[str, dict]):
 
 
 def main(script_main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError becomes one line on stderr and exit status 2, a warning one line of rank 0.
-
-    A signal ends it with one line and status 128 + its number (Run._on_signal). A stream that is closed, or on a full disk,
-    costs what is printed and nothing else; the latter gives status 1.
-    """
-    terminal.catch()
-    terminal.be_patient()
-    shown, warnings.formatwarning = warnings.formatwarning, one_line_warning
-    status: int | str | None = 0
-    try:
-        try:
-            script_main()
-        except Exception as error:
-            status = report_failure(error)
-        else:
-            if lost := terminal.lost_output():
-                print(f"error: stdout: {lost}; what was printed is lost, nothing else is", file=sys.stderr)
-                status = 1
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        warnings.formatwarning = shown
-    if "RANK" in os.environ and status:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else 1)  # the launcher ends the other ranks
-    if status:
-        sys.exit(status)
-
-
-def native_bf16() -> bool:
-    """True where bf16 products are faster than float32 ones: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def mixes_bf16(args) -> bool:
-    """Whether --mixed-precision means bf16 here."""
-    return args.mixed_precision == "bf16" or (args.mixed_precision == "auto" and native_bf16())
-
-
-def uses_bf16(args) -> bool:
-    """Whether models compute in bf16, stored so or under mixed precision."""
-    return args.dtype == "bfloat16" or mixes_bf16(args)
+    """Run a script's main: its errors and signals end in one line and an exit status (extras/terminal.py)."""
+    terminal.run(script_main)

@@ -10,10 +10,10 @@ import numpy as np
 
 from common import UserError
 from common.demos import EVAL_SEED
+from common.engine import evaluating
 from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
 from common.store import read_pairs, write_pairs
-from extras.sharding import evaluating
 
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
 JUDGE_METRICS = {  # with --judge-model, each pair asked in both orders

@@ -13,10 +13,9 @@ from typing import Any, cast
 import torch
 
 from common import UserError
-from common.args import uses_bf16
 from common.data import collate, end_of_turn
+from common.engine import evaluating, uses_bf16
 from common.logprobs import CHECKED, LIMITS, language_model, response_logprobs, temper
-from extras.sharding import evaluating, ran_out_of_memory
 
 
 @dataclass
@@ -150,6 +149,8 @@ class Generator:
         try:
             return self._batch(prompts, uniforms, temperature)
         except Exception as error:
+            from extras.memory import ran_out_of_memory
+
             if self.check is None or isinstance(error, UserError) or ran_out_of_memory(error):
                 raise
             inner = language_model(self.model)

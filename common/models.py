@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from common import UserError
-from common.args import uses_bf16
 from common.data import check_template
-from extras import sharding
+from common.engine import uses_bf16, whole
 
 
 def load_tokenizer(args, name: str = "", flag: str = "--model"):
@@ -214,8 +213,8 @@ def weights_digest(run, model) -> str:
     from accelerate.utils import broadcast_object_list
 
     digest = hashlib.sha256()
-    with sharding.whole(run.unwrap(model), cast=False) as whole:
-        for name, tensor in sorted(whole.state_dict().items()) if run.is_main else ():
+    with whole(run.unwrap(model), cast=False) as view:
+        for name, tensor in sorted(view.state_dict().items()) if run.is_main else ():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return broadcast_object_list([digest.hexdigest()])[0]

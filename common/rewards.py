@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common import UserError, logprobs, models
 from common.data import Batch, end_of_turn
-from extras import sharding
+from common.engine import zero_of
 
 
 class ScalarModel(torch.nn.Module):
@@ -79,7 +79,7 @@ class ActorCritic(torch.nn.Module):
         scores = logprobs.response_logprobs(self.policy, batch, temperature)
         if with_values:
             return scores, self.value(batch, every=True)
-        return scores, sharding.zero_of(self.value)
+        return scores, zero_of(self.value)
 
 
 class ExactLinear(torch.nn.Linear):

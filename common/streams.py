@@ -19,7 +19,7 @@ def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float, ki
 
 
 def make_optimizer(name: str, *parts, eps: float = 1e-8, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """RMSprop or AdamW, torch defaults but for what is given. The learning rate is set at every step.
+    """RMSprop or AdamW with the settings given here, else torch's defaults. Run.step sets the learning rate at every step.
 
     parts: parameters, once for each part of the model that may have a learning rate of its own (Run.step).
     """
@@ -38,12 +38,16 @@ def bias_correction(optimizer) -> float:
     if alpha is None:
         return 1.0
     first: dict = next(iter(optimizer.state.values()), {})
-    done = first.get("step", 0)  # the same of all parameters (sharding.clip)
+    done = first.get("step", 0)  # the same for all parameters (Engine.clip)
     return math.sqrt(1 - alpha ** (float(done) + 1))
 
 
 def stream_seed(*key: int) -> int:
-    """Seed of the random stream that a key names: a resumed run needs no stream position."""
+    """Seed of the random stream that a key names.
+
+    Streams are our own, a stream for each key and each row: an answer must depend neither on its batch, nor on the number of
+    processes, and a resumed run needs no position in a stream.
+    """
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 

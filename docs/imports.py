@@ -68,7 +68,8 @@ def levels(modules: Modules) -> dict[str, int]:
         if name in above:
             raise ValueError("imports form a circle: " + " -> ".join([*above[above.index(name) :], name]))
         if name not in found:
-            below = [level(other, (*above, name)) for other in modules[name].imports if other.startswith("common.")]
+            imported = sorted(other for other in modules[name].imports if other.startswith("common."))
+            below = [level(other, (*above, name)) for other in imported]
             found[name] = 1 + max(below, default=-1)
         return found[name]
 

@@ -14,12 +14,48 @@ from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from common import UserError
-from common.args import flag
+from common.args import flag, require
+
+
+def given_args(cls, description: str):
+    """The command line as a `cls`. With --resume it is what the run's args.json holds, and other settings are refused.
+
+    Raises UserError, in one line, for a wrong word, a flag without text, or a setting that the resumed run does not have.
+    """
+    args = command_line(cls, description)
+    if args.resume:
+        saved = saved_args(cls, args.resume)
+        same = args.output_dir == "auto" or Path(args.output_dir).resolve() == Path(args.resume).resolve()
+        expected = f"none beside --resume {args.resume}, which goes on in its own folder"
+        require(same, "output_dir", args.output_dir, expected)
+        for name, given in vars(command_line(cls, description, saved)).items():
+            if name not in ("resume", "dry_run", "output_dir") and given not in ("auto", getattr(saved, name)):
+                raise UserError(
+                    f"{flag(name)}: found {given}, but the run in {args.resume} has {getattr(saved, name)};"
+                    " a resumed run keeps its settings"
+                )
+        args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run)
+    elif any(word.partition("=")[0] == "--resume" for word in sys.argv[1:]):  # such as --resume "$RUN" of a shell
+        require(False, "resume", "an empty text", "a run directory")
+    for field in dataclasses.fields(cls):  # before a name is looked up: "" would be the current folder
+        may_be_empty = field.default == "" or field.name in cls.may_be_empty
+        filled = may_be_empty or str(getattr(args, field.name)).strip()
+        require(bool(filled), field.name, "an empty text", "a value")
+    return args
+
+
+def check_sources(args, given: str) -> None:
+    """Raise UserError if the table would add its own source of the other kind to the source that the user gives."""
+    missing = "preference_dataset" if given == "dataset" else "dataset"
+    if given == "dataset" or (args.needs_demonstrations() and args.preference_dataset != "none"):
+        raise UserError(
+            f"{flag(missing)}: found none beside {flag(given)} {getattr(args, given)}, expected a source too; one may be both"
+        )
 
 
 # ---- the command line ----
 def command_line(cls, description: str, default=None):
-    """The words of the command line as a `cls`, by tyro, over a default. UserError, one line, for what is not a flag or value."""
+    """The command line as a `cls`, by tyro, over a default. Raises UserError, in one line, for a wrong flag or value."""
     import tyro
 
     printed = io.StringIO()
@@ -100,9 +136,9 @@ def in_words(kind) -> str:
 
 
 def saved_args(cls, folder: str):
-    """The args that a run wrote to its args.json. UserError, one line, for what a run of this script has not written.
+    """The args that a run wrote to its args.json. Raises UserError, in one line, if no run of this script has written them.
 
-    A flag that is missing there is newer than the run, which goes on without it: as its default is, or as cls.before says.
+    A flag that is missing there is newer than the run. It gets the value in cls.before, else its default.
     """
     path, script = Path(folder) / "args.json", Path(inspect.getfile(cls)).stem
     if not path.is_file():

@@ -13,8 +13,8 @@ from common.demos import EVAL_SEED
 from common.evals import sample_rows, sampled_texts
 from common.generation import make_generator
 from common.rewards import load_scalar_model
-from common.store import cache_folder
 from extras import loading
+from extras.cache import cache_folder, cached
 
 # ---- a gold reward model: text in, since its tokenizer is its own ----
 FLAG = "--gold-reward-model"
@@ -103,7 +103,7 @@ def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int =
     def work(part: list[int], advance) -> list[float]:
         return gold().score([rows[i] for i in part], [responses[i] for i in part], [finished[i] for i in part], advance)
 
-    return run.cached(path, keys, work, "gold scores of demonstrations", block)
+    return cached(run, path, keys, work, "gold scores of demonstrations", block)
 
 
 def cache_file(kind: str, model: str, *settings) -> Path:
@@ -207,7 +207,7 @@ def expert_rows(
     def work(part: list[int], advance) -> list[dict]:
         return [{"text": text, "finished": finished} for text, finished in sampler(part, advance)]
 
-    answers = run.cached(path, keys, work, "expert's answers", 1024)
+    answers = cached(run, path, keys, work, "expert's answers", 1024)
     texts = [r["prompt_text"] for r in rows]
     written, finished = [a["text"] for a in answers], [a["finished"] for a in answers]
     ids = respond(tokenizer, texts, written, finished, frame or read_frame(tokenizer))

@@ -19,7 +19,7 @@ import numpy as np
 from common import UserError
 from common.args import require
 from common.data import plain_prompt
-from common.store import cache_folder
+from extras.cache import cache_folder
 from extras.statistics import bootstrap_interval
 
 

@@ -3,14 +3,15 @@
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
 from common import UserError
+from common.args import require
 
 
-# ---- the launch ----
 def check_launch() -> None:
-    """UserError where the environment asks for processes that could not find each other, or an engine that is not installed."""
+    """Raise UserError if the launch asks for processes that could not find each other, or an engine that is not installed."""
     numbers = {"WORLD_SIZE": 0, "RANK": 0, "LOCAL_RANK": 0}
     for name in numbers.keys() & os.environ.keys():
         if not re.fullmatch(r"-?\d+", os.environ[name]):
@@ -26,6 +27,12 @@ def check_launch() -> None:
         )
     if world and numbers["RANK"] >= world:
         raise UserError(f"RANK: found {numbers['RANK']} in the environment, expected 0 to {world - 1} (WORLD_SIZE - 1)")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("MASTER_ADDR") and "WORLD_SIZE" not in os.environ:
+        # accelerate launch gives MASTER_ADDR to several processes, and to the only one that it starts in their place
+        raise UserError(
+            "launched for several processes, but accelerate runs 1: expected as many as were asked for. Type: accelerate launch"
+            f" --config_file configs/cpu.yaml --num_processes N {Path(sys.argv[0]).name} ..., or unset MASTER_ADDR if you set it"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not importlib.util.find_spec("deepspeed"):
         raise UserError(
             "DeepSpeed, which the accelerate config asks for: found it not installed here, expected pip install -r"
@@ -33,21 +40,28 @@ def check_launch() -> None:
         )
 
 
-def expected_processes() -> int:
-    """How many processes the launcher was asked for: torchrun's WORLD_SIZE, or the words of `accelerate launch`."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    import psutil
-    import yaml
+def check_engine(args, engine: str, processes: int, script: str) -> None:
+    """Raise UserError if accelerate runs another number of processes than the launcher, or if a flag rules the engine out."""
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != expected:
+        raise UserError(
+            f"launched for {expected} processes, but accelerate runs {processes}: they would train apart. Type:"
+            f" accelerate launch --config_file configs/cpu.yaml --num_processes {expected} {script}.py ..."
+        )
+    one = "one process, or DDP (configs/ddp.yaml): 4-bit weights are not cut up"
+    require(not args.load_in_4bit or engine == "plain", "load_in_4bit", engine, one)
+    known = args.dtype == "float32" or args.mixed_precision == "bf16" or not engine.startswith("zero")
+    found = f"{args.dtype} without mixed precision, under {engine}"
+    require(known, "dtype", found, "--mixed-precision bf16 beside it")
 
-    words = psutil.Process().parent().cmdline() if psutil.Process().parent() else []
-    if "launch" not in words or not any("accelerate" in w for w in words):
-        return 1
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for name in ("--num_processes", "--num-processes"):
-        if name in words:
-            return int(words[words.index(name) + 1])
-    for name in ("--config_file", "--config-file"):
-        if name in words:
-            return int(yaml.safe_load(Path(words[words.index(name) + 1]).read_text()).get("num_processes") or 1)
-    return 1
+
+def check_installed(args) -> None:
+    """Raise UserError if the run's tracker or sampler is not installed, or the tracker has no key."""
+    from extras.trackers import check_tracker
+
+    check_tracker(args.report_to)
+    require(
+        args.generation == "hf" or importlib.util.find_spec("vllm") is not None, "generation",
+        "vllm, which is not installed here",
+        "hf, or vLLM installed: pip install -r requirements-gpu.txt (without an NVIDIA GPU: make install-vllm)",
+    )  # fmt: skip

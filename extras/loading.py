@@ -12,8 +12,8 @@ import torch
 
 import tiny
 from common import UserError
+from common.engine import not_finite
 from common.models import text_config
-from extras import sharding
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
     "zephyr-7b-sft-full": "alignment-handbook/zephyr-7b-sft-full",
@@ -121,7 +121,7 @@ def quiet_load():
 
 def refuse_not_finite(model, name: str, flag: str) -> None:
     """UserError if a weight of a loaded model is not a finite number, as of a run that diverged."""
-    if broken := sharding.not_finite(model):
+    if broken := not_finite(model):
         raise UserError(f"{flag} {name}: found weights that are not finite ({broken}), expected numbers")
 
 

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import UserError, models
-from common.args import flag, mixes_bf16
+from common.args import flag
 from common.data import Batch
+from common.engine import mixes_bf16
 from common.generation import inverse_cdf
 from common.logprobs import HEADS, Head, known_changes, language_model, score_positions, temper
 from common.rewards import ScalarModel
-from extras.sharding import ran_out_of_memory
 
 NF4 = 4.127 / 8  # bytes per weight with double quantisation, QLoRA arXiv:2305.14314, Sec. 3
 STATES = {"rmsprop": 1, "adamw": 2}  # values an optimizer keeps for each weight
@@ -223,7 +223,7 @@ def generation_costs(args, config) -> dict[str, int]:
 
 # ---- the plan ----
 def launched() -> tuple[int, str]:
-    """(processes, engine) that the launcher asked for; the engine as sharding.engine_name has it."""
+    """(processes, engine) that the launcher asked for; the engine by the name that Engine has."""
     env = os.environ
     engine = "plain"
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -351,7 +351,7 @@ class Plan:
         )
         if args.generation == "vllm":  # it takes no batches of ours, and then the trainer scores some of its answers
             made = scored
-        if self.level == 3:  # sharding.whole, a model at a time
+        if self.level == 3:  # engine.whole, a model at a time
             sizes = [weights(self.computed, self.config)["all"]]
             sizes += [weights(self.computed, self.scalar_config, scalar=True)["all"]] if self.scalars else []
             made, scored = (parts | {"gathered": max(sizes)} for parts in (made, scored))
@@ -394,6 +394,12 @@ def print_memory_plan(args) -> None:
 
 
 # ---- when there is not enough ----
+def ran_out_of_memory(error: Exception) -> bool:
+    """True if an allocator raised the error, on any device."""
+    words = ("can't allocate memory", "out of memory", "alloc_failed")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
+
+
 def explain_out_of_memory(error: Exception, args, name: str) -> None:
     """UserError in one line if an allocator raised the error: the flag to lower, and the plan of the phases it governs."""
     if not ran_out_of_memory(error):

@@ -34,7 +34,7 @@ DATA_FLAGS = ("dataset", "preference_dataset", "eval_dataset", "eval_preference_
 MODEL_FLAGS = ("model", "reward_model", "expert_model", "ref_model", "gold_reward_model", "baseline")
 DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow")
 WHOLE = 1 << 25  # bytes up to which a model's file is read whole
-BLOCK, BLOCKS = 1 << 12, 1 << 9  # of a larger one this many blocks of so many bytes
+BLOCK, BLOCKS = 1 << 12, 1 << 9  # bytes of a block, and blocks that are read of a larger file
 
 
 def digests(args) -> dict[str, str]:

@@ -5,7 +5,6 @@ Scripts import it before torch, so that a signal during the imports ends in one 
 
 import contextlib
 import errno
-import functools
 import io
 import os
 import signal
@@ -13,14 +12,15 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from common import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-asked = 0  # the signal that a run has been asked to stop by, once it has
-hint = ""  # how to continue the run of this process, once it can be continued
+asked = 0  # signal by which the run was asked to stop; 0 before
+hint = ""  # how to continue the run of this process; empty until it can be continued
 PATIENCE = 5.0  # seconds in which a script that was told to stop must have ended
 
 
@@ -93,7 +93,7 @@ def be_patient() -> None:
 
 
 def lost_output() -> OSError | None:
-    """Why something printed to stdout was lost; None if nothing was, or if its reader had gone away, as head does."""
+    """The error by which printed text was lost; None if nothing was lost, or if the reader closed the pipe, as head does."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     lost = getattr(raw, "lost", None)
@@ -101,7 +101,7 @@ def lost_output() -> OSError | None:
 
 
 def one_line_warning(message, category, filename, lineno, line=None) -> str:
-    """warnings.formatwarning for users: what is said, without our source line, once for all ranks."""
+    """Replacement of warnings.formatwarning: the message without a source line, from rank 0 alone."""
     return f"warning: {' '.join(str(message).split())}\n" if os.environ.get("RANK", "0") == "0" else ""
 
 
@@ -110,7 +110,7 @@ PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 
 def report_failure(error: Exception) -> int:
-    """Say what ended a script -> its exit status. An error that is not the user's is raised again, with what is saved in it."""
+    """Print what ended a script and return its exit status. Raise an error that is not the user's again, with a note."""
     if isinstance(error, UserError):
         print("error: " + str(error).replace("\n", " "), file=sys.stderr, flush=True)
         return 2
@@ -142,28 +142,58 @@ def report_failure(error: Exception) -> int:
     return 1
 
 
+def run(script_main: Callable[[], None]) -> None:
+    """Run a script's main; a UserError becomes one line on stderr and exit status 2, a warning one line of rank 0.
+
+    A signal ends it with one line and status 128 + its number (Run._on_signal). If an output stream is closed, or its disk
+    is full, the script goes on and only what is printed is lost; a full disk gives status 1 at the end.
+    """
+    catch()
+    be_patient()
+    shown, warnings.formatwarning = warnings.formatwarning, one_line_warning
+    status: int | str | None = 0
+    try:
+        try:
+            script_main()
+        except Exception as error:
+            status = report_failure(error)
+        else:
+            if lost := lost_output():
+                print(f"error: stdout: {lost}; what was printed is lost, nothing else is", file=sys.stderr)
+                status = 1
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        warnings.formatwarning = shown
+    if "RANK" in os.environ and status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)  # the launcher ends the other ranks
+    if status:
+        sys.exit(status)
+
+
+SECONDS_BETWEEN_LINES = 15  # of progress where stderr is no terminal
+
+
 @contextlib.contextmanager
 def progress(phase: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar with ETA on a terminal, a line every 15 s elsewhere. Yields advance(n)."""
-    from rich import progress as bars
+    """A bar with ETA on a terminal; elsewhere a line every 15 s. Yields advance(n), which counts n items as done."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
 
-    if show and sys.stderr.isatty():
-        from rich.console import Console
+    console, spoken = Console(stderr=True), time.time()
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bars:
+        bars.add_task(phase, total=total)
+        (task,) = bars.tasks
 
-        columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()]
-        columns += [bars.TimeElapsedColumn(), bars.TextColumn("ETA"), bars.TimeRemainingColumn()]
-        with bars.Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(phase, total=total)
-            yield functools.partial(bar.advance, task)
-        return
-    done, started, spoken = 0, time.time(), time.time()
+        def advance(n: int = 1) -> None:
+            nonlocal spoken
+            bars.advance(task.id, n)
+            if show and bars.disable and time.time() - spoken > SECONDS_BETWEEN_LINES:
+                spoken = time.time()
+                eta = task.elapsed * (total - task.completed) / max(task.completed, 1)
+                print(f"  {phase}: {task.completed:.0f}/{total}, ETA {eta:.0f} s", file=sys.stderr, flush=True)
 
-    def advance(n: int = 1) -> None:
-        nonlocal done, spoken
-        done += n
-        if show and time.time() - spoken > 15:
-            spoken = time.time()
-            eta = (spoken - started) * (total - done) / max(done, 1)
-            print(f"  {phase}: {done}/{total}, ETA {eta:.0f} s", file=sys.stderr, flush=True)
-
-    yield advance
+        yield advance

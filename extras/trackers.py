@@ -22,7 +22,7 @@ TRACKERS = {
 
 
 def check_tracker(name: str) -> None:
-    """UserError unless a tracker is installed and wandb would not ask for a key: found now, not once models are loaded."""
+    """Raise UserError unless the tracker is installed and wandb would not ask for a key. Called before models are loaded."""
     if name == "none":
         return
     installed = any(importlib.util.find_spec(package) for package in TRACKERS[name])
@@ -71,3 +71,9 @@ def tracker_settings(tracker: str, folder: Path) -> dict[str, dict]:
 
 def flat_config(args) -> dict:
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(args).items()}
+
+
+def open_tracker(run) -> None:
+    """Start the run's tracker, or go on with the one it had. All ranks call it together."""
+    kept = tracker_settings(run.args.report_to, run.dir) if run.is_main else {}
+    run.accelerator.init_trackers("cleanirl", config=flat_config(run.args), init_kwargs=kept)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from common import UserError
-from common.args import require, uses_bf16
+from common.args import require
 from common.data import collate
+from common.engine import evaluating, uses_bf16
 from common.generation import Rollout, stop_tokens
 from common.logprobs import CHECKED, LIMITS, language_model, response_logprobs
 from extras import sharding
 from extras.adapters import fingerprint
-from extras.sharding import evaluating
 
 VLLM_METRICS = {  # name -> meaning, unit, range; of every phase of generation
     "sampling/vllm_logp_difference": "mean |log pi (trainer) - log pi (vLLM)| per token of answers just sampled; rounding",

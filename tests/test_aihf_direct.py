@@ -38,6 +38,7 @@ from aihf_direct import dpo_loss, ipo_loss, mixed_batches, mixed_loss, weighted_
 from common import UserError
 from common.args import resolve_auto
 from common.data import collate
+from common.engine import Engine
 from common.evals import JUDGE_METRICS
 from common.run import Run
 from common.store import read_pairs
@@ -242,7 +243,8 @@ def one_step(rows: list[dict], args, micro: int = 64, model=None) -> tuple[torch
 
     model = model or exact.make_model("gpt_neox", 0)
     run = Run.__new__(Run)
-    run.args, run.accelerator, run.rank, run.world = args, Accelerator(cpu=True), 0, 1
+    run.args, run.engine, run.rank, run.world = args, Engine(Accelerator(cpu=True)), 0, 1
+    run.accelerator = run.engine.accelerator
     args.per_device_train_batch_size = micro
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -343,6 +342,7 @@ def test_bad_input_ends_with_one_clear_line(case, place, refused):
         ({"WORLD_SIZE": ""}, "WORLD_SIZE: found '' in the environment"),
         ({"RANK": "first", "WORLD_SIZE": "1"}, "RANK: found 'first' in the environment"),
         ({"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK: found 3 in the environment, expected 0 to 1"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "launched for several processes, but accelerate runs 1"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "found it not installed here, expected pip install -r requirements-engines.txt"),
     ],
 )  # fmt: skip
@@ -359,14 +359,15 @@ def test_a_launch_that_cannot_work_is_refused_before_anything_runs(monkeypatch, 
     assert expected in str(error.value)
 
 
-@pytest.mark.parametrize("words", [["--num_processes", "2"], ["--num_processes=2"], ["--num-processes=2"]])
-def test_the_number_of_processes_is_read_however_it_is_written(monkeypatch, words):
-    import psutil
-
+@pytest.mark.parametrize(("set_by_launcher", "processes"), [(None, 2), ("2", 1), ("1", 2)])
+def test_another_number_of_processes_than_was_launched_is_refused(monkeypatch, set_by_launcher, processes):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    parent = SimpleNamespace(cmdline=lambda: ["python", "/bin/accelerate", "launch", "--cpu", *words, "irft.py"])
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
-    assert launch.expected_processes() == 2
+    if set_by_launcher:
+        monkeypatch.setenv("WORLD_SIZE", set_by_launcher)
+    expected = int(set_by_launcher or 1)
+    with pytest.raises(UserError, match=f"launched for {expected} processes, but accelerate runs {processes}"):
+        launch.check_engine(SCRIPTS["irft"].Args(), "plain", processes, "irft")
+    launch.check_engine(SCRIPTS["irft"].Args(), "plain", expected, "irft")
 
 
 @pytest.mark.parametrize(

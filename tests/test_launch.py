@@ -29,6 +29,7 @@ from helpers import (
     weights,
 )
 
+from common.engine import whole
 from common.store import read_pairs
 from extras import sharding
 
@@ -225,12 +226,12 @@ def test_a_twin_has_weights_inside_whole_alone():
     assert twin.b.weight is twin.a.weight and "forward" not in vars(twin.a)
     for path, part in twin.named_modules():
         part.__dict__["shards"] = weakref.ref(model.get_submodule(path)), torch.bfloat16
-    with sharding.whole(twin.a) as a, sharding.whole(twin):
+    with whole(twin.a) as a, whole(twin):
         assert a.weight.dtype == torch.bfloat16 and torch.equal(a.weight, model.a.weight.bfloat16())
         assert not twin.b.bias.is_meta
-    with sharding.whole(twin, cast=False):
+    with whole(twin, cast=False):
         assert torch.equal(twin.b.weight, model.a.weight) and twin.b.weight is twin.a.weight
         twin.center += 2.0
     assert all(p.is_meta for p in twin.parameters()) and model.center == 2.0
-    with sharding.whole(model) as same:
+    with whole(model) as same:
         assert same is model

@@ -15,6 +15,7 @@ import irft
 import sft
 from common import UserError, evals, logprobs
 from common.data import Batch, collate
+from common.engine import Engine
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.rewards import ScalarModel
 from common.run import Run
@@ -327,7 +328,8 @@ def one_step(pairs, micro: int, mutate=lambda losses: losses, loss_type="logisti
     model = exact.make_model("gpt_neox", 0)
     args = irft.Args(beta=0.3, per_device_train_batch_size=micro, max_grad_norm=1e9, loss_type=loss_type)
     run = Run.__new__(Run)
-    run.args, run.accelerator, run.rank, run.world = args, Accelerator(cpu=True), 0, 1
+    run.args, run.engine, run.rank, run.world = args, Engine(Accelerator(cpu=True)), 0, 1
+    run.accelerator = run.engine.accelerator
     run.dir = SimpleNamespace()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     before = [p.detach().clone() for p in model.parameters()]

@@ -18,6 +18,7 @@ import rft
 import sft
 from common import UserError, models, rewards
 from common.data import collate
+from common.engine import Engine
 from common.logprobs import response_logprobs
 from common.run import Run
 from extras import adapters, memory
@@ -158,7 +159,8 @@ def fake_run(args) -> Run:
     from accelerate import Accelerator
 
     run = Run.__new__(Run)
-    run.args, run.accelerator, run.rank, run.world = args, Accelerator(cpu=True), 0, 1
+    run.args, run.engine, run.rank, run.world = args, Engine(Accelerator(cpu=True)), 0, 1
+    run.accelerator = run.engine.accelerator
     return run
 
 

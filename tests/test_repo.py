@@ -155,6 +155,13 @@ def test_imports_point_one_way():
     assert not imported(ROOT / "tiny" / "__init__.py") & (scripts | {"common", "toy"})
 
 
+def test_the_engines_that_cut_weights_up_are_behind_doors():
+    """No script and no file of common/ imports them at its top: a run that does not ask for them executes none of them."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("common/*.py")):
+        top = [node for node in parse(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not any("sharding" in ast.unparse(node) for node in top), path
+
+
 def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(parse(path)):

@@ -368,8 +368,8 @@ def test_the_launch_that_would_train_one_process_is_refused(place):
     words = command("irft.py", place / "model", place / "data.jsonl", place / "refused")[1:]
     done = run([launcher("accelerate"), "launch", "--cpu", "--num_processes", "2", *words], check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "launched for 2 processes, but accelerate runs 1" in errors[0]
-    assert "accelerate launch --config_file configs/cpu.yaml --num_processes 2 irft.py" in errors[0]
+    assert len(errors) == 1 and "launched for several processes, but accelerate runs 1" in errors[0]
+    assert "accelerate launch --config_file configs/cpu.yaml --num_processes N irft.py" in errors[0]
     assert not (place / "refused").exists()
 
 

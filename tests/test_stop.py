@@ -17,9 +17,12 @@ from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, 
 
 import tiny
 from common import UserError
+from common.engine import Engine, not_finite
 from common.run import Run
-from common.store import broken_seal, lock, new_directory, read_metrics, untouched, without_nan
-from extras import provenance, sharding, terminal
+from common.store import read_metrics, without_nan
+from extras import provenance, terminal
+from extras.resume import broken_seal
+from extras.run_directory import lock, new_directory, untouched
 from extras.terminal import report_failure
 
 PPO = (
@@ -266,16 +269,16 @@ def test_a_checkpoint_that_is_called_good_is(place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_weight_that_is_not_finite_is_found(value, dtype):
     model = torch.nn.Sequential(torch.nn.Linear(70, 70), torch.nn.Linear(70, 1)).to(dtype)
-    assert sharding.not_finite(model) == ""
+    assert not_finite(model) == ""
     with torch.no_grad():
         model[1].weight[0, 66] = value
-    assert sharding.not_finite(model) == "1.weight"
+    assert not_finite(model) == "1.weight"
 
 
 def test_what_is_probed_is_left_as_it_was():
     model = torch.nn.Linear(2, 2).train()
     state = torch.random.get_rng_state()
-    assert sharding.probe(model, lambda rows: (model(rows).sum(-1), {}), torch.full((3, 2), math.inf)) != 0
+    assert Engine(None).probe(model, lambda rows: (model(rows).sum(-1), {}), torch.full((3, 2), math.inf)) != 0
     assert model.training and model.weight.grad is None and torch.equal(state, torch.random.get_rng_state())
 
 

@@ -1,16 +1,22 @@
 """run.updates, log_update, stored and the batches of a phase: what is skipped, saved, logged, evaluated and read again."""
 
+import copy
 import json
 import signal
+import sys
 from collections import Counter
 
 import pytest
+import torch
 
 import sft
-from common import UserError
+from common import UserError, checkpoint
 from common.args import resolve_auto
+from common.engine import evaluating, whole, zero_of
 from common.run import Run
 from common.store import read_pairs
+from common.streams import make_optimizer
+from extras import resume
 
 
 @pytest.fixture
@@ -135,3 +141,21 @@ def test_batches_of_a_phase(make_run):
     drawn = [i for batch in batches for i in batch]
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5)) and max(Counter(drawn).values()) == 3
     assert drawn[:5] != drawn[5:10]
+
+
+def test_a_run_in_one_process_needs_nothing_of_the_engines_that_cut_weights_up(make_run, monkeypatch):
+    """Training, scoring, a checkpoint and its way back, with their module out of reach."""
+    monkeypatch.setitem(sys.modules, "extras.sharding", None)  # its import is an ImportError
+    run, model = make_run(), torch.nn.Linear(2, 1)
+    start = copy.deepcopy(model)
+    policy, optimizer = run.prepare(model, make_optimizer("adamw", model.parameters()))
+    rows = [[1.0, 2.0], [3.0, 4.0]]
+    run.step(policy, optimizer, rows, lambda part: (policy(torch.tensor(part)).squeeze(-1), {}), len, 0.1)
+    with evaluating(run.unwrap(policy)), whole(policy) as same:
+        assert same is policy and not policy.training and zero_of(policy).item() == 0.0
+    trained = copy.deepcopy(policy.state_dict())
+    checkpoint.save_checkpoint(run, {**run.position, "step": 1})
+    run.load_weights(policy, start)
+    assert torch.equal(policy.weight, start.weight) and not torch.equal(policy.weight, trained["weight"])
+    assert resume.load_checkpoint(run)["step"] == run.position["step"] == 1
+    assert torch.equal(policy.weight, trained["weight"])

@@ -1,0 +1,34 @@
+"""What is computed once for all runs of this machine: values by key in Parquet files of the user's cache folder."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from common.store import read_pairs, write_pairs
+
+
+def cache_folder() -> Path:
+    """$CLEANIRL_CACHE, else cleanirl/ in the user's cache folder."""
+    base = os.environ.get("CLEANIRL_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanirl"
+
+
+def cached(run, path: Path, keys: list[str], work: Callable, name: str, block: int = 4096) -> list:
+    """A value per key: from the Parquet file, else by work(indices, advance) in all ranks together.
+
+    path: file of the cache. keys: one for each item. name: of the phase. block: items after which the file is written again,
+    so that a run that is cut off loses one block at most.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    stored = {r["key"]: r["value"] for r in read_pairs(path)} if run.is_main and path.exists() else {}
+    (known,) = broadcast_object_list([stored])
+    missing = [i for i, key in enumerate(keys) if key not in known]
+    with run.phase(name, len(missing), step=0) as advance:
+        for start in range(0, len(missing), block):
+            part = missing[start : start + block]
+            known |= dict(zip((keys[i] for i in part), work(part, advance), strict=True))
+            if run.is_main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_pairs(path, [{"key": k, "value": v} for k, v in known.items()])
+    return [known[key] for key in keys]
