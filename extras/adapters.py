@@ -29,10 +29,8 @@ def leave_out_loaded(models: list, weights: list[dict], folder: str) -> None:
                 state.pop(name, None)
 
 
-def four_bits(args) -> dict:
-    """What from_pretrained needs for --load-in-4bit; nothing without it. UserError where it cannot run."""
-    if not args.load_in_4bit:
-        return {}
+def four_bits() -> dict:
+    """Return the options of from_pretrained for --load-in-4bit. UserError on a machine where it cannot run."""
     installed = importlib.util.find_spec("bitsandbytes") is not None
     if not (installed and torch.cuda.is_available()):
         found = "no CUDA GPU" if installed else "no bitsandbytes"

@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from common import UserError
+from common.args import uses_bf16
 from common.models import text_config
 from extras import sharding
 
@@ -42,6 +43,64 @@ def refuse_other_kinds(config, owner: str) -> None:
     for name in config.architectures or ():
         if name.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")):
             raise UserError(f"{owner}: found {name}, expected a causal language model")
+
+
+def from_pretrained(kind, args, name: str, flag: str, **options):
+    """Call kind.from_pretrained -> (model, loading info), in --dtype. UserError in one line if it fails.
+
+    Weights that are missing or have other sizes are not refused here: they are listed in the info.
+    """
+    with one_line_error(name, flag), quiet_load():
+        return kind.from_pretrained(
+            resolve_model(name),
+            dtype=getattr(torch, args.dtype),
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the caller refuses them, with their names
+            **options,
+        )
+
+
+def attention(args, config) -> str:
+    """Return the attention that --attn-implementation names.
+
+    auto: flash attention 3 (on Hopper) or 2 if the model has it, its package is installed, and CUDA computes in bf16. Otherwise
+    sdpa if the model has it, else eager.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if args.attn_implementation != "auto":
+        return args.attn_implementation
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    plain = "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"
+    if not (torch.cuda.is_available() and uses_bf16(args) and getattr(known, "_supports_flash_attn", False)):
+        return plain
+    if is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == 9:
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else plain
+
+
+def refuse_unfit(model, info: dict, name: str, flag: str) -> None:
+    """UserError if a causal model was loaded that cannot be trained. `info` is what from_pretrained returned with it."""
+    refuse_mismatched(info, f"{flag} {name}")
+    refuse_missing(info, f"{flag} {name}", "a causal language model, with as many layers as its config.json says")
+    if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
+        raise UserError(
+            f"{flag} {name}: found {type(model).__name__} with is_decoder false in its config.json, which sees the tokens"
+            " after the one it predicts; expected a causal model"
+        )
+    refuse_not_finite(model, name, flag)
+    make_generation_config_valid(model, f"{flag} {name}")
+
+
+def refuse_unfit_scalar(info: dict, owner: str, may_lack_head: bool) -> None:
+    """UserError if a classifier was loaded that is no scalar model: several labels, or weights that are missing."""
+    if any(name.startswith(("score.", "classifier.")) for name, *_ in info["mismatched_keys"]):
+        raise UserError(f"{owner}: found a classifier of several labels, expected one label")
+    refuse_mismatched(info, owner)
+    expected = "a causal model, or a classifier on one" if may_lack_head else "a model with a scalar head"
+    refuse_missing(info, owner, expected, frozenset({"score.weight"} if may_lack_head else ()))
 
 
 def refuse_missing(info: dict, owner: str, expected: str, may_miss: frozenset[str] = frozenset()) -> None:

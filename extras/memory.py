@@ -20,8 +20,10 @@ from common import UserError, models
 from common.args import flag, mixes_bf16
 from common.data import Batch
 from common.generation import inverse_cdf
-from common.logprobs import HEADS, Head, known_changes, language_model, score_positions, temper
+from common.logprobs import language_model, temper
 from common.rewards import ScalarModel
+from extras import loading, noise
+from extras.fused_head import HEADS, Head, known_changes, score_positions
 from extras.sharding import ran_out_of_memory
 
 NF4 = 4.127 / 8  # bytes per weight with double quantisation, QLoRA arXiv:2305.14314, Sec. 3
@@ -72,11 +74,11 @@ def without_data(args, config, layers: int, scalar: bool = False, checkpointing:
 
     config = copy.deepcopy(config)
     models.text_config(config).num_hidden_layers, config.num_labels = layers, 1
-    attention = "eager" if models.attention(args, config) == "eager" else "sdpa"
+    attention = "eager" if loading.attention(args, config) == "eager" else "sdpa"
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation=attention)
-        model = models.without_noise(model)
+        model = noise.without_noise(model)
         if scalar:
             model = ScalarModel(model)
         if frozen:

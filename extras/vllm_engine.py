@@ -22,9 +22,10 @@ from common import UserError
 from common.args import require, uses_bf16
 from common.data import collate
 from common.generation import Rollout, stop_tokens
-from common.logprobs import CHECKED, LIMITS, language_model, response_logprobs
+from common.logprobs import language_model, response_logprobs
 from extras import sharding
 from extras.adapters import fingerprint
+from extras.agreement import CHECKED, LIMITS
 from extras.sharding import evaluating
 
 VLLM_METRICS = {  # name -> meaning, unit, range; of every phase of generation

@@ -15,10 +15,10 @@ import irft
 import sft
 from common import UserError, evals, logprobs
 from common.data import Batch, collate
-from common.logprobs import masked_mean, masked_sum, response_logprobs
+from common.logprobs import masked_mean, masked_sum, plain_logprobs, response_logprobs
 from common.rewards import ScalarModel
 from common.run import Run
-from extras import statistics
+from extras import fused_head, packing, statistics
 from extras.adapters import add_lora
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -174,7 +174,7 @@ def architecture(request):
 @pytest.mark.parametrize("tokens", [1, 3, 10, 1000])
 def test_chunks_of_response_tokens_are_the_full_logits(architecture, tokens, monkeypatch):
     """Values, gradients, entropy and accuracy, through a wrapper, whatever the size of a chunk."""
-    monkeypatch.setattr(logprobs, "CHUNK", 11 * tokens)
+    monkeypatch.setattr(fused_head, "CHUNK", 11 * tokens)
     wrapped, batch = Wrapper(architecture), collate(SEQUENCES, 0)
     ours, full = response_logprobs(wrapped, batch, 0.7), full_scores(architecture, batch, 0.7)
     assert wrapped.calls == 1
@@ -185,6 +185,9 @@ def test_chunks_of_response_tokens_are_the_full_logits(architecture, tokens, mon
     assert want.norm() > 1e-2
     torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
     assert "forward" not in vars(logprobs.language_model(architecture).get_output_embeddings())
+    plain = plain_logprobs(architecture, batch, 0.7)
+    torch.testing.assert_close(ours.logprobs, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, gradients(architecture, plain), rtol=0, atol=1e-12)
 
 
 def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
@@ -197,9 +200,9 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
     def step():
         response_logprobs(model, batch).logprobs.sum().backward()
 
-    monkeypatch.setattr(logprobs, "CHUNK", 2**30)
+    monkeypatch.setattr(fused_head, "CHUNK", 2**30)
     whole = measured_peak(step)
-    monkeypatch.setattr(logprobs, "CHUNK", 2**19)
+    monkeypatch.setattr(fused_head, "CHUNK", 2**19)
     chunked = measured_peak(step)
     assert whole > 3 * 32 * 2**20  # the logits, their softmax and the gradient of these
     assert chunked < 6 * 2 * 2**20 + 8 * 2**20
@@ -221,17 +224,21 @@ CHANGED = {  # architecture -> the number by which it changes the logits of its 
 @pytest.mark.parametrize("architecture", CHANGED)
 def test_soft_capped_and_scaled_logits_are_scored_as_the_model_returns_them(architecture, known, monkeypatch):
     """Value and gradient of the full logits, in chunks where the change is known, at once where it is not."""
-    monkeypatch.setattr(logprobs, "CHUNK", 11 * 3)
+    monkeypatch.setattr(fused_head, "CHUNK", 11 * 3)
     if not known:
-        monkeypatch.setattr(logprobs, "known_changes", lambda config: [])
+        monkeypatch.setattr(fused_head, "known_changes", lambda config: [])
     model, batch = tiny_model(architecture, **CHANGED[architecture]), collate(SEQUENCES, 0)
     with torch.no_grad():  # logits far enough from 0 for the change to show
         model.get_output_embeddings().weight.mul_(20)
     ours, full = response_logprobs(model, batch, 0.7), full_scores(model, batch, 0.7)
     for found, want in zip(ours, full, strict=True):
         torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradients(model, ours.logprobs), gradients(model, full[0]), rtol=0, atol=1e-12)
-    seen = logprobs.HEADS[model.get_output_embeddings()]
+    found = gradients(model, ours.logprobs)
+    torch.testing.assert_close(found, gradients(model, full[0]), rtol=0, atol=1e-12)
+    plain = plain_logprobs(model, batch, 0.7)
+    torch.testing.assert_close(ours.logprobs, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, gradients(model, plain), rtol=0, atol=1e-12)
+    seen = fused_head.HEADS[model.get_output_embeddings()]
     assert (seen.change is not None) == known and seen.vocabulary == 11
     hidden = torch.randn(1, 3, 16, dtype=torch.float64)
     plain = model.get_output_embeddings()(hidden)
@@ -286,7 +293,7 @@ def test_one_row_without_padding_scores_as_padded_rows_do(architecture, sequence
     padded = response_logprobs(model, batch)
     expected = gradients(model, padded.logprobs)
     if attention == "sdpa":
-        monkeypatch.setattr(logprobs, "padding_free", lambda config: True)
+        monkeypatch.setattr(packing, "padding_free", lambda config: True)
     else:
         model.config._attn_implementation = attention
     seen = []
@@ -306,7 +313,7 @@ def test_scalar_models_without_padding(monkeypatch):
     scalar = ScalarModel(AutoModelForSequenceClassification.from_config(tiny_config("mistral", num_labels=1)).double())
     batch = collate(SEQUENCES, 0)
     padded = scalar(batch), scalar(batch, every=True)
-    monkeypatch.setattr(logprobs, "padding_free", lambda config: True)
+    monkeypatch.setattr(packing, "padding_free", lambda config: True)
     torch.testing.assert_close((scalar(batch), scalar(batch, every=True)), padded, rtol=0, atol=1e-12)
 
 
