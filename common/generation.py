@@ -136,7 +136,7 @@ class Generator:
         for step in range(self.max_new_tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             given = {"position_ids": positions, "logits_to_keep": 1}
-            seen = None if "cache_params" in cache else mask  # a state-space model's state left padding out already
+            seen = None if "cache_params" in cache else mask  # a state-space model's state has no padding in it
             out = self.model(
                 input_ids=ids, attention_mask=seen, use_cache=True, **cache, **{n: given[n] for n in extra}
             )

@@ -1,4 +1,4 @@
-"""Names of models, and one clear line for each model that cannot be loaded."""
+"""Loading models: their names, their attention, and one clear line for each model that cannot be loaded."""
 
 import contextlib
 import functools
@@ -32,14 +32,14 @@ MODELS = {  # short name -> hub id; a local folder of the same name wins
 
 
 def resolve_model(name: str) -> str:
-    """A local folder wins; then `tiny`; then the short names; else the name is taken as a hub id."""
+    """Return the path or hub id of a model's name. A local folder comes first, then `tiny`, then MODELS, then a hub id."""
     if tiny.is_tiny(name):
         return str(tiny.MODEL)
     return name if Path(name).is_dir() else MODELS.get(name, name)
 
 
 def refuse_other_kinds(config, owner: str) -> None:
-    """UserError where config.json says that the model was made for another task: its language-model head would be random."""
+    """UserError if config.json names a class for another task, because the language-model head would be random."""
     for name in config.architectures or ():
         if name.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")):
             raise UserError(f"{owner}: found {name}, expected a causal language model")
@@ -112,7 +112,7 @@ def refuse_missing(info: dict, owner: str, expected: str, may_miss: frozenset[st
 
 
 def refuse_mismatched(info: dict, owner: str) -> None:
-    """UserError if weights of a checkpoint have other sizes than its config.json says."""
+    """UserError if weights of a checkpoint do not have the sizes that its config.json gives."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
             f"{owner}: found weights {name} of size {tuple(found)}, expected {tuple(expected)}, which its config.json says"
@@ -120,9 +120,9 @@ def refuse_mismatched(info: dict, owner: str) -> None:
 
 
 def make_generation_config_valid(model, owner: str) -> None:
-    """Drop from the model's generation config what transformers refuses to save, such as a temperature beside greedy search.
+    """Drop the fields of a generation config that transformers refuses to save, such as a temperature beside greedy search.
 
-    What generate() does stays the same: fields that contradict each other are fields that it does not use.
+    generate() does the same as before, because it does not use fields that contradict each other.
     """
     given = model.generation_config
     try:
@@ -131,7 +131,7 @@ def make_generation_config_valid(model, owner: str) -> None:
     except (TypeError, ValueError):
         kept, dropped = type(given)(), []
     names = [n for n in given.to_diff_dict() if n != "transformers_version"]
-    for name in sorted(names, key=lambda n: n not in ("do_sample", "num_beams")):  # the two that others depend on
+    for name in sorted(names, key=lambda n: n not in ("do_sample", "num_beams")):  # other fields depend on these two
         before = getattr(kept, name, None)
         setattr(kept, name, getattr(given, name))
         try:
@@ -146,7 +146,7 @@ def make_generation_config_valid(model, owner: str) -> None:
 
 
 def other_modalities(model) -> dict[str, torch.nn.Module]:
-    """{name: module} of the outermost parts of a model that text never passes through, such as a vision tower."""
+    """Return {name: module} of the outermost parts of a model that text never passes through, such as a vision tower."""
     if text_config(model.config) is model.config:
         return {}
     text = {id(m) for part in (model.get_decoder(), model.get_output_embeddings()) for m in part.modules()}
@@ -159,14 +159,14 @@ def other_modalities(model) -> dict[str, torch.nn.Module]:
 
 
 def freeze_other_modalities(model) -> None:
-    """Parts that no text passes through have no gradient, and stay as they are."""
+    """Switch off the gradient of the parts that text never passes through. They keep their weights."""
     for module in other_modalities(model).values():
         module.requires_grad_(False)
 
 
 @contextlib.contextmanager
 def quiet_load():
-    """Without transformers' report of weights that are missing, which are made or refused here, and without its bars."""
+    """Hide transformers' progress bars, and its report of missing weights, which are made or refused here."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -179,17 +179,17 @@ def quiet_load():
 
 
 def refuse_not_finite(model, name: str, flag: str) -> None:
-    """UserError if a weight of a loaded model is not a finite number, as of a run that diverged."""
+    """UserError if a loaded model has a weight that is not a finite number, as after a run that diverged."""
     if broken := sharding.not_finite(model):
         raise UserError(f"{flag} {name}: found weights that are not finite ({broken}), expected numbers")
 
 
-# ---- what cannot be loaded, in one line ----
+# ---- one line for each error ----
 @contextlib.contextmanager
 def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator[None]:
-    """Turn whatever transformers raises for a model that it cannot load into one line: the flag, what was found, the cause.
+    """Turn any error of loading a model into a UserError in one line, with the flag, what was found, and the cause.
 
-    part: what is being read, where it is not the whole model.
+    part: the part that is being read, if that is not the whole model.
     """
     offline_if_unreachable(name)
     folder = Path(resolve_model(name))
@@ -204,7 +204,7 @@ def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator
 
 
 def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
-    """One line for an error of loading the model, or the part of it, that `flag` names."""
+    """Return one line for an error of loading the model that `flag` names, or a part of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason, text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200], str(error).lower()
     if isinstance(error, ImportError) and "flash" in text:
@@ -229,12 +229,12 @@ def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
 
 
 def is_path(name: str) -> bool:
-    """True for a name that can only be a local path: a hub id is `name` or `owner/name`."""
+    """Return True for a name that can only be a local path. A hub id is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
 
 
 def wrong_folder(folder: Path) -> str:
-    """Why a folder cannot be a model, with what was probably meant; empty if it looks like one."""
+    """Return why a folder cannot be a model, with a guess at what was meant. Empty if it looks like a model."""
     if (folder / "config.json").is_file():
         return ""
     expected = "expected a folder made by save_pretrained, with a config.json"
@@ -255,18 +255,18 @@ def wrong_folder(folder: Path) -> str:
     return f"found no config.json in the folder, {expected}"
 
 
-HUB_SECONDS = 10  # to get any answer from the hub; its client would try again and again, for every file
+HUB_SECONDS = 10  # time for the hub to answer; its client would try again and again, for every file
 
 
 def offline_if_unreachable(name: str) -> None:
-    """Before a model is asked of the hub: if the hub does not answer, use what is in its cache, without trying every file."""
+    """Before a model is read from the hub, find out if the hub answers. If not, only its cache is used from then on."""
     if not Path(resolve_model(name)).exists() and not is_path(name):
         probe_hub()
 
 
 @functools.cache
 def probe_hub() -> None:
-    """Ask the hub for any answer once per process; without one, turn its client's offline mode on."""
+    """Ask the hub for any answer, once per process. If none comes, switch its client to offline mode."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -274,6 +274,6 @@ def probe_hub() -> None:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception:  # no name, no route, no answer, no certificate: all the same to who wants a model
+    except Exception:  # no name, no route, no answer, no certificate: the model cannot be had in any case
         print(f"{constants.ENDPOINT} does not answer: only what is in its cache can be used", file=sys.stderr)
         constants.HF_HUB_OFFLINE = True

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from types import SimpleNamespace
 
+import architectures
 import exact
 import pytest
 import torch
@@ -243,6 +244,28 @@ def test_soft_capped_and_scaled_logits_are_scored_as_the_model_returns_them(arch
     hidden = torch.randn(1, 3, 16, dtype=torch.float64)
     plain = model.get_output_embeddings()(hidden)
     assert not known or not torch.equal(seen.change(plain), plain)
+
+
+QUICK = (  # absolute, rotary and no positions, one and several heads, experts, tied and scaled logits, states instead of caches
+    "bloom", "cohere2", "falcon", "gemma", "gemma2", "gpt2", "gpt_neo", "gptj", "granite", "mamba", "olmo2", "opt", "phi", "qwen3",
+    "starcoder2",
+)  # fmt: skip
+EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe")  # in float32: their products over experts take no float64
+
+
+@pytest.mark.parametrize("name", QUICK + EXPERTS)
+def test_scores_are_those_of_the_plain_version_for_many_architectures(name, monkeypatch):
+    """The head that scores in chunks and the plain eight lines: same value, same gradient, at the first call and at the second."""
+    monkeypatch.setattr(fused_head, "CHUNK", 3 * architectures.VOCABULARY)
+    model, batch = architectures.build(name).eval(), collate(SEQUENCES, 0)
+    model, near = (model, 1e-4) if name in EXPERTS else (model.double(), 1e-5)  # some layers compute in float32 always
+    plain = plain_logprobs(model, batch, 0.7)
+    expected = gradients(model, plain)
+    assert plain.std() > 0.01 and expected.norm() > 1e-2
+    for _ in range(2):
+        found = response_logprobs(model, batch, 0.7).logprobs
+        torch.testing.assert_close(found, plain, rtol=0, atol=near)
+        torch.testing.assert_close(gradients(model, found), expected, rtol=near, atol=near)
 
 
 class Shorter(torch.nn.Module):
