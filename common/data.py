@@ -179,7 +179,8 @@ def encode(
     """
     longest = min(max_prompt_length, max_length - 1)  # room for one token of response
     coder = Coder(tokenizer, flag, render or render_prompt, frame or read_frame(tokenizer))
-    kept, seen = [], 0
+    kept: list[dict] = []
+    seen = 0
     long, cut, same, count = [], [], [], 0  # (row, tokens) of long prompts and cut responses; rows of equal pairs
     while seen < len(rows) and (not limit or len(kept) < limit):
         part = rows[seen : seen + limit - len(kept)] if limit else rows
@@ -288,7 +289,11 @@ class Coder:
         for name, columns in (("response", ("response", "chosen")), ("rejected", ("rejected",))):
             texts = [next((row[c] for c in columns if row.get(c) is not None), None) for row in rows]
             chosen = [i for i, text in enumerate(texts) if text is not None]
-            clean = [self.own_words(texts[i], rows[i]["prompt_text"]) for i in chosen]
+            clean = [
+                self.own_words(text, row["prompt_text"])
+                for text, row in zip(texts, rows, strict=True)
+                if text is not None
+            ]
             ended = [rows[i].get(f"{name}_finished", True) for i in chosen]
             ids = respond(self.tokenizer, [rows[i]["prompt_text"] for i in chosen], clean, ended, self.frame)
             for i, text, own, whole in zip(chosen, clean, ids, ended, strict=True):

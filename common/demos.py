@@ -7,7 +7,6 @@ import numpy as np
 from common import models
 from common.args import require
 from common.data import encode
-from common.store import read_pairs, write_pairs
 from common.streams import data_order
 
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
@@ -146,23 +145,21 @@ def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
     if not k:
         return demonstrations
     path = run.dir / "generations" / "selected.parquet"
-    if path.exists():
-        kept = {r["row"] for r in read_pairs(path)}
-        return [d for d in demonstrations if d["row"] in kept]
-    scores = gold.cached_gold_scores(run, demonstrations, [d["response_text"] for d in demonstrations])
-    best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
-    if run.is_main:
-        columns = [
+
+    def make() -> list[dict]:
+        scores = gold.cached_gold_scores(run, demonstrations, [d["response_text"] for d in demonstrations])
+        best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
+        mean, of_all = sum(scores[i] for i in best) / len(best), np.mean(scores)
+        run.say(
+            f"kept {len(best)} of {len(scores)} demonstrations, mean gold score {mean:.3f} against {of_all:.3f} of all"
+        )
+        return [
             {
                 "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],
                 "finished": d.get("response_finished", True), "gold_score": scores[i],
             }
             for i, d in ((i, demonstrations[i]) for i in best)
         ]  # fmt: skip
-        write_pairs(path, columns)
-    run.accelerator.wait_for_everyone()
-    mean = sum(scores[i] for i in best) / len(best)
-    run.say(
-        f"kept {len(best)} of {len(scores)} demonstrations, mean gold score {mean:.3f} against {np.mean(scores):.3f} of all"
-    )
-    return [demonstrations[i] for i in best]
+
+    kept = {r["row"] for r in run.stored(path, make)}
+    return [d for d in demonstrations if d["row"] in kept]

@@ -6,10 +6,11 @@ Dims: B prompts of a batch, P prompt tokens, V vocabulary.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from common import UserError
 from common.data import end_of_turn
 from common.logprobs import temper
 from extras.sharding import evaluating
@@ -55,6 +56,19 @@ def make_generator(run, model, tokenizer) -> Sampler:
     generator = Generator(model, tokenizer, run.args.per_device_eval_batch_size, run.args.max_new_tokens)
     generator.check = lambda rollout, temperature: check_agreement(run, model, rollout, temperature)
     return generator
+
+
+def check_first_step(kind: str, row: dict[str, float], temperature: float) -> None:
+    """UserError if the log-probs in the policy's first step on its answers are not those at sampling.
+
+    row: metrics of the step, of a kind such as PPO, with sampling/logp_difference in nats per token.
+    """
+    difference = row["sampling/logp_difference"]
+    if not difference * temperature < 0.05:  # rounding of the logits is divided by the temperature
+        raise UserError(
+            f"first {kind} step: found log-probs that differ by {difference:.4f} nats per token from those at sampling,"
+            " expected rounding: the policy that is trained is not the one that answered"
+        )
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
@@ -127,11 +141,11 @@ class Generator:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, P) left-padded
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        responses = [[] for _ in prompts]
-        logprobs = [[] for _ in prompts]
+        responses: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
         finished = [False] * len(prompts)
         rows = list(range(len(prompts)))  # of the batch, in the order of its cache
-        cache = {}
+        cache: dict[str, Any] = {}
         extra = caches.accepted(self.model, "position_ids", "logits_to_keep")
         for step in range(self.max_new_tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]

@@ -3,7 +3,7 @@
 Dims: B sequences, L prompt + response tokens, T response tokens, V vocabulary, N response tokens in the batch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ def score_tokens(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> T
     return torch.stack([chosen, entropy, correct.to(logp.dtype)])
 
 
-def model_inputs(config, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+def model_inputs(config, batch: Batch) -> tuple[dict[str, Any], Tensor]:
     """Return the inputs of a forward pass, and the index (B,) in its flattened output where each sequence begins.
 
     The rows are right-padded, or packed into one row without padding where the model's attention supports that.

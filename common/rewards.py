@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common import UserError, logprobs, models
 from common.data import Batch
+from extras import sharding
 
 
 class ScalarModel(torch.nn.Module):
@@ -20,6 +21,8 @@ class ScalarModel(torch.nn.Module):
     transformers reads the head at the last token that is not PAD, which is the wrong token if PAD is EOS. Here the position
     comes from the response mask. `center` is subtracted from every output, and saved as config.reward_center.
     """
+
+    center: Tensor
 
     def __init__(self, model):
         super().__init__()
@@ -65,6 +68,21 @@ class ScalarModel(torch.nn.Module):
         return inner.score(hidden)[..., 0] - self.center
 
 
+class ActorCritic(torch.nn.Module):
+    """Policy and value model in one module, so that they share an optimizer and a backward pass."""
+
+    def __init__(self, policy, value):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def forward(self, batch, temperature: float = 1.0, with_values: bool = True):
+        """(ResponseScores of the policy, values (B, T)). Without values a 0 that touches the value's weights, for DDP."""
+        scores = logprobs.response_logprobs(self.policy, batch, temperature)
+        if with_values:
+            return scores, self.value(batch, every=True)
+        return scores, sharding.zero_of(self.value)
+
+
 class ExactLinear(torch.nn.Linear):
     """A linear layer that computes in float32 or float64, under any mixed precision and with any type of weights.
 
@@ -96,7 +114,7 @@ def load_scalar_model(
     options["key_mapping"] = {"^score_head": "score"}  # safe-rlhf's name of the head (beaver)
     model, info = loading.from_pretrained(AutoModelForSequenceClassification, args, name, flag, num_labels=1, **options)
     loading.refuse_unfit_scalar(info, f"{flag} {name}", head_seed is not None)
-    if "score.weight" in info["missing_keys"]:
+    if head_seed is not None and "score.weight" in info["missing_keys"]:
         stream, weight = torch.Generator().manual_seed(head_seed), model.score.weight  # (1, H)
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=stream) / math.sqrt(weight.shape[1] + 1))

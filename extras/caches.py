@@ -1,6 +1,7 @@
 """Caches of transformers models: how a forward pass takes them, and how rows are dropped from them."""
 
 import inspect
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +16,7 @@ def accepted(model, *names: str) -> list[str]:
     return [name for name in names if name in parameters or other]
 
 
-def cache_of(model, out) -> dict:
+def cache_of(model, out) -> dict[str, Any]:
     """Return the cache in a model's output, under the name by which its forward takes it. UserError if there is none."""
     for name in ("past_key_values", "cache_params"):
         if getattr(out, name, None) is not None:
@@ -43,8 +44,9 @@ def keep_rows(cache, index: torch.Tensor) -> None:
     if type(cache) is not DynamicCache:
         cache.batch_select_indices(index)
         return
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # of either kind below
+    for layer in layers:
         if isinstance(layer, LinearAttentionCacheLayerMixin):  # convolution or linear attention, also beside attention
-            layer.reorder_cache(index)
+            layer.reorder_cache(cast(torch.LongTensor, index))
         else:
             layer.batch_select_indices(index)

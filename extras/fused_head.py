@@ -8,7 +8,7 @@ Dims: B sequences, L prompt + response tokens, V vocabulary, N response tokens i
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def score_positions(model, inputs: dict, where: Tensor, targets: Tensor, tempera
 
     targets: (N,) token ids. UserError on a model without a language-model head.
     """
-    inner = language_model(model)
+    inner: Any = language_model(model)
     head = inner.get_output_embeddings()
     if head is None:
         raise UserError(f"--model: found {type(inner).__name__} without a language-model head, expected a causal model")
@@ -143,6 +143,21 @@ def unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
+def soft_cap(cap: float) -> Callable[[Tensor], Tensor]:
+    """Return the change of models with soft-capped logits."""
+    return lambda logits: torch.tanh(logits / cap) * cap
+
+
+def times(scale: float) -> Callable[[Tensor], Tensor]:
+    """Return the change of models that multiply their logits."""
+    return lambda logits: logits * scale
+
+
+def over(scale: float) -> Callable[[Tensor], Tensor]:
+    """Return the change of models that divide their logits."""
+    return lambda logits: logits / scale
+
+
 def known_changes(config) -> list[Callable[[Tensor], Tensor]]:
     """List the changes that models make to their head's logits: none, and soft-capping or scaling by a number in `config`."""
 
@@ -152,8 +167,8 @@ def known_changes(config) -> list[Callable[[Tensor], Tensor]]:
     found: list[Callable[[Tensor], Tensor]] = [unchanged]
     for name in ("final_logit_softcapping", "logits_soft_cap"):
         if cap := number(name):
-            found.append(lambda logits, cap=cap: torch.tanh(logits / cap) * cap)
+            found.append(soft_cap(cap))
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if scale := number(name):
-            found += [lambda logits, scale=scale: logits * scale, lambda logits, scale=scale: logits / scale]
+            found += [times(scale), over(scale)]
     return found

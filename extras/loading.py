@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def refuse_other_kinds(config, owner: str) -> None:
             raise UserError(f"{owner}: found {name}, expected a causal language model")
 
 
-def from_pretrained(kind, args, name: str, flag: str, **options):
+def from_pretrained(kind, args, name: str, flag: str, **options) -> tuple[Any, dict]:
     """Call kind.from_pretrained -> (model, loading info), in --dtype. UserError in one line if it fails.
 
     Weights that are missing or have other sizes are not refused here: they are listed in the info.
@@ -150,7 +151,7 @@ def other_modalities(model) -> dict[str, torch.nn.Module]:
     if text_config(model.config) is model.config:
         return {}
     text = {id(m) for part in (model.get_decoder(), model.get_output_embeddings()) for m in part.modules()}
-    found = {}
+    found: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if name and not inside and not any(id(m) in text for m in module.modules()):

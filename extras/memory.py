@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -173,7 +174,8 @@ def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False
             if scalar:
                 out = model(batch, every=scalar == "every")
             else:
-                head = language_model(model).get_output_embeddings()  # without values it cannot be probed
+                inner: Any = language_model(model)
+                head = inner.get_output_embeddings()  # without values it cannot be probed
                 HEADS[head] = Head(text.vocab_size, known_changes(config)[-1])
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
                 positions = torch.zeros(rows * response, dtype=torch.long, device=device())
@@ -199,11 +201,12 @@ def generation_costs(args, config) -> dict[str, int]:
     }  # (tokens in the cache afterwards, new tokens among them)
 
     def measure(layers: int) -> dict[str, int]:
-        model, out = without_data(args, config, layers).eval(), {}
+        model = without_data(args, config, layers).eval()
+        out: dict[str, int] = {}
         with counted(args, model, models.text_config(config).vocab_size) as memory, torch.no_grad():
             cache = DynamicCache(config=model.config)
             for moment, (length, new) in moments.items():
-                grows = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+                grows: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
                 if length > prompt + 1:  # add what the steps in between leave in the cache
                     for layer in grows:
                         part = layer.keys[:, :, :1].expand(-1, -1, length - prompt - 1, -1)

@@ -3,6 +3,8 @@
 Dims: B sequences, L prompt + response tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def padding_free(config) -> bool:
     return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
-def packed_inputs(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+def packed_inputs(batch: Batch) -> tuple[dict[str, Any], Tensor]:
     """Return the inputs of a forward pass over one row of all tokens, and the index (B,) where each sequence begins in it.
 
     Positions are counted anew in each sequence. Flash attention also gets the bounds of the sequences, in the form that

@@ -164,7 +164,8 @@ class Engine:
         self.run, self.config, self.inside = run, config, inside
         self.dtype = "bfloat16" if uses_bf16(args) else "float32"
         self.level = args.vllm_sleep_level if current_platform.is_sleep_mode_available() else 0
-        self.asleep, self.holds = False, None
+        self.asleep = False
+        self.holds: int | None = None  # the checksum of its weights
         self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         length = args.max_prompt_length + args.max_new_tokens
         check_fits(model_config, length, current_platform.is_cpu())
@@ -319,7 +320,7 @@ def environment(inside: bool, device: int) -> Iterator[None]:
 
     inside: the engine runs in this process. Otherwise its process must not see the launcher's variables, and sees one device.
     """
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inside else "1"}
+    wanted: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inside else "1"}
     if not inside:
         wanted |= dict.fromkeys(n for n in os.environ if n.startswith(LAUNCHER))
         wanted["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork would share the trainer's threads and GPU
@@ -345,7 +346,7 @@ def set_environment(values: dict[str, str | None]) -> None:
 
 def group(prompts: list[list[int]], row_ids: list[int]) -> list[tuple[int, int]]:
     """Group neighbours that share a prompt and whose row ids follow each other -> [(index of the first, how many)]."""
-    found = []
+    found: list[tuple[int, int]] = []
     for i in range(len(prompts)):
         if found and prompts[i] == prompts[i - 1] and row_ids[i] == row_ids[i - 1] + 1:
             found[-1] = (found[-1][0], found[-1][1] + 1)
@@ -416,6 +417,8 @@ def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: tor
 
 class WeightFiles:
     """Methods that are added to vLLM's worker in a child process."""
+
+    reload_weights: Callable  # the worker's
 
     def end_with(self, trainer: int, folder: str) -> None:
         """Kill engine and worker and remove the folder when the trainer has ended, also when it was killed.
