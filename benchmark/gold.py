@@ -28,7 +28,7 @@ from common.data import encode
 from common.generation import make_generator
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import records
+from extras import records, tokenizers
 from extras.sources import load_rows
 
 SETTINGS = {
@@ -179,7 +179,7 @@ def train(args: Args) -> None:
         run.log(unseen, step=step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in unseen.items())
         run.say(f"epoch {epoch}: accuracy {row['reward/accuracy']:.3f} on the last batch; {shown}")
-    rewards.pad_for_readers(run.unwrap(model).model.config, tokenizer)
+    tokenizers.pad_for_readers(run.unwrap(model).model.config, tokenizer)
     run.save_final(
         model, tokenizer, f"Gold reward model of CleanIRL's benchmark, made from {args.dataset}.\n", part="model"
     )

@@ -149,6 +149,7 @@ def measure(device: str, case: Case) -> dict[str, float]:
     from common.generation import make_generator
     from common.run import Run
     from common.streams import make_optimizer
+    from extras import loading, noise
 
     shape, rows = SHAPES[case.shape], SHAPES[case.shape].sequences
     per_device = rows if case.step == "sft" else rows // 2  # a pair has two sequences
@@ -164,9 +165,9 @@ def measure(device: str, case: Case) -> dict[str, float]:
     torch.manual_seed(0)
     with torch.device("cpu") if case.config else run.accelerator.device:  # engines cut up what is in main memory
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, settings.dtype), attn_implementation=models.attention(settings, config)
+            config, dtype=getattr(torch, settings.dtype), attn_implementation=loading.attention(settings, config)
         )
-    model = models.make_trainable(models.without_noise(model), settings)
+    model = models.make_trainable(noise.without_noise(model), settings)
     work = operations(model.get_base_model() if case.lora_r else model, shape, case.step != "generate")
     rate = product_rate(device)
     policy, optimizer = run.prepare(model, make_optimizer("rmsprop", model.parameters()))

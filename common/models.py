@@ -1,59 +1,58 @@
-"""Models: names, loading, the embedded `tiny`, LoRA, and the reference policy."""
+"""Models: tokenizer, policy and reference policy, loaded and made ready to train."""
 
 import contextlib
 import functools
 import hashlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
-from common import UserError
-from common.data import check_template
-from common.engine import uses_bf16, whole
+from common.engine import whole
 
 
 def load_tokenizer(args, name: str = "", flag: str = "--model"):
-    """Tokenizer of that name, --model unless given, which --template paper takes the chat template from. UserError in one line if
-    it cannot be had, has no EOS token, or does not fit model and window."""
+    """Return the tokenizer of the model `name`, by default --model. With --template paper, --model's loses its chat template.
+
+    UserError in one line if it cannot be read, has no EOS token, or does not fit the model and its window.
+    """
+    from extras.tokenizers import refuse_unfit
+
     name = name or args.model
     config = text_config(load_config(name, args.trust_remote_code, flag))
     tokenizer = read_tokenizer(name, args.trust_remote_code, flag)
     if getattr(args, "template", "auto") == "paper" and name == args.model:
-        tokenizer.chat_template = None  # render_prompt then takes the paper's, also of the tokenizer that is saved
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{flag} {name}: found a tokenizer without an EOS token, expected one: responses could not end")
-    vocabulary = getattr(config, "vocab_size", None) or len(tokenizer)
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"{flag} {name}: found a tokenizer of {len(tokenizer)} tokens but {vocabulary} embeddings in the model;"
-            " expected a tokenizer made for this model"
+        tokenizer.chat_template = (
+            None  # then render_prompt uses the paper's template, also after this tokenizer was saved
         )
-    window = getattr(config, "max_position_embeddings", None)
-    if isinstance(window, int) and 0 < window < args.max_length:
-        raise UserError(
-            f"--max-length: found {args.max_length}, expected at most {window}, the window of {flag} {name}"
-        )
+    refuse_unfit(tokenizer, config, args.max_length, f"{flag} {name}")
+    return tokenizer
+
+
+def read_tokenizer(name: str, trust_remote_code: bool, flag: str):
+    """Return the tokenizer of the model `name`, unchanged. UserError if it or its chat template cannot be read."""
+    from transformers import AutoTokenizer
+
+    from extras.loading import one_line_error, resolve_model
+    from extras.tokenizers import refuse_unreadable
+
+    with one_line_error(name, flag, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+        ids = tokenizer("a word, and 2 more", add_special_tokens=False)["input_ids"]
+    refuse_unreadable(tokenizer, ids, f"{flag} {name}")
     return tokenizer
 
 
 def check_window(args, name: str = "", flag: str = "--model") -> None:
-    """UserError where a prompt with its answer would be longer than the window of that model, --model unless given.
+    """UserError if a prompt with its answer can be longer than the window of the model `name`, by default --model."""
+    from extras.tokenizers import refuse_window
 
-    Absolute positions do not exist beyond it. Rotary ones do, but the model was never trained on them.
-    """
     name = name or args.model
-    window = getattr(text_config(load_config(name, args.trust_remote_code, flag)), "max_position_embeddings", None)
-    length = args.max_prompt_length + args.max_new_tokens
-    if isinstance(window, int) and 0 < window < length:
-        raise UserError(
-            f"--max-new-tokens: found {args.max_new_tokens}, {length} tokens with --max-prompt-length {args.max_prompt_length};"
-            f" expected at most {window} in all, the window of {flag} {name}"
-        )
+    refuse_window(args, text_config(load_config(name, args.trust_remote_code, flag)), f"{flag} {name}")
 
 
 def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model"):
+    """Return the configuration of the model `name`. UserError, which names `flag`, if it cannot be read."""
     from transformers import AutoConfig
 
     from extras.loading import one_line_error, resolve_model
@@ -63,124 +62,40 @@ def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model
 
 
 def text_config(config):
-    """The part of a configuration that describes the language model; of most models the configuration itself."""
+    """Return the part of a configuration that describes the language model. For most models it is the configuration itself."""
     return config.get_text_config(decoder=True)
 
 
-def read_tokenizer(name: str, trust_remote_code: bool, flag: str):
-    """The tokenizer of that name as it is. UserError if it, or its chat template, cannot be read."""
-    from transformers import AutoTokenizer
-
-    from extras.loading import one_line_error, resolve_model
-
-    with one_line_error(name, flag, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
-        ids = tokenizer("a word, and 2 more", add_special_tokens=False)["input_ids"]
-    if not set(ids) - {tokenizer.unk_token_id}:
-        raise UserError(
-            f"{flag} {name}: found a tokenizer that knows no word, expected its vocabulary beside the model (tokenizer.json, or"
-            " tokenizer.model): save_pretrained of the tokenizer writes it"
-        )
-    check_template(tokenizer, f"{flag} {name}")
-    return tokenizer
-
-
-def attention(args, config) -> str:
-    """--attn-implementation. auto: flash attention 3 (on Hopper) or 2 where the model has it, it is installed, and CUDA
-    computes in bf16; else sdpa where the model has it; else eager."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-    if args.attn_implementation != "auto":
-        return args.attn_implementation
-    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    plain = "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"
-    if not (torch.cuda.is_available() and uses_bf16(args) and getattr(known, "_supports_flash_attn", False)):
-        return plain
-    if is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == 9:
-        return "flash_attention_3"
-    return "flash_attention_2" if is_flash_attn_2_available() else plain
-
-
 def load_model(args, name: str = "", flag: str = "--model", only_check: bool = False):
-    """Causal language model of that name, --model unless given, without noise.
+    """Return the causal language model `name`, by default --model, without dropout or other noise.
 
-    UserError if it cannot be read, if a weight is missing, or if it is not a causal model. only_check: all of that from what
-    its files say, without the weights themselves.
+    UserError if it cannot be read, lacks a weight, or is not causal. only_check: do all of this without reading the weights.
     """
     from transformers import AutoModelForCausalLM
 
-    from extras.adapters import four_bits
-    from extras.loading import (
-        freeze_other_modalities,
-        make_generation_config_valid,
-        one_line_error,
-        quiet_load,
-        refuse_mismatched,
-        refuse_missing,
-        refuse_not_finite,
-        refuse_other_kinds,
-        resolve_model,
-    )
+    from extras import loading, noise
 
     name = name or args.model
     config = load_config(name, args.trust_remote_code, flag)
-    refuse_other_kinds(config, f"{flag} {name}")
-    implementation = attention(args, config)
-    with one_line_error(name, flag), quiet_load():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name),
-            dtype=getattr(torch, args.dtype),
-            attn_implementation=implementation,
-            trust_remote_code=args.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with their names
-            **({"device_map": "meta"} if only_check else four_bits(args) if name == args.model else {}),
-        )
-    model, info = loaded
-    refuse_mismatched(info, f"{flag} {name}")
-    refuse_missing(info, f"{flag} {name}", "a causal language model, with as many layers as its config.json says")
-    if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
-        raise UserError(
-            f"{flag} {name}: found {type(model).__name__} with is_decoder false in its config.json, which sees the tokens"
-            " after the one it predicts; expected a causal model"
-        )
-    refuse_not_finite(model, name, flag)
-    make_generation_config_valid(model, f"{flag} {name}")
-    freeze_other_modalities(model)
-    return without_noise(model)
+    loading.refuse_other_kinds(config, f"{flag} {name}")
+    options = {"device_map": "meta"} if only_check else {}
+    if args.load_in_4bit and name == args.model and not only_check:
+        from extras.adapters import four_bits
 
-
-def without_noise(model):
-    """The same model, and in training mode the same function as in evaluation mode, for as long as it lives.
-
-    Every rate of dropout is 0: nn.Dropout's, and those that a module keeps for its own use. Other noise (a router's jitter or
-    sampled experts) has no common name, so no module of the model enters training mode, except those that recompute
-    activations: they ask for it.
-    """
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
-    kind = type(model)
-    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    model.__class__ = type(kind.__name__, (kind,), {**names, "train": train_quietly})
-    return model
-
-
-def train_quietly(model, mode: bool = True):
-    """Module.train of a model without noise: only modules that recompute activations enter training mode."""
-    torch.nn.Module.train(model, mode)
-    for module in model.modules():
-        if module is not model and not getattr(module, "gradient_checkpointing", False):
-            module.training = False
-    return model
+        options = four_bits()
+    attention = loading.attention(args, config)
+    model, info = loading.from_pretrained(
+        AutoModelForCausalLM, args, name, flag, attn_implementation=attention, **options
+    )
+    loading.refuse_unfit(model, info, name, flag)
+    loading.freeze_other_modalities(model)
+    return noise.without_noise(model)
 
 
 def autocast_forward(run, model):
-    """The model, its forward under the run's mixed precision: for what is called by itself, not as accelerate prepared it."""
+    """Return the same model, with its forward under the run's mixed precision. For models that accelerate does not prepare."""
     if run.accelerator.mixed_precision == "bf16":
-        # a weak reference: a bound method kept in the model itself would keep it in memory when it is no longer used
+        # A weak reference: if the model kept a bound method of itself, its memory would not be freed after its last use.
         forward, this = type(model).forward, weakref.ref(model)
         wrapped = functools.wraps(forward)(lambda *args, **kwargs: forward(this(), *args, **kwargs))
         model.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(wrapped)
@@ -188,20 +103,20 @@ def autocast_forward(run, model):
 
 
 def for_inference(run, model):
-    """A model that is not trained: on the run's device, under its mixed precision, in evaluation mode."""
+    """Return a model that is not trained on the run's device, in evaluation mode, under the run's mixed precision."""
     return autocast_forward(run, model.to(run.accelerator.device).eval())
 
 
 def prepare_policy(args, name: str = ""):
-    """The model to train, --model unless named: loaded, with LoRA and gradient checkpointing where asked."""
+    """Load the model to train, by default --model, and apply --lora-r and --gradient-checkpointing."""
     return make_trainable(load_model(args, name), args)
 
 
 def make_trainable(model, args, task_type: str = "CAUSAL_LM"):
-    """The same model with LoRA adapters and gradient checkpointing where asked."""
-    from extras.adapters import add_lora
-
+    """Return the same model, with LoRA adapters if --lora-r is set, and with --gradient-checkpointing."""
     if args.lora_r:
+        from extras.adapters import add_lora
+
         model = add_lora(model, args, task_type)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -209,7 +124,7 @@ def make_trainable(model, args, task_type: str = "CAUSAL_LM"):
 
 
 def weights_digest(run, model) -> str:
-    """SHA-256 of the names, types and values of a prepared model's weights and buffers; rank 0's, on every rank."""
+    """Return the SHA-256 of names, types and values of a prepared model's weights and buffers. All ranks get rank 0's."""
     from accelerate.utils import broadcast_object_list
 
     digest = hashlib.sha256()
@@ -222,10 +137,10 @@ def weights_digest(run, model) -> str:
 
 @contextlib.contextmanager
 def reference_policy(run, policy, is_initial: bool) -> Iterator[torch.nn.Module]:
-    """The initial model, without gradient, for as long as the context lasts.
+    """Give the initial model inside the context.
 
-    The policy itself while it has not moved (`is_initial`); with LoRA the policy with its adapter off; else a second copy,
-    loaded from disk and freed again, so that training never shares memory with it.
+    It is the policy itself if that has not been trained yet (`is_initial`). With LoRA it is the policy with its adapter off.
+    Otherwise a second copy is loaded from disk, and freed again, so that it takes no memory during training.
     """
     policy = run.unwrap(policy)
     if is_initial:
@@ -236,9 +151,9 @@ def reference_policy(run, policy, is_initial: bool) -> Iterator[torch.nn.Module]
 
 
 def open_reference(run, policy, source: str) -> Callable[[], contextlib.AbstractContextManager]:
-    """A function that gives contexts in which the reference policy from `source` can be called; it is loaded once.
+    """Load the reference policy from `source` once, and return a function that makes contexts which give it.
 
-    With LoRA the reference of --model is the policy with its adapter off, and nothing is loaded.
+    With LoRA the reference from --model is the policy with its adapter off, and nothing is loaded.
     """
     if run.args.lora_r and source == run.args.model:
 

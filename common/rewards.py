@@ -1,4 +1,4 @@
-"""Scalar models (reward, value, gold): one-label sequence classifiers of transformers, read where the masks say.
+"""Scalar models (reward, value, gold): one-label sequence classifiers of transformers, read at the positions of the masks.
 
 Dims: B sequences, L prompt + response tokens, T response tokens, H hidden size.
 """
@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, logprobs, models
-from common.data import Batch, end_of_turn
+from common.data import Batch
 from common.engine import zero_of
 
 
 class ScalarModel(torch.nn.Module):
-    """A causal backbone with a scalar head, `AutoModelForSequenceClassification` with one label.
+    """A causal backbone with a scalar head: `AutoModelForSequenceClassification` with one label.
 
-    transformers reads its head at the last token that is not PAD, which is the wrong one where PAD is EOS. Here the
-    position comes from the response mask. `center` is subtracted from every output; saved as config.reward_center.
+    transformers reads the head at the last token that is not PAD, which is the wrong token if PAD is EOS. Here the position
+    comes from the response mask. `center` is subtracted from every output, and saved as config.reward_center.
     """
 
     center: Tensor
@@ -32,17 +32,18 @@ class ScalarModel(torch.nn.Module):
         self.register_buffer("center", torch.tensor(float(getattr(model.config, "reward_center", 0.0))))
 
     def forward(self, batch: Batch, every: bool = False) -> Tensor:
-        """(B,) scalar at the last response token; with `every` (B, T): at the token before each response token, 0 beyond.
+        """Return the scalar at the last response token -> (B,), or with `every` one for each response token -> (B, T).
 
-        `[:, t]` of the latter sees the prompt and t response tokens: the state in which token t is chosen.
+        With `every`, `[:, t]` is read at the token before response token t: it sees the prompt and t response tokens, which is
+        the state in which token t is chosen. It is 0 outside the response mask.
         """
         inner = self.inner
-        if not hasattr(inner, "score"):  # an encoder, whose own forward knows where to read
+        if not hasattr(inner, "score"):  # an encoder: its own forward reads the right token
             logits = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             return logits[:, 0].float() - self.center
         inputs, begin = logprobs.model_inputs(inner.config, batch)
         hidden = getattr(inner, inner.base_model_prefix)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        first = begin + batch.response_start  # (B,) of the first response tokens
+        first = begin + batch.response_start  # (B,) index of each first response token
         if not every:
             return self.head(inner, hidden[first + batch.response_mask.sum(-1) - 1])
         offsets = torch.arange(batch.response_mask.shape[1], device=hidden.device)
@@ -56,7 +57,7 @@ class ScalarModel(torch.nn.Module):
         return logprobs.language_model(self.model)
 
     def normalise(self, mean: float, std: float = 1.0) -> None:
-        """Shift and scale so that scores of this mean and standard deviation become of mean 0 and deviation 1."""
+        """Shift and scale the outputs: scores with this mean and standard deviation get mean 0 and standard deviation 1."""
         with torch.no_grad():
             for parameter in self.inner.score.parameters():
                 parameter /= std
@@ -68,7 +69,7 @@ class ScalarModel(torch.nn.Module):
 
 
 class ActorCritic(torch.nn.Module):
-    """Policy and value model in one module: one optimizer, one backward pass."""
+    """Policy and value model in one module, so that they share an optimizer and a backward pass."""
 
     def __init__(self, policy, value):
         super().__init__()
@@ -83,9 +84,9 @@ class ActorCritic(torch.nn.Module):
 
 
 class ExactLinear(torch.nn.Linear):
-    """Computed in float32 (float64 stays) whatever the mixed precision, and whatever type an engine gave the weights.
+    """A linear layer that computes in float32 or float64, under any mixed precision and with any type of weights.
 
-    In bf16 rewards of 5.02 and 5.03 are the same.
+    In bf16, rewards of 5.02 and 5.03 would be the same number.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -97,58 +98,41 @@ class ExactLinear(torch.nn.Linear):
 def load_scalar_model(
     args, name: str, flag: str, head_seed: int | None = None, only_check: bool = False
 ) -> ScalarModel:
-    """The model of that name with a scalar head, without noise.
+    """Return the model `name` with a scalar head, without dropout or other noise.
 
-    head_seed: make a head N(0, 1/(H+1)) from this seed where the model has none, as N+ and Stiennon et al. do; without
-    it a model without a head is a UserError. only_check: read what its files hold, but not the weights.
+    head_seed: if the model has no head, make one N(0, 1/(H+1)) from this seed, as N+ and Stiennon et al. do. Without head_seed,
+    a model without a head is a UserError. only_check: do all of this without reading the weights.
     """
     from transformers import AutoModelForSequenceClassification
 
-    from extras import loading
+    from extras import loading, noise
 
-    kind = {"device_map": "meta"} if only_check else {}
+    options = {"device_map": "meta"} if only_check else {}
     if head_seed is not None:
         config = models.load_config(name, args.trust_remote_code, flag)
-        kind = {"attn_implementation": models.attention(args, config)}
-    with loading.one_line_error(name, flag), loading.quiet_load():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            loading.resolve_model(name),
-            num_labels=1,
-            dtype=getattr(torch, args.dtype),
-            trust_remote_code=args.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with their names
-            key_mapping={"^score_head": "score"},  # safe-rlhf's name of the head (beaver)
-            **kind,
-        )
-    if any(name.startswith(("score.", "classifier.")) for name, *_ in info["mismatched_keys"]):
-        raise UserError(f"{flag} {name}: found a classifier of several labels, expected one label")
-    loading.refuse_mismatched(info, f"{flag} {name}")
-    expected = "a model with a scalar head" if head_seed is None else "a causal model, or a classifier on one"
-    missing = info["missing_keys"]
-    loading.refuse_missing(
-        info, f"{flag} {name}", expected, frozenset() if head_seed is None else frozenset({"score.weight"})
-    )
-    if head_seed is not None and "score.weight" in missing:
-        stream = torch.Generator().manual_seed(head_seed)
-        hidden = model.score.weight.shape[1]
+        options = {"attn_implementation": loading.attention(args, config)}
+    options["key_mapping"] = {"^score_head": "score"}  # safe-rlhf's name of the head (beaver)
+    model, info = loading.from_pretrained(AutoModelForSequenceClassification, args, name, flag, num_labels=1, **options)
+    loading.refuse_unfit_scalar(info, f"{flag} {name}", head_seed is not None)
+    if head_seed is not None and "score.weight" in info["missing_keys"]:
+        stream, weight = torch.Generator().manual_seed(head_seed), model.score.weight  # (1, H)
         with torch.no_grad():
-            model.score.weight.copy_(torch.randn(1, hidden, generator=stream) / math.sqrt(hidden + 1))
+            weight.copy_(torch.randn(weight.shape, generator=stream) / math.sqrt(weight.shape[1] + 1))
     loading.refuse_not_finite(model, name, flag)
-    return ScalarModel(models.without_noise(model))
+    return ScalarModel(noise.without_noise(model))
 
 
 def prepare_scalar(args, name: str, flag: str) -> ScalarModel:
-    """A scalar model to train: its head made from --seed where it has none, LoRA and checkpointing where asked."""
+    """Load a scalar model to train. A missing head is made from --seed; --lora-r and --gradient-checkpointing are applied."""
     scalar = load_scalar_model(args, name, flag, head_seed=args.seed)
     scalar.model = models.make_trainable(scalar.model, args, "SEQ_CLS")
     return scalar
 
 
 def check_same_tokenizer(args, tokenizer, name: str, flag: str) -> None:
-    """UserError unless the model of that name has the policy's tokenizer: both read the same token ids.
+    """UserError unless the model `name` has the policy's tokenizer, since both read the same token ids.
 
-    It may have a PAD token more, as pad_for_readers gives it: no text holds one.
+    It may have one token more, a PAD token, which no text contains. `save_reward` adds such a token.
     """
     other, mine = models.load_tokenizer(args, name, flag), tokenizer.get_vocab()
     if {k: v for k, v in other.get_vocab().items() if k in mine or k != other.pad_token} != mine:
@@ -158,36 +142,18 @@ def check_same_tokenizer(args, tokenizer, name: str, flag: str) -> None:
         )
 
 
-def pad_for_readers(config, tokenizer) -> str:
-    """Give config and tokenizer a PAD that is not EOS, so that transformers' own classifier reads our last token.
-
-    Returns a sentence for the model card, empty if all is well.
-    """
-    config, vocabulary = models.text_config(config), tokenizer.get_vocab()
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, end_of_turn(tokenizer)):
-        free = next((t for t in ("<|padding|>", "<pad>", "[PAD]", "<unk>") if t in vocabulary), None)
-        if free is None and len(tokenizer) < config.vocab_size:
-            free = "<|padding|>"
-        if free is None:
-            config.pad_token_id = None
-            return "No token was free for padding: score one sequence at a time, or mask by length.\n\n"
-        tokenizer.add_special_tokens({"pad_token": free})
-    config.pad_token_id = tokenizer.pad_token_id
-    return ""
-
-
 def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> Path:
-    """reward/: a trained ScalarModel, prepared by accelerate, as a classifier that plain transformers loads and reads.
+    """Save a trained ScalarModel, as accelerate prepared it, under reward/ -> its path. Plain transformers can load and read it.
 
-    centred_on: the responses whose mean score is 0.
+    centred_on: the responses whose mean score is 0, in words for the model card.
     """
+    from extras.tokenizers import pad_for_readers
+
     args, scalar = run.args, run.unwrap(reward_model)
     tokenizer = models.read_tokenizer(args.model, args.trust_remote_code, "--model")
-    note = pad_for_readers(scalar.model.config, tokenizer)
     scalar.model.config.reward_center = scalar.center.item()
-    note += (
-        f"A score is the classifier's output minus `reward_center` of config.json: held-out {centred_on} average 0.\n\n"
-    )
+    how = f"A score is the classifier's output minus `reward_center` of config.json: held-out {centred_on} average 0."
+    note = f"{pad_for_readers(scalar.model.config, tokenizer)}{how}\n\n"
     source = getattr(args, "reward_model", "") or args.model
     card = run.model_card(f"{method}, reward model", paper, note, source, "eval/reward/accuracy")
     return run.save_final(reward_model, tokenizer, card, name="reward", part="model")

@@ -68,8 +68,7 @@ def levels(modules: Modules) -> dict[str, int]:
         if name in above:
             raise ValueError("imports form a circle: " + " -> ".join([*above[above.index(name) :], name]))
         if name not in found:
-            imported = sorted(other for other in modules[name].imports if other.startswith("common."))
-            below = [level(other, (*above, name)) for other in imported]
+            below = [level(o, (*above, name)) for o in sorted(modules[name].imports) if o.startswith("common.")]
             found[name] = 1 + max(below, default=-1)
         return found[name]
 

@@ -17,23 +17,21 @@ from extras.loading import other_modalities
 
 
 def fingerprint(p: torch.Tensor) -> int:
-    """Sum of a tensor's bits as integers: the same on any device, another one after any training."""
+    """Return the sum of a tensor's bits as integers. It is the same on any device, and changes with any training."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
     return int(p.detach().contiguous().view(integer).sum(dtype=torch.int64).item())
 
 
 def leave_out_loaded(models: list, weights: list[dict], folder: str) -> None:
-    """Hook of accelerate's save_state: drop frozen weights that still are as add_lora found them, loaded from a model."""
-    for model, state in zip(models, weights, strict=False):  # engines save by themselves and give no weights here
+    """Drop frozen weights that have not changed since add_lora from a checkpoint. This is a hook of accelerate's save_state."""
+    for model, state in zip(models, weights, strict=False):  # engines save in their own way and give no weights here
         for name, p in model.named_parameters(remove_duplicate=False):
             if not p.requires_grad and getattr(p, "loaded", None) == fingerprint(p):
                 state.pop(name, None)
 
 
-def four_bits(args) -> dict:
-    """What from_pretrained needs for --load-in-4bit; nothing without it. UserError where it cannot run."""
-    if not args.load_in_4bit:
-        return {}
+def four_bits() -> dict:
+    """Return the options of from_pretrained for --load-in-4bit. UserError on a machine where it cannot run."""
     installed = importlib.util.find_spec("bitsandbytes") is not None
     if not (installed and torch.cuda.is_available()):
         found = "no CUDA GPU" if installed else "no bitsandbytes"
@@ -51,10 +49,10 @@ def four_bits(args) -> dict:
 
 # ---- LoRA and the reference policy ----
 def add_lora(model, args, task_type: str = "CAUSAL_LM"):
-    """LoRA on all linear layers but those of not_adapted, dropout 0. A scalar head (task_type SEQ_CLS) is trained whole.
+    """Add LoRA without dropout to all linear layers except those of not_adapted. A scalar head (SEQ_CLS) is trained in full.
 
-    The reference policy is then the model with its adapter switched off. A checkpoint leaves out frozen weights that still
-    are as they are now.
+    The reference policy is then the model with its adapter switched off. Checkpoints leave out frozen weights that have not
+    changed since.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -70,11 +68,11 @@ def add_lora(model, args, task_type: str = "CAUSAL_LM"):
 
 
 def not_adapted(model) -> list[str]:
-    """Names of linear layers that an adapter cannot stand in for: the rest of the model uses them in another way than calling
-    a linear map, so that its output would differ from that of the merged model, or fail.
+    """Return the names of linear layers that get no adapter.
 
-    Those with a forward of their own (a router that returns its choice of experts), those whose weight is read directly (in
-    state-space mixers and some routers), and those that text never passes through.
+    The model uses these in another way than by calling a linear map, so that the adapted and the merged model would differ, or
+    fail. They are layers with a forward of their own (a router that returns its choice of experts), layers whose weight is read
+    directly (in state-space mixers and some routers), and layers that text never passes through.
     """
     found: list[str] = []
     for name, module in model.named_modules():
@@ -89,23 +87,23 @@ def not_adapted(model) -> list[str]:
 
 
 def model_code(kind: type) -> bool:
-    """True if a class belongs to one architecture, in transformers or in a hub repository."""
+    """Return True if a class belongs to one architecture, in transformers or in a hub repository."""
     return kind.__module__.startswith(("transformers.models.", "transformers_modules."))
 
 
 @functools.cache
 def read_directly(kind: type) -> list[str]:
-    """Attributes whose `.weight` the code of a module reads, for more than its type or device."""
+    """Return the attributes whose `.weight` the code of a module reads, for more than its type or device."""
     source = ""
     for base in kind.__mro__:
-        with contextlib.suppress(OSError, TypeError):  # no source at hand
+        with contextlib.suppress(OSError, TypeError):  # the source is not available
             source += inspect.getsource(base) if model_code(base) else ""
     return sorted(set(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device))", source)))
 
 
 @torch.no_grad()
 def is_linear_map(module: torch.nn.Linear) -> bool:
-    """True if a linear layer with a forward of its own still is one: it takes a vector and returns the product alone."""
+    """Return True if a layer with a forward of its own still computes a linear map, and returns nothing else."""
     x = module.weight.new_ones(1, 1, module.in_features)
     try:
         y = module(x)
@@ -118,9 +116,9 @@ def is_linear_map(module: torch.nn.Linear) -> bool:
 
 
 def merged(args, model):
-    """A copy of a model, in main memory, with its LoRA adapters merged into the base.
+    """Return a copy of a model in main memory with its LoRA adapters merged into the base.
 
-    A 4-bit base is loaded again in --dtype: rounded to 4 bits, the sum would lose most of the adapter.
+    A 4-bit base is loaded again in --dtype, because the sum would lose most of the adapter when rounded to 4 bits.
     """
     if not args.load_in_4bit:
         held = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad) for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""Names of models, and one clear line for each model that cannot be loaded."""
+"""Loading models: their names, their attention, and one clear line for each model that cannot be loaded."""
 
 import contextlib
 import functools
@@ -7,12 +7,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import tiny
 from common import UserError
-from common.engine import not_finite
+from common.engine import not_finite, uses_bf16
 from common.models import text_config
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
@@ -31,17 +32,75 @@ MODELS = {  # short name -> hub id; a local folder of the same name wins
 
 
 def resolve_model(name: str) -> str:
-    """A local folder wins; then `tiny`; then the short names; else the name is taken as a hub id."""
+    """Return the path or hub id of a model's name. A local folder comes first, then `tiny`, then MODELS, then a hub id."""
     if tiny.is_tiny(name):
         return str(tiny.MODEL)
     return name if Path(name).is_dir() else MODELS.get(name, name)
 
 
 def refuse_other_kinds(config, owner: str) -> None:
-    """UserError where config.json says that the model was made for another task: its language-model head would be random."""
+    """UserError if config.json names a class for another task, because the language-model head would be random."""
     for name in config.architectures or ():
         if name.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")):
             raise UserError(f"{owner}: found {name}, expected a causal language model")
+
+
+def from_pretrained(kind, args, name: str, flag: str, **options) -> tuple[Any, dict]:
+    """Call kind.from_pretrained -> (model, loading info), in --dtype. UserError in one line if it fails.
+
+    Weights that are missing or have other sizes are not refused here: they are listed in the info.
+    """
+    with one_line_error(name, flag), quiet_load():
+        return kind.from_pretrained(
+            resolve_model(name),
+            dtype=getattr(torch, args.dtype),
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the caller refuses them, with their names
+            **options,
+        )
+
+
+def attention(args, config) -> str:
+    """Return the attention that --attn-implementation names.
+
+    auto: flash attention 3 (on Hopper) or 2 if the model has it, its package is installed, and CUDA computes in bf16. Otherwise
+    sdpa if the model has it, else eager.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if args.attn_implementation != "auto":
+        return args.attn_implementation
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    plain = "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"
+    if not (torch.cuda.is_available() and uses_bf16(args) and getattr(known, "_supports_flash_attn", False)):
+        return plain
+    if is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == 9:
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else plain
+
+
+def refuse_unfit(model, info: dict, name: str, flag: str) -> None:
+    """UserError if a causal model was loaded that cannot be trained. `info` is what from_pretrained returned with it."""
+    refuse_mismatched(info, f"{flag} {name}")
+    refuse_missing(info, f"{flag} {name}", "a causal language model, with as many layers as its config.json says")
+    if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
+        raise UserError(
+            f"{flag} {name}: found {type(model).__name__} with is_decoder false in its config.json, which sees the tokens"
+            " after the one it predicts; expected a causal model"
+        )
+    refuse_not_finite(model, name, flag)
+    make_generation_config_valid(model, f"{flag} {name}")
+
+
+def refuse_unfit_scalar(info: dict, owner: str, may_lack_head: bool) -> None:
+    """UserError if a classifier was loaded that is no scalar model: several labels, or weights that are missing."""
+    if any(name.startswith(("score.", "classifier.")) for name, *_ in info["mismatched_keys"]):
+        raise UserError(f"{owner}: found a classifier of several labels, expected one label")
+    refuse_mismatched(info, owner)
+    expected = "a causal model, or a classifier on one" if may_lack_head else "a model with a scalar head"
+    refuse_missing(info, owner, expected, frozenset({"score.weight"} if may_lack_head else ()))
 
 
 def refuse_missing(info: dict, owner: str, expected: str, may_miss: frozenset[str] = frozenset()) -> None:
@@ -53,7 +112,7 @@ def refuse_missing(info: dict, owner: str, expected: str, may_miss: frozenset[st
 
 
 def refuse_mismatched(info: dict, owner: str) -> None:
-    """UserError if weights of a checkpoint have other sizes than its config.json says."""
+    """UserError if weights of a checkpoint do not have the sizes that its config.json gives."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
             f"{owner}: found weights {name} of size {tuple(found)}, expected {tuple(expected)}, which its config.json says"
@@ -61,9 +120,9 @@ def refuse_mismatched(info: dict, owner: str) -> None:
 
 
 def make_generation_config_valid(model, owner: str) -> None:
-    """Drop from the model's generation config what transformers refuses to save, such as a temperature beside greedy search.
+    """Drop the fields of a generation config that transformers refuses to save, such as a temperature beside greedy search.
 
-    What generate() does stays the same: fields that contradict each other are fields that it does not use.
+    generate() does the same as before, because it does not use fields that contradict each other.
     """
     given = model.generation_config
     try:
@@ -72,7 +131,7 @@ def make_generation_config_valid(model, owner: str) -> None:
     except (TypeError, ValueError):
         kept, dropped = type(given)(), []
     names = [n for n in given.to_diff_dict() if n != "transformers_version"]
-    for name in sorted(names, key=lambda n: n not in ("do_sample", "num_beams")):  # the two that others depend on
+    for name in sorted(names, key=lambda n: n not in ("do_sample", "num_beams")):  # other fields depend on these two
         before = getattr(kept, name, None)
         setattr(kept, name, getattr(given, name))
         try:
@@ -87,7 +146,7 @@ def make_generation_config_valid(model, owner: str) -> None:
 
 
 def other_modalities(model) -> dict[str, torch.nn.Module]:
-    """{name: module} of the outermost parts of a model that text never passes through, such as a vision tower."""
+    """Return {name: module} of the outermost parts of a model that text never passes through, such as a vision tower."""
     if text_config(model.config) is model.config:
         return {}
     text = {id(m) for part in (model.get_decoder(), model.get_output_embeddings()) for m in part.modules()}
@@ -100,14 +159,14 @@ def other_modalities(model) -> dict[str, torch.nn.Module]:
 
 
 def freeze_other_modalities(model) -> None:
-    """Parts that no text passes through have no gradient, and stay as they are."""
+    """Switch off the gradient of the parts that text never passes through. They keep their weights."""
     for module in other_modalities(model).values():
         module.requires_grad_(False)
 
 
 @contextlib.contextmanager
 def quiet_load():
-    """Without transformers' report of weights that are missing, which are made or refused here, and without its bars."""
+    """Hide transformers' progress bars, and its report of missing weights, which are made or refused here."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -120,17 +179,17 @@ def quiet_load():
 
 
 def refuse_not_finite(model, name: str, flag: str) -> None:
-    """UserError if a weight of a loaded model is not a finite number, as of a run that diverged."""
+    """UserError if a loaded model has a weight that is not a finite number, as after a run that diverged."""
     if broken := not_finite(model):
         raise UserError(f"{flag} {name}: found weights that are not finite ({broken}), expected numbers")
 
 
-# ---- what cannot be loaded, in one line ----
+# ---- one line for each error ----
 @contextlib.contextmanager
 def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator[None]:
-    """Turn whatever transformers raises for a model that it cannot load into one line: the flag, what was found, the cause.
+    """Turn any error of loading a model into a UserError in one line, with the flag, what was found, and the cause.
 
-    part: what is being read, where it is not the whole model.
+    part: the part that is being read, if that is not the whole model.
     """
     offline_if_unreachable(name)
     folder = Path(resolve_model(name))
@@ -145,7 +204,7 @@ def one_line_error(name: str, flag: str = "--model", part: str = "") -> Iterator
 
 
 def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
-    """One line for an error of loading the model, or the part of it, that `flag` names."""
+    """Return one line for an error of loading the model that `flag` names, or a part of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason, text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200], str(error).lower()
     if isinstance(error, ImportError) and "flash" in text:
@@ -170,12 +229,12 @@ def explain_load(name: str, flag: str, part: str, error: Exception) -> str:
 
 
 def is_path(name: str) -> bool:
-    """True for a name that can only be a local path: a hub id is `name` or `owner/name`."""
+    """Return True for a name that can only be a local path. A hub id is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
 
 
 def wrong_folder(folder: Path) -> str:
-    """Why a folder cannot be a model, with what was probably meant; empty if it looks like one."""
+    """Return why a folder cannot be a model, with a guess at what was meant. Empty if it looks like a model."""
     if (folder / "config.json").is_file():
         return ""
     expected = "expected a folder made by save_pretrained, with a config.json"
@@ -196,18 +255,18 @@ def wrong_folder(folder: Path) -> str:
     return f"found no config.json in the folder, {expected}"
 
 
-HUB_SECONDS = 10  # to get any answer from the hub; its client would try again and again, for every file
+HUB_SECONDS = 10  # time for the hub to answer; its client would try again and again, for every file
 
 
 def offline_if_unreachable(name: str) -> None:
-    """Before a model is asked of the hub: if the hub does not answer, use what is in its cache, without trying every file."""
+    """Before a model is read from the hub, find out if the hub answers. If not, only its cache is used from then on."""
     if not Path(resolve_model(name)).exists() and not is_path(name):
         probe_hub()
 
 
 @functools.cache
 def probe_hub() -> None:
-    """Ask the hub for any answer once per process; without one, turn its client's offline mode on."""
+    """Ask the hub for any answer, once per process. If none comes, switch its client to offline mode."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -215,6 +274,6 @@ def probe_hub() -> None:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception:  # no name, no route, no answer, no certificate: all the same to who wants a model
+    except Exception:  # no name, no route, no answer, no certificate: the model cannot be had in any case
         print(f"{constants.ENDPOINT} does not answer: only what is in its cache can be used", file=sys.stderr)
         constants.HF_HUB_OFFLINE = True

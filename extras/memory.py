@@ -1,4 +1,4 @@
-"""What a run costs in memory: each phase's peak, from steps of its own models on tensors that have shapes but no data.
+"""The memory plan of a run: the peak of each phase, measured on steps of its own models whose tensors have no data.
 
 Dims: B sequences, L prompt + response tokens, N response tokens in the batch, V vocabulary.
 """
@@ -22,18 +22,21 @@ from common.args import flag
 from common.data import Batch
 from common.engine import mixes_bf16
 from common.generation import inverse_cdf
-from common.logprobs import HEADS, Head, known_changes, language_model, score_positions, temper
+from common.logprobs import language_model, temper
 from common.rewards import ScalarModel
+from extras import loading, noise
+from extras.fused_head import HEADS, Head, known_changes, score_positions
 
 NF4 = 4.127 / 8  # bytes per weight with double quantisation, QLoRA arXiv:2305.14314, Sec. 3
 STATES = {"rmsprop": 1, "adamw": 2}  # values an optimizer keeps for each weight
 
 
-# ---- one step, without data ----
+# ---- one step without data ----
 class PeakMemory(TorchDispatchMode):
-    """Entered: counts the bytes that operations make and something still holds, but neither weights nor finished gradients.
+    """Count, inside its context, the bytes that operations allocate and that are still in use.
 
-    `peak` is their largest sum, `peak_logits` the part of it in tensors whose last dimension is the vocabulary.
+    Weights and finished gradients do not count. `peak` is the largest sum so far; `peak_logits` is the part of it in tensors
+    whose last dimension is the vocabulary.
     """
 
     def __init__(self, model, vocabulary: int):
@@ -58,26 +61,28 @@ class PeakMemory(TorchDispatchMode):
         return out
 
     def count(self, size: int, logits: int) -> None:
+        """Add bytes that were allocated, or freed if negative; `logits` of them are logits."""
         self.live, self.logits = self.live + size, self.logits + logits
         if self.live > self.peak:
             self.peak, self.peak_logits = self.live, self.logits
 
 
 def device() -> str:
+    """Return the type of device that a run would use."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def without_data(args, config, layers: int, scalar: bool = False, checkpointing: bool = False, frozen: bool = False):
-    """The model of that configuration as a run prepares it, cut to so many layers, its weights on the meta device."""
+    """Return the model of a configuration as a run prepares it, but with `layers` layers and weights on the meta device."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = copy.deepcopy(config)
     models.text_config(config).num_hidden_layers, config.num_labels = layers, 1
-    attention = "eager" if models.attention(args, config) == "eager" else "sdpa"
+    attention = "eager" if loading.attention(args, config) == "eager" else "sdpa"
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation=attention)
-        model = models.without_noise(model)
+        model = noise.without_noise(model)
         if scalar:
             model = ScalarModel(model)
         if frozen:
@@ -90,8 +95,8 @@ def without_data(args, config, layers: int, scalar: bool = False, checkpointing:
 
 
 def fill(model) -> None:
-    """Move weights and buffers, in place, from the meta device to this one; inside a FakeTensorMode that takes no memory."""
-    made = {}  # a tied weight stays one weight
+    """Move weights and buffers in place from the meta device to the run's. Inside a FakeTensorMode this takes no memory."""
+    made = {}  # a tied weight must stay one weight
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and id(p) not in made:
@@ -103,7 +108,7 @@ def fill(model) -> None:
 
 
 def per_layer(measure: Callable[[int], dict[str, int]], layers: int) -> dict[str, int]:
-    """measure(layers); of a deep model from two and three layers: all that is measured is linear in their number."""
+    """Return measure(layers). For more than three layers it is extrapolated from two and three, since it is linear in them."""
     if layers <= 3:
         return measure(layers)
     two, three = measure(2), measure(3)
@@ -111,8 +116,9 @@ def per_layer(measure: Callable[[int], dict[str, int]], layers: int) -> dict[str
 
 
 def weights(args, config, scalar: bool = False, frozen: bool = False) -> dict[str, int]:
-    """Of a model as it is loaded: bytes of `all` weights, of those that are `trained`, of the `largest` of these; and how many
-    `numbers` and `trained_numbers` they are.
+    """Return sizes of a loaded model's weights.
+
+    In bytes: `all`, those that are `trained`, and the `largest` trained one. As counts: all `numbers`, and `trained_numbers`.
     """
 
     def measure(layers: int) -> dict[str, int]:
@@ -135,13 +141,14 @@ def weights(args, config, scalar: bool = False, frozen: bool = False) -> dict[st
 
 
 def empty_batch(rows: int, length: int, response: int) -> Batch:
+    """Return a batch of zeros, (rows, length), with `response` response tokens in each row."""
     ids = torch.zeros(rows, length, dtype=torch.long, device=device())
     return Batch(ids, ids, ids[:, :response], ids[:, :response] == 0, ids[:, 0])
 
 
 @contextlib.contextmanager
 def counted(args, model, vocabulary: int) -> Iterator[PeakMemory]:
-    """Without data, under the run's mixed precision: the memory of what is done inside."""
+    """Count the memory of what is done inside the context, without data, under the run's mixed precision."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -152,10 +159,10 @@ def counted(args, model, vocabulary: int) -> Iterator[PeakMemory]:
 
 
 def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False, train=True) -> dict[str, int]:
-    """Bytes over the weights of a forward pass over `rows` full windows, and of its backward pass if it is to `train`.
+    """Return the bytes, besides weights, of a forward pass over `rows` full windows; with `train` also of its backward pass.
 
-    scalar: "" for log-probs of responses; "last" or "every" for a scalar model read there. peak: the maximum, without
-    finished gradients. logits: part of the peak. saved, if it is to train: what the forward pass leaves.
+    scalar: "" for log-probs of responses, "last" or "every" for a scalar model that is read there. The result has the `peak`
+    without finished gradients, the part of it in `logits`, and with `train` what the forward pass leaves `saved`.
     """
     length, response = args.max_length, args.max_length - args.max_prompt_length
     text = models.text_config(config)
@@ -168,7 +175,7 @@ def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False
                 out = model(batch, every=scalar == "every")
             else:
                 inner: Any = language_model(model)
-                head = inner.get_output_embeddings()  # no values to see its changes by
+                head = inner.get_output_embeddings()  # without values it cannot be probed
                 HEADS[head] = Head(text.vocab_size, known_changes(config)[-1])
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
                 positions = torch.zeros(rows * response, dtype=torch.long, device=device())
@@ -183,12 +190,15 @@ def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False
 
 
 def generation_costs(args, config) -> dict[str, int]:
-    """Bytes over the weights of Generator's batch at the larger of two moments: full prompts, and the last of the tokens."""
+    """Return the bytes, besides weights, of a batch of Generator at its larger moment: the full prompts, or the last token."""
     from transformers import DynamicCache
 
     rows, prompt = args.per_device_eval_batch_size, args.max_prompt_length
     longest = min(args.max_length, prompt + args.max_new_tokens) - 1
-    moments = {"prompt": (prompt, prompt), "last": (longest, 1)}  # (tokens in the cache afterwards, of these new)
+    moments = {
+        "prompt": (prompt, prompt),
+        "last": (longest, 1),
+    }  # (tokens in the cache afterwards, new tokens among them)
 
     def measure(layers: int) -> dict[str, int]:
         model = without_data(args, config, layers).eval()
@@ -197,7 +207,7 @@ def generation_costs(args, config) -> dict[str, int]:
             cache = DynamicCache(config=model.config)
             for moment, (length, new) in moments.items():
                 grows: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-                if length > prompt + 1:  # what the steps between leave in the cache
+                if length > prompt + 1:  # add what the steps in between leave in the cache
                     for layer in grows:
                         part = layer.keys[:, :, :1].expand(-1, -1, length - prompt - 1, -1)
                         layer.update(part.clone(), part.clone())
@@ -223,7 +233,7 @@ def generation_costs(args, config) -> dict[str, int]:
 
 # ---- the plan ----
 def launched() -> tuple[int, str]:
-    """(processes, engine) that the launcher asked for; the engine by the name that Engine has."""
+    """Return (processes, engine) that the launcher asked for. The engine's name is that of Engine.name."""
     env = os.environ
     engine = "plain"
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -236,16 +246,16 @@ def launched() -> tuple[int, str]:
     return int(env.get("WORLD_SIZE", 1)), engine
 
 
-# what an engine shares out: 1 optimizer state, 2 gradients too, 3 weights too
+# what an engine shards: 1 optimizer state, 2 also gradients, 3 also weights
 LEVELS = {"zero2": 2, "zero3": 3, "fsdp2": 3}
 
 
 class Plan:
-    """Bytes per device of a run's phases, every sequence filling its window: {part: bytes} at the moment of a phase's peak.
+    """Bytes per device in each phase of a run, as {part: bytes} at the phase's peak, if every sequence fills its window.
 
-    Scripts without a reward model train, generate and score; those with one (and, with PPO, a value model) have a reward
-    step, answers, and a policy update. Not counted: a gold model or baseline while it is used; vLLM; the layer that an
-    engine gathers.
+    Scripts without a reward model train, generate and score. Scripts with one (and, with PPO, a value model) have a reward
+    step, answers, and a policy update. The plan leaves out gold models and baselines while they are in use, vLLM, and the layer
+    that an engine gathers.
     """
 
     def __init__(self, args):
@@ -253,7 +263,7 @@ class Plan:
         self.world, self.engine = launched()
         self.level = LEVELS.get(self.engine, 0)
         self.bf16 = self.level > 0 and mixes_bf16(args)
-        # engines compute in bf16 weights, with no autocast
+        # engines compute with bf16 weights, without autocast
         self.computed = dataclasses.replace(args, dtype="bfloat16", mixed_precision="no") if self.bf16 else args
         self.config = models.load_config(args.model, args.trust_remote_code)
         self.policy = self.stored(weights(args, self.config))
@@ -265,7 +275,7 @@ class Plan:
             self.scalar = self.stored(weights(args, self.scalar_config, scalar=True))
 
     def stored(self, found: dict[str, int]) -> dict[str, int]:
-        """weights() as the engine keeps them under bf16: ZeRO all of them in bf16, FSDP2 what is trained in float32."""
+        """Return weights() as the engine keeps them. Under bf16, ZeRO keeps all in bf16, and FSDP2 trained ones in float32."""
         if not self.bf16:
             return found
         if self.engine == "fsdp2":
@@ -276,18 +286,18 @@ class Plan:
         return {**found, "all": trained + rest, "trained": trained, "largest": largest}
 
     def shard(self, size: float, level: int) -> float:
-        """A device's part: level 1 is optimizer state, 2 gradients, 3 weights."""
+        """Return a device's part of `size` bytes. level: 1 is optimizer state, 2 gradients, 3 weights."""
         return size / self.world if self.level >= level else size
 
     def held(self) -> dict[str, float]:
-        """Weights of the models that are trained."""
+        """Return the bytes of the weights of all trained models."""
         if not self.scalars:
             return {"weights": self.shard(self.policy["all"], 3)}
         one = self.shard(self.scalar["all"], 3)
         return {"policy": self.shard(self.policy["all"], 3), "value": (self.scalars - 1) * one, "reward": one}
 
     def optimizer(self, *trained: dict[str, int]) -> dict[str, float]:
-        """State for each trained weight of these models; under ZeRO with a float32 copy of it."""
+        """Return the bytes of these models' optimizer state. Under ZeRO it includes a float32 copy of each trained weight."""
         values = STATES[self.args.optimizer]
         if self.engine.startswith("zero"):
             size = 4 * (values + 1) * sum(model["trained_numbers"] for model in trained)
@@ -296,14 +306,17 @@ class Plan:
         return {"optimizer": self.shard(size, 1)}
 
     def reference(self, copies: int = 1) -> dict[str, float]:
+        """Return the bytes of the reference policy, which has none of its own with LoRA unless it moves."""
         args = self.args
         moves = getattr(args, "sft_epochs", 0) or getattr(args, "ref", "initial") == "previous"
         adapter_off = args.lora_r and not (self.scalars and moves)  # models.open_reference
         return {"reference": 0 if adapter_off else copies * self.frozen}
 
     def step(self, rows: int, trained: int, largest: int, peak: int, logits: int) -> dict[str, float]:
-        """Of an update on so many rows, the larger of two moments: a backward pass, before the first of which there is no
-        gradient, and the optimizer's step."""
+        """Return the bytes of an update on `rows` rows at its larger moment: a backward pass, or the optimizer's step.
+
+        Before the first backward pass there are no gradients.
+        """
         gradients = self.shard(trained, 2)
         accumulated = rows > self.args.per_device_train_batch_size * self.world
         backward = {"gradients": gradients if accumulated else 0, "logits": logits, "activations": peak - logits}
@@ -312,7 +325,7 @@ class Plan:
         return max(backward, update, key=lambda parts: sum(parts.values())) | ddp
 
     def training(self, checkpointing: bool) -> dict[str, dict[str, float]]:
-        """The phases with a backward pass."""
+        """Return {phase: {part: bytes}} of the phases with a backward pass."""
         args, computed = self.args, self.computed
         rows, update = args.per_device_train_batch_size, args.batch_size
         own = forward_costs(computed, self.config, rows * args.sequences_per_row, checkpointing=checkpointing)
@@ -340,7 +353,7 @@ class Plan:
         }
 
     def answering(self) -> dict[str, dict[str, float]]:
-        """The phases without one."""
+        """Return {phase: {part: bytes}} of the phases without a backward pass."""
         args = self.args
         made, scored = (
             {k: v for k, v in costs.items() if k != "peak"} | {"activations": 2 * costs["peak"] - sum(costs.values())}
@@ -349,34 +362,34 @@ class Plan:
                 forward_costs(args, self.config, args.per_device_eval_batch_size, train=False),
             )
         )
-        if args.generation == "vllm":  # it takes no batches of ours, and then the trainer scores some of its answers
+        if args.generation == "vllm":  # the trainer makes no batches, but it scores some of vLLM's answers
             made = scored
-        if self.level == 3:  # engine.whole, a model at a time
+        if self.level == 3:  # engine.whole gathers one model at a time
             sizes = [weights(self.computed, self.config)["all"]]
             sizes += [weights(self.computed, self.scalar_config, scalar=True)["all"]] if self.scalars else []
             made, scored = (parts | {"gathered": max(sizes)} for parts in (made, scored))
         held = self.held() | self.optimizer(self.policy, *[self.scalar for _ in range(self.scalars)])
         if self.scalars:
             moves = getattr(args, "ref", "initial") == "previous" and args.T > 1
-            copies = 2 if moves else 1  # an evaluation has the initial one too
+            copies = 2 if moves else 1  # an evaluation also has the initial policy
             larger = max(made, scored, key=lambda parts: sum(parts.values()))
             phases = {"answers": held | self.reference(copies) | larger}
         else:
             phases = {"generate": held | made, "score": held | self.reference() | scored}
-        if self.level == 3:  # in the type that is stored
+        if self.level == 3:  # in the stored type
             phases["save"] = held | {"gathered": self.policy["all"]}
         return phases
 
 
 def print_memory_plan(args) -> None:
-    """The memory plan on the console: a line for each phase, training with and without --gradient-checkpointing."""
+    """Print the memory plan: one line for each phase, and for training also the total with or without checkpointing."""
     try:
         plan, gib = Plan(args), 2**30
         other = plan.training(not args.gradient_checkpointing)
         phases = {**plan.training(args.gradient_checkpointing), **plan.answering()}
     except UserError:
         raise
-    except Exception as error:  # code of a model that decides by values, which a plan without data does not have
+    except Exception as error:  # some models' code needs values, and a plan without data has none
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         print(f"  memory per device: no estimate for this architecture ({type(error).__name__}: {reason})")
         return
@@ -393,7 +406,7 @@ def print_memory_plan(args) -> None:
         print(f"  per device of {plan.world}, {'data parallel' if plan.engine == 'plain' else plan.engine}")
 
 
-# ---- when there is not enough ----
+# ---- out of memory ----
 def ran_out_of_memory(error: Exception) -> bool:
     """True if an allocator raised the error, on any device."""
     words = ("can't allocate memory", "out of memory", "alloc_failed")
@@ -401,13 +414,16 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def explain_out_of_memory(error: Exception, args, name: str) -> None:
-    """UserError in one line if an allocator raised the error: the flag to lower, and the plan of the phases it governs."""
+    """UserError in one line if an allocator raised `error`: it names the flag to lower, and the plan of the phases it governs.
+
+    name: the flag's field of args, such as "per_device_train_batch_size".
+    """
     if not ran_out_of_memory(error):
         return
     found = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     phases = {}
     if hasattr(args, "batch_size"):  # evaluate.py has no plan
-        with contextlib.suppress(Exception):  # which may want memory too, and must not hide what happened
+        with contextlib.suppress(Exception):  # the plan may itself fail, which must not hide the error
             train = name == "per_device_train_batch_size"
             phases = Plan(args).training(args.gradient_checkpointing) if train else Plan(args).answering()
     estimates = ", ".join(f"{phase} {sum(parts.values()) / 2**30:.2f} GiB" for phase, parts in phases.items())

@@ -1,6 +1,6 @@
-"""Backend `vllm` of the sampler: an engine per process, on the device that trains, whose weights are replaced in place.
+"""Sampler `vllm`: one engine per process, on the device that trains. The trainer's weights replace the engine's in place.
 
-Written for vLLM 0.32. What holds where, and why: docs/generation.md.
+Written for vLLM 0.32. docs/generation.md lists the details, with reasons and tests.
 """
 
 import contextlib
@@ -23,27 +23,36 @@ from common.args import require
 from common.data import collate
 from common.engine import evaluating, uses_bf16
 from common.generation import Rollout, stop_tokens
-from common.logprobs import CHECKED, LIMITS, language_model, response_logprobs
+from common.logprobs import language_model, response_logprobs
 from extras import sharding
 from extras.adapters import fingerprint
+from extras.agreement import CHECKED, LIMITS
 
-VLLM_METRICS = {  # name -> meaning, unit, range; of every phase of generation
+VLLM_METRICS = {  # name -> meaning, unit, range; logged after every phase of generation
     "sampling/vllm_logp_difference": "mean |log pi (trainer) - log pi (vLLM)| per token of answers just sampled; rounding",
 }
-SHARD_BYTES = 2**30  # of the files that carry weights to an engine in a process of its own
-ENVIRONMENT = {  # unless the user has set them
+SHARD_BYTES = 2**30  # size of the files that carry weights to an engine in another process
+ENVIRONMENT = {  # set unless the user has set them
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",  # nothing is sent anywhere
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM asks for nearly all memory, and the trainer has its own
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it binds the trainer's threads too
+    "VLLM_NO_USAGE_STATS": "1",  # send no usage statistics
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes nearly all memory, but the trainer needs some
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it also binds the trainer's threads to cores
 }
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # how its variables begin
+LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+)  # how its variables begin
 
 
 class VllmGenerator:
-    """Samples from `model` with the process's engine, which gets the model's weights whenever they are not those it holds.
+    """Sample from `model` with this process's engine, which gets the model's weights whenever it holds others.
 
-    `sample` does what Generator.sample does, with the same arguments; all processes call it equally often.
+    It is a common.generation.Sampler: all processes call `sample` equally often.
     """
 
     def __init__(self, run, model, tokenizer):
@@ -53,14 +62,15 @@ class VllmGenerator:
     def sample(
         self,
         prompts: list[list[int]],
-        rows: list[int],
+        row_ids: list[int],
         seed: int,
         temperature: float = 1.0,
         advance: Callable[[int], None] = lambda n: None,
     ) -> Rollout:
-        """As Generator.sample. The stream of a row is a function of (seed, row); UserError if the answers are not the model's.
+        """Sample one response to each prompt, as Sampler.sample says. UserError if the answers are not the model's.
 
-        Neighbours with one prompt and rows r, r + 1, ... travel as one request for so many answers, which are the same.
+        Neighbours that share a prompt and have row ids r, r + 1, ... are sent as one request for several answers. The answers
+        are the same as from separate requests.
         """
         require(
             temperature == 0 or temperature >= 0.01, "temperature", temperature, "0.01 or more, the least vLLM takes"
@@ -68,7 +78,7 @@ class VllmGenerator:
         engine = current_engine(self.run, self.model)
         with engine.awake(self.model):
             answers = engine.generate(
-                prompts, rows, seed, temperature, self.run.args.max_new_tokens, self.eos_ids, advance
+                prompts, row_ids, seed, temperature, self.run.args.max_new_tokens, self.eos_ids, advance
             )
         ids, logprobs = [y for y, _ in answers], [logp for _, logp in answers]
         rollout = Rollout(prompts, ids, [y[-1] in self.eos_ids for y in ids], logprobs)
@@ -76,9 +86,9 @@ class VllmGenerator:
         return rollout
 
     def check(self, rollout: Rollout, temperature: float, dtype: str) -> None:
-        """Score the answers to the longest prompts with the model that is trained: UserError if vLLM saw others in them.
+        """Score the answers to the longest prompts with the model that is trained. UserError if vLLM's log-probs differ.
 
-        Every process takes part, with a row that counts nothing where it has none: a sharded model's forward is collective.
+        The forward pass of a sharded model is collective. A process without answers takes part with a row of weight 0.
         """
         longest = sorted(range(len(rollout.prompt_ids)), key=lambda i: -len(rollout.prompt_ids[i]))[: CHECKED[0]]
         sequences = [(rollout.prompt_ids[i], rollout.response_ids[i][: CHECKED[1]]) for i in longest]
@@ -93,7 +103,7 @@ class VllmGenerator:
         if not count:
             return
         found = total / count
-        limit = LIMITS["vllm"][dtype] / temperature  # by which the rounding of the logits is divided too
+        limit = LIMITS["vllm"][dtype] / temperature  # rounding errors of logits are divided by it too
         self.run.log({"sampling/vllm_logp_difference": found}, step=self.run.last_step)
         if not found <= limit:
             raise UserError(
@@ -103,14 +113,14 @@ class VllmGenerator:
 
 
 # ---- the engine ----
-ENGINES: list["Engine"] = []  # of this process: the first one started, and at most one in a process of its own
+ENGINES: list["Engine"] = []  # engines of this process: the first one started, and at most one in a child process
 
 
 def current_engine(run, model) -> "Engine":
-    """The engine for models of that configuration; models that share it take turns. Started on first use.
+    """Return the engine for the configuration of `model`, and start it on first use. Models with one configuration share it.
 
-    vLLM keeps state per process: a second engine, and one for a model that vLLM runs by patching transformers' own class
-    (GPT-NeoX), live in processes of their own.
+    vLLM keeps state per process. Therefore a second engine gets a process of its own. So does an engine for a model that vLLM
+    runs by patching transformers' class (GPT-NeoX).
     """
     config = engine_config(model)
     for engine in ENGINES:
@@ -125,7 +135,7 @@ def current_engine(run, model) -> "Engine":
 
 
 def engine_config(model) -> dict:
-    """config.json of the model itself: no adapter, no quantisation, as its weights will come."""
+    """Return config.json as the engine needs it: without adapter and quantisation, since it gets merged, full weights."""
     model = language_model(model)
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("quantization_config", None)
@@ -134,7 +144,7 @@ def engine_config(model) -> dict:
 
 
 def native(architecture: str) -> bool:
-    """Whether vLLM has its own code for the architecture; the rest it runs with transformers' modules, patched."""
+    """Return True if vLLM has its own code for the architecture. It runs the others by patching transformers' modules."""
     from vllm import ModelRegistry
 
     entry = ModelRegistry.models.get(architecture)
@@ -142,7 +152,7 @@ def native(architecture: str) -> bool:
 
 
 class Engine:
-    """A vLLM engine on this process's device, inside the process or in a child of it. It starts without weights."""
+    """A vLLM engine on this process's device, inside the process or in a child process. It starts without weights."""
 
     def __init__(self, run, model_config, config: dict, inside: bool):
         for name, value in ENVIRONMENT.items():
@@ -162,19 +172,20 @@ class Engine:
         Path(self.folder.name, "config.json").write_text(json.dumps(config))
         run.say(f"vllm: starting an engine ({self.dtype}, {'in the trainer' if inside else 'a process of its own'})")
         envs.disable_envs_cache()
-        own = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []  # vLLM seeds its random numbers
+        # vLLM seeds the global random numbers, which are put back afterwards
+        own = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
         try:
             with environment(inside, run.accelerator.local_process_index), torch.random.fork_rng(own):
                 self.llm = LLM(
                     model=self.folder.name,
                     load_format="dummy",  # weights come from the trainer
                     skip_tokenizer_init=True,
-                    generation_config="vllm",  # no hidden top-k: the whole distribution
+                    generation_config="vllm",  # else it takes top-k and the like from the model's file
                     dtype=self.dtype,
                     max_model_len=length,
-                    # a prompt in two parts draws twice from its stream, which vLLM undoes on GPUs alone
+                    # a prompt that is read in two parts draws twice from its stream; vLLM undoes this on GPUs only
                     enable_chunked_prefill=False if current_platform.is_cpu() else None,
-                    logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+                    logprobs_mode="processed_logprobs",  # those of the distribution it samples from
                     gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                     enable_sleep_mode=self.level > 0,
                     enforce_eager=current_platform.is_cpu(),
@@ -190,9 +201,9 @@ class Engine:
 
     @contextlib.contextmanager
     def awake(self, model) -> Iterator[None]:
-        """The engine with the model's weights, for as long as the context lasts; then its memory is the trainer's again.
+        """Give the engine the model's weights inside the context. Afterwards its memory is free for the trainer.
 
-        Weights are sent whenever their checksum, on any rank, is not the one they had when they were sent last.
+        Weights are sent again only if their checksum has changed on some rank since they were sent last.
         """
         if self.asleep:
             torch.cuda.empty_cache()
@@ -201,7 +212,9 @@ class Engine:
             source = sharding.trained(model)
             found = checksum(source)
             stale = torch.tensor(float(found != self.holds), device=self.run.accelerator.device)
-            if self.run.accelerator.reduce(stale, reduction="sum").item() > 0:  # sending may be collective: all or none
+            if (
+                self.run.accelerator.reduce(stale, reduction="sum").item() > 0
+            ):  # sending may be collective: all ranks or none
                 self.load(full_weights(source))
                 self.holds = found
         if self.asleep:
@@ -213,12 +226,14 @@ class Engine:
             self.holds = None if self.level == 2 else self.holds
 
     def wake_up(self, part: str) -> None:
+        """Take memory for `part` again: weights, or kv_cache. UserError if it is no longer free."""
         try:
             self.llm.wake_up(tags=[part])
-        except Exception as error:  # what it had is taken
+        except Exception as error:  # something else took the memory
             raise self.failed("no memory to wake up in", error) from error
 
     def failed(self, found: str, error: Exception) -> UserError:
+        """Return one line for an error of vLLM."""
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         return UserError(
             f"--generation vllm: found {found}: {reason}. With too little memory change --vllm-gpu-memory-utilization"
@@ -226,33 +241,33 @@ class Engine:
         )
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights by (name as in a checkpoint of transformers, full tensor) pairs, and forget what was cached."""
+        """Replace all weights, and clear the prefix cache. weights: (name as in transformers' checkpoints, full tensor) pairs."""
         if self.inside:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         else:
             write_shards(weights, Path(self.folder.name), getattr(torch, self.dtype))
             self.llm.collective_rpc("load_shards", args=(self.folder.name,))
-        if not self.llm.reset_prefix_cache():  # keys and values of the old weights
+        if not self.llm.reset_prefix_cache():  # it holds keys and values of the old weights
             raise RuntimeError("vLLM did not reset its prefix cache")
 
     def generate(
         self,
         prompts: list[list[int]],
-        rows: list[int],
+        row_ids: list[int],
         seed: int,
         temperature: float,
         max_tokens: int,
         eos_ids: set[int],
         advance: Callable[[int], None],
     ) -> list[tuple[list[int], list[float]]]:
-        """(response ids, their log-probs) for every prompt, in order."""
+        """Return (response ids, their log-probs in nats) for every prompt, in order."""
         from vllm import SamplingParams
 
         base = seed * 1_000_003 % 2**62
-        requests = group(prompts, rows) if temperature else [(i, 1) for i in range(len(prompts))]
+        requests = group(prompts, row_ids) if temperature else [(i, 1) for i in range(len(prompts))]
         asked = [
             SamplingParams(
-                n=n, seed=base + rows[i], temperature=temperature, max_tokens=max_tokens, logprobs=0,
+                n=n, seed=base + row_ids[i], temperature=temperature, max_tokens=max_tokens, logprobs=0,
                 stop_token_ids=sorted(eos_ids), ignore_eos=True, detokenize=False,
             )
             for i, n in requests
@@ -281,7 +296,7 @@ class Engine:
 
 
 def check_fits(config, length: int, on_cpu: bool) -> None:
-    """UserError for a model that vLLM would refuse, or fail on, less clearly."""
+    """UserError for a model that vLLM cannot run, since its own messages are less clear. length: tokens of prompt and answer."""
     config = config.get_text_config(decoder=True)
     window = getattr(config, "max_position_embeddings", None) or length
     expected = (
@@ -301,11 +316,14 @@ def check_fits(config, length: int, on_cpu: bool) -> None:
 
 @contextlib.contextmanager
 def environment(inside: bool, device: int) -> Iterator[None]:
-    """What vLLM reads while it starts: in this process, or in one that knows nothing of our launcher and sees one device."""
+    """Set the variables that vLLM reads while it starts.
+
+    inside: the engine runs in this process. Otherwise its process must not see the launcher's variables, and sees one device.
+    """
     wanted: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inside else "1"}
     if not inside:
         wanted |= dict.fromkeys(n for n in os.environ if n.startswith(LAUNCHER))
-        wanted["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork would inherit the trainer's threads and GPU
+        wanted["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork would share the trainer's threads and GPU
         if torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             wanted["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
@@ -318,6 +336,7 @@ def environment(inside: bool, device: int) -> Iterator[None]:
 
 
 def set_environment(values: dict[str, str | None]) -> None:
+    """Set environment variables. None removes a variable."""
     for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)
@@ -325,23 +344,23 @@ def set_environment(values: dict[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def group(prompts: list[list[int]], rows: list[int]) -> list[tuple[int, int]]:
-    """[(index of the first, how many)] of the neighbours that share a prompt and whose rows follow each other."""
+def group(prompts: list[list[int]], row_ids: list[int]) -> list[tuple[int, int]]:
+    """Group neighbours that share a prompt and whose row ids follow each other -> [(index of the first, how many)]."""
     found: list[tuple[int, int]] = []
     for i in range(len(prompts)):
-        if found and prompts[i] == prompts[i - 1] and rows[i] == rows[i - 1] + 1:
+        if found and prompts[i] == prompts[i - 1] and row_ids[i] == row_ids[i - 1] + 1:
             found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
             found.append((i, 1))
     return found
 
 
-# ---- weights on their way ----
+# ---- sending weights ----
 def full_weights(model) -> Iterator[tuple[str, Tensor]]:
-    """(name as in a checkpoint of transformers, full tensor) of every parameter, on this rank, one at a time.
+    """Yield (name as in transformers' checkpoints, full tensor) of every parameter, on this rank, one at a time.
 
-    LoRA: base weight plus adapter, as merge_and_unload makes it, while the model itself stays as it is, to the bit.
-    ZeRO-3: gathered for as long as it is looked at; FSDP2: DTensors made whole. Both are collective: all ranks iterate.
+    With LoRA the tensor is base plus adapter, as merge_and_unload computes it; the model itself does not change. Under ZeRO-3
+    and FSDP2 each tensor is gathered when its turn comes. That is collective: all ranks iterate.
     """
     base = language_model(model)
     for name, parameter in base.named_parameters():
@@ -358,7 +377,7 @@ def full_weights(model) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged_weight(layer) -> Tensor:
-    """Weight of a LoRA layer's linear map, adapters included; dequantised where the base is quantised."""
+    """Return the weight of a LoRA layer with its adapters added. A quantised base is dequantised first."""
     from peft.utils.integrations import dequantize_module_weight
 
     with torch.no_grad():
@@ -369,9 +388,9 @@ def merged_weight(layer) -> Tensor:
 
 
 def checksum(model) -> int:
-    """Sum of the bits of this rank's part of all parameters: whoever trained or loaded them, optimizer or script, it differs.
+    """Return a sum over the bits of this rank's part of all parameters. It changes with any training or loading.
 
-    Tensors keep count of writes, but not of those through `.data`, by which DeepSpeed updates.
+    The version counters of tensors would miss writes through `.data`, which is how DeepSpeed updates.
     """
     total = 0
     for i, parameter in enumerate(model.parameters()):
@@ -382,7 +401,7 @@ def checksum(model) -> int:
 
 
 def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    """Safetensors files of about SHARD_BYTES each, in the order of the weights."""
+    """Write safetensors files of about SHARD_BYTES each, in the order of the weights."""
     from safetensors.torch import save_file
 
     shard, size, number = {}, 0, 0
@@ -397,12 +416,15 @@ def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: tor
 
 
 class WeightFiles:
-    """What vLLM's worker learns to do in a process of its own."""
+    """Methods that are added to vLLM's worker in a child process."""
 
     reload_weights: Callable  # the worker's
 
     def end_with(self, trainer: int, folder: str) -> None:
-        """Kill engine and worker, and remove the folder, once the trainer is gone, killed say: vLLM's own do not notice."""
+        """Kill engine and worker and remove the folder when the trainer has ended, also when it was killed.
+
+        vLLM's own processes do not notice that.
+        """
         parent = os.getppid()  # the engine, or the trainer where the engine is its own worker
 
         def watch() -> None:
@@ -417,6 +439,7 @@ class WeightFiles:
         threading.Thread(target=watch, daemon=True).start()
 
     def load_shards(self, folder: str) -> None:
+        """Load the files of write_shards, and remove each after it was read."""
         from safetensors.torch import load_file
 
         def weights():

@@ -26,9 +26,10 @@ sys.path.insert(0, str(ROOT))
 import irft  # noqa: E402
 from common import UserError, models  # noqa: E402
 from common.data import collate  # noqa: E402
-from common.generation import Generator, check_agreement  # noqa: E402
+from common.generation import Generator  # noqa: E402
 from common.logprobs import response_logprobs  # noqa: E402
 from extras import adapters  # noqa: E402
+from extras.agreement import check_agreement  # noqa: E402
 
 VOCABULARY, WINDOW = 320, 64
 SMALL = {  # field of a configuration -> its value where the architecture has the field

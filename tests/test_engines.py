@@ -73,7 +73,7 @@ def engine(request, place):
     parameters = sum(1 for _ in weights(place / "plain_sft.py"))
     # of the reference on held-out rows and of two evaluations, answers and scores each; saving
     phases = 2 + 2 * 2 + 1
-    chunks = {"set": {"common.logprobs.CHUNK": 2000}}  # logits of 6 tokens, made again in the backward pass
+    chunks = {"set": {"extras.fused_head.CHUNK": 2000}}  # logits of 6 tokens, made again in the backward pass
     scenarios = [{"argv": argv(script, place, name), **chunks} for script in SCRIPTS] + with_lora(place, name)
     expected = [0] * (len(SCRIPTS) + len(LORA))
     for script, n in KILLED:

@@ -19,7 +19,7 @@ from common.args import RunArgs, main, parse_args, resolve_auto
 from common.data import encode
 from common.run import Run
 from common.store import read_pairs
-from extras import gold, records, statistics
+from extras import gold, records, statistics, tokenizers
 from extras.sources import load_rows
 
 N = 12  # held-out rows of every run here
@@ -362,7 +362,7 @@ def test_a_pad_token_more_is_the_same_tokenizer_and_anything_else_is_not(tmp_pat
     make_model(tmp_path / "policy", vocab_size=310)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     args = evaluate.Args(model=str(tmp_path / "policy"), max_length=96)
-    for name, grow in (("reward", rewards.pad_for_readers), ("more", lambda _, t: t.add_tokens(["other"]))):
+    for name, grow in (("reward", tokenizers.pad_for_readers), ("more", lambda _, t: t.add_tokens(["other"]))):
         shutil.copytree(tmp_path / "policy", tmp_path / name)
         changed = AutoTokenizer.from_pretrained(tmp_path / name)
         grow(AutoConfig.from_pretrained(tmp_path / name), changed)

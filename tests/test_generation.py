@@ -13,10 +13,10 @@ import torch
 from helpers import ROOT, launcher, make_model, make_tokenizer, run
 
 import irft
-from common import UserError, generation
+from common import UserError
 from common.args import resolve_auto
 from common.generation import Generator, inverse_cdf, make_generator
-from extras import vllm_engine
+from extras import caches, vllm_engine
 from extras.vllm_engine import VllmGenerator, checksum, full_weights, group, write_shards
 
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [30] * 7, [40, 41, 42, 43, 44]]
@@ -60,8 +60,8 @@ def test_rows_that_end_leave_the_others_as_they_are(name, drops, monkeypatch):
     """Attention, convolution and linear attention, both in one layer, a state alone, a cache of its own, a sliding window, and
     layers that cannot drop rows."""
     dropped = []
-    keep = generation.keep_rows
-    monkeypatch.setattr(generation, "keep_rows", lambda cache, index: dropped.append(len(index)) or keep(cache, index))
+    keep = caches.keep_rows
+    monkeypatch.setattr(caches, "keep_rows", lambda cache, index: dropped.append(len(index)) or keep(cache, index))
     model = architectures.build(name).eval()
     prompts = architectures.prompts()
     samplers = [Generator(model, make_tokenizer(), size, 12) for size in (5, 1)]

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from types import SimpleNamespace
 
+import architectures
 import exact
 import pytest
 import torch
@@ -16,10 +17,10 @@ import sft
 from common import UserError, evals, logprobs
 from common.data import Batch, collate
 from common.engine import Engine
-from common.logprobs import masked_mean, masked_sum, response_logprobs
+from common.logprobs import masked_mean, masked_sum, plain_logprobs, response_logprobs
 from common.rewards import ScalarModel
 from common.run import Run
-from extras import statistics
+from extras import fused_head, packing, statistics
 from extras.adapters import add_lora
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -175,7 +176,7 @@ def architecture(request):
 @pytest.mark.parametrize("tokens", [1, 3, 10, 1000])
 def test_chunks_of_response_tokens_are_the_full_logits(architecture, tokens, monkeypatch):
     """Values, gradients, entropy and accuracy, through a wrapper, whatever the size of a chunk."""
-    monkeypatch.setattr(logprobs, "CHUNK", 11 * tokens)
+    monkeypatch.setattr(fused_head, "CHUNK", 11 * tokens)
     wrapped, batch = Wrapper(architecture), collate(SEQUENCES, 0)
     ours, full = response_logprobs(wrapped, batch, 0.7), full_scores(architecture, batch, 0.7)
     assert wrapped.calls == 1
@@ -186,6 +187,9 @@ def test_chunks_of_response_tokens_are_the_full_logits(architecture, tokens, mon
     assert want.norm() > 1e-2
     torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
     assert "forward" not in vars(logprobs.language_model(architecture).get_output_embeddings())
+    plain = plain_logprobs(architecture, batch, 0.7)
+    torch.testing.assert_close(ours.logprobs, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, gradients(architecture, plain), rtol=0, atol=1e-12)
 
 
 def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
@@ -198,9 +202,9 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
     def step():
         response_logprobs(model, batch).logprobs.sum().backward()
 
-    monkeypatch.setattr(logprobs, "CHUNK", 2**30)
+    monkeypatch.setattr(fused_head, "CHUNK", 2**30)
     whole = measured_peak(step)
-    monkeypatch.setattr(logprobs, "CHUNK", 2**19)
+    monkeypatch.setattr(fused_head, "CHUNK", 2**19)
     chunked = measured_peak(step)
     assert whole > 3 * 32 * 2**20  # the logits, their softmax and the gradient of these
     assert chunked < 6 * 2 * 2**20 + 8 * 2**20
@@ -222,21 +226,47 @@ CHANGED = {  # architecture -> the number by which it changes the logits of its 
 @pytest.mark.parametrize("architecture", CHANGED)
 def test_soft_capped_and_scaled_logits_are_scored_as_the_model_returns_them(architecture, known, monkeypatch):
     """Value and gradient of the full logits, in chunks where the change is known, at once where it is not."""
-    monkeypatch.setattr(logprobs, "CHUNK", 11 * 3)
+    monkeypatch.setattr(fused_head, "CHUNK", 11 * 3)
     if not known:
-        monkeypatch.setattr(logprobs, "known_changes", lambda config: [])
+        monkeypatch.setattr(fused_head, "known_changes", lambda config: [])
     model, batch = tiny_model(architecture, **CHANGED[architecture]), collate(SEQUENCES, 0)
     with torch.no_grad():  # logits far enough from 0 for the change to show
         model.get_output_embeddings().weight.mul_(20)
     ours, full = response_logprobs(model, batch, 0.7), full_scores(model, batch, 0.7)
     for found, want in zip(ours, full, strict=True):
         torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradients(model, ours.logprobs), gradients(model, full[0]), rtol=0, atol=1e-12)
-    seen = logprobs.HEADS[model.get_output_embeddings()]
+    found = gradients(model, ours.logprobs)
+    torch.testing.assert_close(found, gradients(model, full[0]), rtol=0, atol=1e-12)
+    plain = plain_logprobs(model, batch, 0.7)
+    torch.testing.assert_close(ours.logprobs, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, gradients(model, plain), rtol=0, atol=1e-12)
+    seen = fused_head.HEADS[model.get_output_embeddings()]
     assert (seen.change is not None) == known and seen.vocabulary == 11
     hidden = torch.randn(1, 3, 16, dtype=torch.float64)
     plain = model.get_output_embeddings()(hidden)
     assert not known or not torch.equal(seen.change(plain), plain)
+
+
+QUICK = (  # absolute, rotary and no positions, one and several heads, experts, tied and scaled logits, states instead of caches
+    "bloom", "cohere2", "falcon", "gemma", "gemma2", "gpt2", "gpt_neo", "gptj", "granite", "mamba", "olmo2", "opt", "phi", "qwen3",
+    "starcoder2",
+)  # fmt: skip
+EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe")  # in float32: their products over experts take no float64
+
+
+@pytest.mark.parametrize("name", QUICK + EXPERTS)
+def test_scores_are_those_of_the_plain_version_for_many_architectures(name, monkeypatch):
+    """The head that scores in chunks and the plain eight lines: same value, same gradient, at the first call and at the second."""
+    monkeypatch.setattr(fused_head, "CHUNK", 3 * architectures.VOCABULARY)
+    model, batch = architectures.build(name).eval(), collate(SEQUENCES, 0)
+    model, near = (model, 1e-4) if name in EXPERTS else (model.double(), 1e-5)  # some layers compute in float32 always
+    plain = plain_logprobs(model, batch, 0.7)
+    expected = gradients(model, plain)
+    assert plain.std() > 0.01 and expected.norm() > 1e-2
+    for _ in range(2):
+        found = response_logprobs(model, batch, 0.7).logprobs
+        torch.testing.assert_close(found, plain, rtol=0, atol=near)
+        torch.testing.assert_close(gradients(model, found), expected, rtol=near, atol=near)
 
 
 class Shorter(torch.nn.Module):
@@ -287,7 +317,7 @@ def test_one_row_without_padding_scores_as_padded_rows_do(architecture, sequence
     padded = response_logprobs(model, batch)
     expected = gradients(model, padded.logprobs)
     if attention == "sdpa":
-        monkeypatch.setattr(logprobs, "padding_free", lambda config: True)
+        monkeypatch.setattr(packing, "padding_free", lambda config: True)
     else:
         model.config._attn_implementation = attention
     seen = []
@@ -307,7 +337,7 @@ def test_scalar_models_without_padding(monkeypatch):
     scalar = ScalarModel(AutoModelForSequenceClassification.from_config(tiny_config("mistral", num_labels=1)).double())
     batch = collate(SEQUENCES, 0)
     padded = scalar(batch), scalar(batch, every=True)
-    monkeypatch.setattr(logprobs, "padding_free", lambda config: True)
+    monkeypatch.setattr(packing, "padding_free", lambda config: True)
     torch.testing.assert_close((scalar(batch), scalar(batch, every=True)), padded, rtol=0, atol=1e-12)
 
 

@@ -21,7 +21,7 @@ from common.data import collate
 from common.engine import Engine
 from common.logprobs import response_logprobs
 from common.run import Run
-from extras import adapters, memory
+from extras import adapters, loading, memory
 from extras.adapters import fingerprint
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -343,8 +343,8 @@ def test_attention_is_chosen_by_device_model_and_precision(monkeypatch, asked, c
     for version, there in zip((2, 3), installed, strict=True):
         monkeypatch.setattr(transformers.utils, f"is_flash_attn_{version}_available", lambda there=there: there)
     args = irft.Args(attn_implementation=asked, mixed_precision=precision)
-    assert models.attention(args, GPTNeoXConfig()) == expected
-    assert models.attention(args, BloomConfig()) == "eager"  # has neither flash attention nor sdpa
+    assert loading.attention(args, GPTNeoXConfig()) == expected
+    assert loading.attention(args, BloomConfig()) == "eager"  # has neither flash attention nor sdpa
 
 
 # ---- benchmark/gpu.sh ----

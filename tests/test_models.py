@@ -18,7 +18,7 @@ from common.args import resolve_auto
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import response_logprobs
-from extras import gold, loading
+from extras import gold, loading, noise
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([9] * 8, [4, 3, 20])]
 
@@ -290,8 +290,8 @@ def test_auto_takes_the_attention_that_a_model_has():
         "bloom": "eager",
         "gpt_oss": "eager",
     }.items():
-        assert models.attention(args, AutoConfig.for_model(name)) == expected
-    assert models.attention(arguments("x", attn_implementation="sdpa"), AutoConfig.for_model("gptj")) == "sdpa"
+        assert loading.attention(args, AutoConfig.for_model(name)) == expected
+    assert loading.attention(arguments("x", attn_implementation="sdpa"), AutoConfig.for_model("gptj")) == "sdpa"
 
 
 def test_training_mode_is_the_same_function(tmp_path):
@@ -388,7 +388,7 @@ def test_a_sampler_that_is_not_the_scorer_stops_the_run(tmp_path, name, line):
 def test_noise_in_training_mode_stops_the_run(tmp_path, monkeypatch):
     architectures.build("phimoe").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr(models, "without_noise", lambda model: model)
+    monkeypatch.setattr(noise, "without_noise", lambda model: model)
     with pytest.raises(UserError, match="in training mode differ from those in evaluation mode"):
         answers(tmp_path, [], max_length=48, max_prompt_length=32, max_new_tokens=8)()
 

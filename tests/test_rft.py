@@ -23,6 +23,7 @@ from common.data import collate
 from common.generation import Generator
 from common.run import Run
 from common.streams import learning_rate_at, make_optimizer
+from extras import tokenizers
 from rft import gae, policy_loss, reward_loss, token_rewards, value_loss, whiten
 
 BETA, EOS, NAN = 0.3, exact.EOS, float("nan")
@@ -297,7 +298,7 @@ def test_a_saved_reward_model_scores_the_same_through_plain_transformers(tmp_pat
     sequences = [(ids[:1], ids[1:]) for ids in tokenizer(texts)["input_ids"]]
     ours = scalar(collate(sequences, pad_token_id=0)) + scalar.center
     scalar.model.save_pretrained(tmp_path / "before")
-    note = rewards.pad_for_readers(scalar.model.config, tokenizer)
+    note = tokenizers.pad_for_readers(scalar.model.config, tokenizer)
     scalar.model.save_pretrained(tmp_path / "out")
     tokenizer.save_pretrained(tmp_path / "out")
 
