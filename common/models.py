@@ -10,7 +10,6 @@ import torch
 
 from common import UserError
 from common.args import uses_bf16
-from common.data import check_template
 from extras import sharding
 
 
@@ -72,6 +71,7 @@ def read_tokenizer(name: str, trust_remote_code: bool, flag: str):
     from transformers import AutoTokenizer
 
     from extras.loading import one_line_error, resolve_model
+    from extras.templates import check_template
 
     with one_line_error(name, flag, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)

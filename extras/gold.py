@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import UserError, models
-from common.data import Frame, end_texts, read_frame, render_prompt, respond, tokenise, tokenise_prompts, without_end
+from common.data import Frame, render_prompt, respond, tokenise, tokenise_prompts
 from common.demos import EVAL_SEED
 from common.evals import sample_rows, sampled_texts
 from common.generation import make_generator
 from common.rewards import load_scalar_model
 from common.store import cache_folder
 from extras import loading
+from extras.templates import end_texts, read_frame, without_end
 
 # ---- a gold reward model: text in, since its tokenizer is its own ----
 FLAG = "--gold-reward-model"
@@ -210,7 +211,7 @@ def expert_rows(
     answers = run.cached(path, keys, work, "expert's answers", 1024)
     texts = [r["prompt_text"] for r in rows]
     written, finished = [a["text"] for a in answers], [a["finished"] for a in answers]
-    ids = respond(tokenizer, texts, written, finished, frame or read_frame(tokenizer))
+    ids = respond(tokenizer, texts, written, finished, frame)
     kept = [
         {**r, "response_text": a["text"], "response_ids": own[: longest(r)], "response_finished": a["finished"]}
         for r, a, own in zip(rows, answers, ids, strict=True)
