@@ -43,7 +43,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
 from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, memory, records, sharding
+from extras import gold, memory, preference_data, records, sharding
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
@@ -658,7 +658,7 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations, preferences = demos.load_both(args, tokenizer)
+    demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
         print_steps(args, count_steps(args.select_top_k or len(demonstrations), len(preferences), args))
         return

@@ -40,7 +40,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
 from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import memory, records, sharding
+from extras import memory, preference_data, records, sharding
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
@@ -375,7 +375,7 @@ def check_first_losses(run, row: dict[str, float]) -> None:
 
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
-    demonstrations, preferences = demos.load_both(args, tokenizer)
+    demonstrations, preferences = preference_data.load_both(args, tokenizer)
     K = count_updates(args.select_top_k or len(demonstrations), len(preferences), args)
     if args.dry_run:
         print_updates(args, args.select_top_k or len(demonstrations), len(preferences), K)

@@ -46,7 +46,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
 from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, memory, records, sharding
+from extras import gold, memory, preference_data, records, sharding
 
 MISTRAL = dict(  # IRL paper, Sec. 6.2 and App. 8.2; lengths, prompts and the rate of DPO: Online-RLHF; of the reward: IRL's code
     dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=2048, max_new_tokens=1024, learning_rate=5e-7,
@@ -174,7 +174,7 @@ METRICS = {  # name -> meaning, unit, range
     "learning_rate": "of this update",
     **evals.EVAL_METRICS,
     **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
-    **evals.PREFERENCE_METRICS,
+    **preference_data.PREFERENCE_METRICS,
 }
 
 
@@ -603,7 +603,7 @@ class IRL:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
             self.bare_reward.center += center  # D1
-            row |= evals.evaluate_preferences(run, self.bare_reward, self.preferences, t)
+            row |= preference_data.evaluate_preferences(run, self.bare_reward, self.preferences, t)
             run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
@@ -725,7 +725,7 @@ def train(args: Args) -> None:
         print_steps(args, args.select_top_k or len(demonstrations))
         return
     held_rows = demos.load_held_out(args, tokenizer, demonstrations)
-    preferences = demos.load_eval_preferences(args, tokenizer)
+    preferences = preference_data.load_eval_preferences(args, tokenizer)
 
     run = Run(args, "irl_dpo_ultrachat", METRICS)
     if run.finished():

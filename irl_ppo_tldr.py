@@ -56,7 +56,7 @@ from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum, response_logprobs
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records, sharding
+from extras import gold, preference_data, records, sharding
 
 
 # ---- the maths: SFT, and the reward ----
@@ -420,7 +420,7 @@ class IRL:
         if run.position["step"] == end:
             row = self.normalise(t)
             row |= evals.evaluate_reward(run, self.bare_reward, self.held, t)
-            row |= evals.evaluate_preferences(run, self.bare_reward, self.preferences, t)
+            row |= preference_data.evaluate_preferences(run, self.bare_reward, self.preferences, t)
             run.log(row, step=end, outer_iteration=t)
 
     def normalise(self, t: int) -> dict[str, float]:
@@ -603,7 +603,7 @@ def train(args: Args) -> None:
         prompts = demos.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
     held_rows = demos.load_held_out(args, tokenizer, prompts, encode=encode_tldr)
     longer = dataclasses.replace(args, max_length=args.max_prompt_length + COMPARISON_TOKENS)
-    preferences = demos.load_eval_preferences(longer, tokenizer, encode_tldr)
+    preferences = preference_data.load_eval_preferences(longer, tokenizer, encode_tldr)
 
     run = Run(args, "irl_ppo_tldr", METRICS)
     if run.finished():
@@ -772,7 +772,7 @@ METRICS = {  # name -> meaning, unit, range
     "learning_rate": "of this update",
     **evals.EVAL_METRICS,
     **evals.REWARD_METRICS,
-    **evals.PREFERENCE_METRICS,
+    **preference_data.PREFERENCE_METRICS,
 }
 
 

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from common import UserError, models
 from common.data import Frame, render_prompt, respond, tokenise, tokenise_prompts
 from common.demos import EVAL_SEED
-from common.evals import sample_rows, sampled_texts
+from common.evals import sample_rows, sampled_texts, wins
 from common.generation import make_generator
 from common.rewards import load_scalar_model
 from common.store import cache_folder
@@ -23,7 +25,14 @@ BEAVER = ("BEGINNING OF CONVERSATION: ", "USER: {} ", "ASSISTANT:")  # the promp
 
 
 def refuse_unusable(args) -> None:
-    """UserError for a --gold-reward-model that could not score: no scalar head, weights missing or cut short, no tokenizer."""
+    """UserError for a --baseline or a --gold-reward-model that cannot be loaded: weights missing or cut short, no tokenizer,
+    no scalar head. Does nothing without these flags."""
+    if args.baseline:
+        models.load_tokenizer(args, args.baseline, "--baseline")
+        models.load_model(args, args.baseline, "--baseline", only_check=True)
+        models.check_window(args, args.baseline, "--baseline")
+    if not args.gold_reward_model:
+        return
     models.read_tokenizer(args.gold_reward_model, args.trust_remote_code, FLAG)
     load_scalar_model(args, args.gold_reward_model, FLAG, only_check=True)
 
@@ -138,6 +147,18 @@ def gold_columns(run, rows: list[dict], base: list[tuple[str, bool]] | None, tem
     for name, drawn in samples.items():
         columns[f"gold_{name}"] = gold.score(rows, *map(list, zip(*drawn, strict=True)))
     return columns
+
+
+def gold_measures(run, held, texts: list[str], finished: list[bool]) -> dict[str, np.ndarray]:
+    """{name of a measure: (rows,)} of samples against the gold rewards in `held`; empty without --gold-reward-model.
+
+    finished: whether each sample ended in EOS.
+    """
+    if not held.gold:
+        return {}
+    score = np.array(GoldReward(run).score(held.rows, texts, finished))
+    columns = {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
+    return columns | {f"gold/win_rate_{name}": wins(score, np.array(values)) for name, values in held.gold.items()}
 
 
 def baseline_samples(run, rows: list[dict], temperature: float) -> list[tuple[str, bool]]:
