@@ -22,6 +22,8 @@ Laptop CPU, minutes:   python aihf.py
 The paper's run:       accelerate launch aihf.py --model mistral-7b-sft-beta
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     from extras import terminal
 
@@ -35,40 +37,475 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, demos, evals, models, rewards
-from common.args import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
-from common.data import collate
-from common.generation import make_generator
+from common import demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
+from common.data import collate, pair_length, pair_rows, row_length
+from common.generation import check_first_step, make_generator
 from common.logprobs import masked_sum, response_logprobs
+from common.ranges import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE
 from common.run import Run
-from common.store import read_pairs, write_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, memory, preference_data, records, sharding
-
-SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
-        max_new_tokens=48, learning_rate=2e-4, lr_scheduler_type="linear", reward_model="", reward_learning_rate=1e-3,
-        sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, num_generations=4, total_prompts=640, rollout_batch_size=64,
-        eval_updates=5, per_device_train_batch_size=32, per_device_eval_batch_size=64,
-    ),
-    "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and N are ours
-        dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
-        max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="pythia-1.4b",
-        reward_learning_rate=5e-6, sft_epochs=1, sft_learning_rate=2e-5, batch_size=64, num_generations=4,
-        total_prompts=0, rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=4, per_device_eval_batch_size=32,
-    ),
-    # AIHF paper, Sec. 5 and App. A.1.4: data, length, cosine, batch 8 (eight devices with 1), and 5e-7 "for the 7B model", which
-    # is the policy and the reward; N and how many prompts are answered at a time are ours
-    "other": dict(
-        dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
-        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="",
-        reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8, num_generations=4, total_prompts=0,
-        rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=1, per_device_eval_batch_size=16,
-    ),
-}  # fmt: skip
+from extras import gold, preference_data, records, sharding
 
 
+# ---- the maths: SFT, and the reward ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
+
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
+
+
+def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
+    """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
+
+    linear:   -(r(x, y) - r(x, y~)) / beta, whose gradient is -g_{t,k} (RFT paper, Alg. 1 and Eq. 13).
+    logistic: -log sigmoid(r(x, y) - r(x, y~)) (IRL paper, Eq. 11): the same direction, bounded.
+    ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = demonstration_scores - answer_scores
+    return -F.logsigmoid(d) if kind == "logistic" else -d / beta
+
+
+def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
+    """Per-pair Bradley-Terry loss. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
+
+    linear:   -log sigmoid((r(x, y_w) - r(x, y_l)) / beta) (AIHF paper, Eq. 8): the likelihood in the units of reward_loss.
+    logistic: -log sigmoid(r(x, y_w) - r(x, y_l)), the usual reward model.
+    ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = chosen_scores - rejected_scores
+    return -F.logsigmoid(d if kind == "logistic" else d / beta)
+
+
+# ---- the maths: online DPO ----
+def max_min(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(best, worst): index of the highest and of the lowest of N scores, the first of equal ones. (B, N) -> (B,), (B,).
+
+    AIHF paper, App. A.1.4. Both are the same index exactly if all N scores are equal.
+    """
+    n = scores.shape[-1]
+    index = torch.arange(n, device=scores.device).expand_as(scores)
+    best = torch.where(scores == scores.amax(-1, keepdim=True), index, n).amin(-1)
+    worst = torch.where(scores == scores.amin(-1, keepdim=True), index, n).amin(-1)
+    return best, worst
+
+
+def dpo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> Tensor:
+    """Per-pair -log likelihood of the preference under r = beta log pi/pi_ref. DPO, arXiv:2305.18290, Eq. 7.
+
+    policy_chosen, policy_rejected: (B,) log pi(y_w|x) and log pi(y_l|x), summed over response tokens, nats; carry gradient.
+    ref_chosen, ref_rejected:       (B,) the same under pi_ref, no gradient.
+    Returns (B,): -log sigmoid(beta d), with d = (policy - ref)_chosen - (policy - ref)_rejected. ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    d = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,)
+    return -F.logsigmoid(beta * d)
+
+
+# ---- what is scored, by which model ----
+def sft_batch_loss(policy, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, times scale -> ((B,), {})."""
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    return nll_loss(response_logprobs(policy, batch).logprobs, batch.response_mask) * scale, {}
+
+
+def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """Weighted losses of pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences.
+
+    A pair has chosen_ids, rejected_ids, weight, and is a demonstration with the policy's answer, or a preference.
+    """
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
+    demonstrated = torch.tensor([p["demonstrated"] for p in pairs], device=chosen.device)
+    losses = torch.where(
+        demonstrated,
+        reward_loss(chosen, rejected, args.beta, args.reward_loss),
+        preference_loss(chosen, rejected, args.beta, args.reward_loss),
+    )
+    with torch.no_grad():
+        won = (chosen > rejected) + 0.5 * (chosen == rejected)
+        stats = {}
+        for name, mask in (("demonstrations", demonstrated), ("preferences", ~demonstrated)):
+            stats |= {
+                f"{name}/loss": (losses[mask].sum(), mask.sum()),
+                f"{name}/accuracy": (won[mask].sum(), mask.sum()),
+                f"{name}/margin": ((chosen - rejected)[mask].sum(), mask.sum()),
+            }
+        stats["reward/demonstrations"] = (chosen[demonstrated].sum(), demonstrated.sum())
+        stats["reward/answers"] = (rejected[demonstrated].sum(), demonstrated.sum())
+    return losses * losses.new_tensor([p["weight"] for p in pairs]), stats
+
+
+def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """dpo_loss of scored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    batch = collate(sequences, pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch, args.temperature)
+    logps = masked_sum(scores.logprobs, batch.response_mask)
+    chosen, rejected = logps.chunk(2)
+    ref_chosen, ref_rejected = (chosen.new_tensor([p[f"ref_{kind}"] for p in pairs]) for kind in ("chosen", "rejected"))
+    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
+    with torch.no_grad():
+        sampled = [logps.new_tensor(p[f"sampled_{kind}"]) for kind in ("chosen", "rejected") for p in pairs]
+        off = sum((now[: len(old)] - old).abs().sum() for now, old in zip(scores.logprobs, sampled, strict=True))
+        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
+        count, tokens = chosen.new_tensor(len(pairs)), batch.response_mask.sum()
+        stats = {
+            "rewards/chosen": (r_chosen.sum(), count),
+            "rewards/rejected": (r_rejected.sum(), count),
+            "rewards/margins": ((r_chosen - r_rejected).sum(), count),
+            "rewards/accuracies": (((r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)).sum(), count),
+            "logps/chosen": (chosen.sum(), count),
+            "logps/rejected": (rejected.sum(), count),
+            "entropy": (scores.entropy.sum(), tokens),
+            "sampling/logp_difference": (off, tokens),
+        }
+    return losses, stats
+
+
+# ---- an update of online DPO: answers, the best and the worst, optimizer steps ----
+def collect(run, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
+    """For every prompt the best and the worst of its N answers, with the log-probs of policy and reference.
+
+    The policy's log-probs are those the answers were sampled with. The reference scores only the two answers that are kept.
+    No model scores an answer twice. reference() is a context that yields the reference policy.
+    """
+    args = run.args
+
+    def work(indices: list[int]) -> list[dict]:
+        n = args.num_generations
+        with run.timed("sample"):
+            asked = [(rows[i]["prompt_ids"], i * n + j) for i in indices for j in range(n)]
+            rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
+        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
+        with run.timed("score"), sharding.evaluating(reward_model):
+            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
+            scores = torch.tensor(scores, dtype=torch.float64).view(len(indices), n)
+            scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool).view(len(indices), n)
+        best, worst = (index + torch.arange(len(scores)) * n for index in max_min(scores))
+        kept = [*best.tolist(), *worst.tolist()]
+        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
+            ref = run.score_batches(
+                [sequences[k] for k in kept], lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature)
+            )
+        pairs = []
+        for i, (b, w) in enumerate(zip(best.tolist(), worst.tolist(), strict=True)):
+            own = range(i * n, (i + 1) * n)
+            pairs.append({
+                "prompt_ids": sequences[b][0], "chosen_ids": sequences[b][1], "rejected_ids": sequences[w][1],
+                "sampled_chosen": rollout.logprobs[b], "sampled_rejected": rollout.logprobs[w],
+                "ref_chosen": ref[i][0], "ref_rejected": ref[len(best) + i][0], "scores": scores[i].tolist(),
+                "score_chosen": scores[i].max().item(), "score_rejected": scores[i].min().item(),
+                "lengths": [len(rollout.response_ids[k]) for k in own], "finished": [rollout.finished[k] for k in own],
+            })  # fmt: skip
+        return pairs
+
+    return run.map_rows(len(rows), work)
+
+
+def makes_pair(pair: dict) -> bool:
+    """True if one answer is preferred to another. (Equal answers can differ in score: padding changes the rounding.)"""
+    return pair["score_chosen"] > pair["score_rejected"] and pair["chosen_ids"] != pair["rejected_ids"]
+
+
+def measure_candidates(pairs: list[dict]) -> dict[str, float]:
+    """Metrics of all N answers to the prompts of an update."""
+    scores = torch.tensor([p["scores"] for p in pairs], dtype=torch.float64)
+    best, worst = scores.amax(-1), scores.amin(-1)
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/scores_best": best.mean().item(),
+        "objective/scores_margin": (best - worst).mean().item(),
+        "objective/pairs": sum(map(makes_pair, pairs)) / len(pairs),
+        "completions/mean_length": torch.tensor([p["lengths"] for p in pairs], dtype=torch.float64).mean().item(),
+        "completions/clipped_ratio": 1
+        - torch.tensor([p["finished"] for p in pairs], dtype=torch.float64).mean().item(),
+    }
+
+
+def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *key: int) -> dict[str, float]:
+    """--num-policy-epochs passes of DPO over the prompts that make a pair -> metrics, means over the steps.
+
+    rates: learning rate of each step. The last ones stay unused if some prompts make no pair.
+    """
+    args, steps = run.args, []
+    pairs = [p for p in pairs if makes_pair(p)]
+    for epoch in range(args.num_policy_epochs):
+        order = data_order(len(pairs), args.seed, *key, epoch)
+        for begin in range(0, len(order), args.batch_size):
+            rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
+            loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
+            steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
+            check_first_step("DPO", steps[0], args.temperature)
+    if not steps:
+        return {}
+    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
+
+
+def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
+    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
+    total = steps.updates * steps.per_update
+    return [
+        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
+    ]
+
+
+# ---- the loop: Algorithm 1 ----
+SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
+
+
+class AIHF:
+    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
+
+    def __init__(self, run: Run, tokenizer, demonstrations: list[dict], preferences: list[dict], held_rows: list[dict]):
+        args = run.args
+        self.run, self.args, self.tokenizer = run, args, tokenizer
+        self.demonstrations, self.preferences, self.held_rows, self.held = demonstrations, preferences, held_rows, None
+        self.prompts = preferences if args.prompts == "preferences" else demonstrations
+        self.method, self.paper = "AIHF" if args.demo_weight else "RLHF", "arXiv:2406.06874, Alg. 1"
+        self.steps = count_steps(len(demonstrations), len(preferences), args)
+        source = args.reward_model or args.model
+        policy = models.autocast_forward(run, models.prepare_policy(args))
+        reward_model = models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model"))
+        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
+            policy, make_optimizer(args.optimizer, policy.parameters()),
+            reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
+        )  # fmt: skip
+        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
+        self.generator = make_generator(run, self.bare, tokenizer)
+        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
+
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        run.load_checkpoint()
+        if args.gold_reward_model and run.position["step"] < self.steps.sft:
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
+        self.warm_start()
+        self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
+        for t in range(run.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
+
+    def warm_start(self) -> None:
+        """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
+        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
+        self.policy.train()
+        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
+        for k, batch in run.updates("SFT", batches):
+            rows = [self.demonstrations[i] for i in batch]
+            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+            loss_fn = lambda part, scale=scale: sft_batch_loss(self.policy, part, device, scale)  # noqa: E731
+            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+            row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate")
+            run.log_update({"sft/loss": row.pop("loss"), **row})
+        if total and run.position["step"] == total:
+            card = run.model_card("SFT", "arXiv:2406.06874, Sec. 5")
+            run.save_final(self.policy, self.tokenizer, card, "sft")
+
+    def sample_pairs(self, t: int) -> list[dict]:
+        """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
+        run, rows = self.run, self.demonstrations
+        if not self.args.demo_weight:
+            return []
+
+        def make() -> list[dict]:
+            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
+                seed = stream_seed(self.args.seed, t, PAIRS)
+                rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
+            return pair_rows(self.tokenizer, rows, rollout, t)
+
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
+
+    def start_reward(self, t: int) -> None:
+        """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
+        args = self.args
+        if args.reward_init == "previous" and (t > 0 or args.reward_model):
+            return
+        source = self.sft_policy if args.reward_init != "base" else args.reward_model or args.model
+        torch.manual_seed(args.seed)  # LoRA's first weights
+        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, source, "--reward-model"))
+        self.reward_optimizer.state.clear()
+
+    def reward_step(self, t: int) -> None:
+        """Alg. 1, reward step: K gradient steps on pairs and preferences; then the reward is centred and measured."""
+        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
+        pairs = self.sample_pairs(t)
+        if run.position["step"] <= first:
+            self.optimizer.state.clear()  # D3; and its memory, until online DPO
+            self.start_reward(t)
+        self.reward_model.train()
+        model, device = self.reward_model, run.accelerator.device
+        loss_fn = lambda part: reward_batch_loss(model, part, args, device)  # noqa: E731
+        epochs = [
+            mixed_batches(len(pairs), len(self.preferences), args, t, REWARD, e) for e in range(args.num_train_epochs)
+        ]
+        batches = [(parts, i) for parts in epochs for i in range(len(parts))]
+        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
+            rows = weighted_rows(pairs, self.preferences, *batch, args)
+            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+            row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
+            run.log_update({"reward/loss": row.pop("loss"), **row})
+        if run.position["step"] == end:
+            row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
+            center = row.pop("eval/reward/demonstrations")
+            self.bare_reward.center += center  # D2
+            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
+
+    def start_policy(self, t: int) -> str:
+        """Before online DPO: policy as --init says. Returns the reference's model or folder."""
+        run, args = self.run, self.args
+        previous = args.ref == "previous" and t > 0
+        if run.position["step"] <= self.steps.policy(t):  # else online DPO has begun already
+            if previous:
+                card = run.model_card(self.method, self.paper)
+                run.save_final(self.policy, self.tokenizer, card, f"policy_{t}")
+            if args.init == "initial" and t > 0:
+                torch.manual_seed(args.seed)
+                run.load_weights(self.policy, models.prepare_policy(args, self.sft_policy))
+        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
+
+    def policy_step(self, t: int) -> None:
+        """Alg. 1, policy alignment: online DPO against the reward, with an evaluation every --eval-updates updates."""
+        run, args, steps = self.run, self.args, self.steps
+        reference = models.open_reference(run, self.bare, source := self.start_policy(t))
+        initial = reference if source == self.sft_policy else None
+        total = args.total_prompts or len(self.prompts)
+        batches = run.prompt_batches(len(self.prompts), total, t, PROMPTS)
+        self.policy.train()
+        for u, batch in run.updates(
+            f"iteration {t}: online DPO", batches, t, steps.policy(t), steps.per_update,
+            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
+        ):  # fmt: skip
+            rows = [self.prompts[i] for i in batch]
+            seed = stream_seed(args.seed, t, PROMPTS, u)
+            pairs = collect(run, self.bare_reward, self.generator, reference, rows, seed)
+            run.stop_if_asked()
+            row = measure_candidates(pairs)
+            with run.timed("update"):
+                row |= dpo_update(run, self.policy, self.optimizer, pairs, policy_rates(steps, u, args), t, STEPS, u)
+            run.log_update(row, episodes=self.episodes(t, u + 1))
+
+    def episodes(self, t: int, updates: int) -> int:
+        """Answers that the policy steps have sampled, after so many updates of outer iteration t."""
+        total = self.args.total_prompts or len(self.prompts)
+        return (t * total + min(updates * self.args.rollout_batch_size, total)) * self.args.num_generations
+
+    def measure(self, t: int, updates: int, reference=None) -> None:
+        """Evaluation of the policy after so many policy updates, against the initial policy, loaded unless it is given."""
+        run = self.run
+        reference = (reference or models.open_reference(run, self.bare, self.sft_policy))()
+        row = evals.evaluate(
+            run, self.bare, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
+            self.bare_reward,
+        )  # fmt: skip
+        episodes = self.episodes(t, updates - t * self.steps.updates)
+        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+
+
+# ---- the plan: numbers of optimizer steps, and the rows and weights of each, known before anything runs ----
+@dataclass
+class Steps:
+    sft: int
+    K: int  # reward steps in one outer iteration
+    updates: int  # policy updates in one outer iteration
+    per_update: int  # optimizer steps of one policy update, at most
+
+    def first(self, t: int) -> int:
+        """Optimizer steps before outer iteration t."""
+        return self.sft + t * (self.K + self.updates * self.per_update)
+
+    def policy(self, t: int) -> int:
+        """Optimizer steps before the policy step of outer iteration t."""
+        return self.first(t) + self.K
+
+
+def count_steps(n: int, m: int, args: Args) -> Steps:
+    """Steps for n demonstrations and m preferences. An epoch of the reward passes once over both (mixed_batches)."""
+    batches = math.ceil(n / args.batch_size)
+    mixed = math.ceil(max(n if args.demo_weight else 0, m) / args.batch_size)
+    prompts = args.total_prompts or (m if args.prompts == "preferences" else n)
+    updates = math.ceil(prompts / args.rollout_batch_size)
+    per_update = args.num_policy_epochs * math.ceil(min(args.rollout_batch_size, prompts) / args.batch_size)
+    return Steps(args.sft_epochs * batches, args.num_train_epochs * mixed, updates, per_update)
+
+
+def mixed_batches(n: int, m: int, args, *key: int) -> list[tuple[list[int], list[int]]]:
+    """(demonstrations, preferences) of each step of one epoch over n and m of them: one pass over both, in equal parts."""
+    steps = math.ceil(max(n, m) / args.batch_size)
+    first, second = data_order(n, args.seed, *key), data_order(m, args.seed, *key, 1)
+    return [
+        (first[k * n // steps : (k + 1) * n // steps], second[k * m // steps : (k + 1) * m // steps])
+        for k in range(steps)
+    ]
+
+
+def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: int, args: Args) -> list[dict]:
+    """Rows of step k of an epoch. Weights are such that the losses of the epoch's steps average to w1 mean_D + mean_P."""
+    first, second = batches[k]
+    size = len(first) + len(second)  # a step's objective is the mean over its rows
+    weights = [
+        weight * len(batches) * size / max(n, 1)
+        for weight, n in ((args.demo_weight, len(pairs)), (1.0, len(preferences)))
+    ]
+    rows = [{**pairs[i], "weight": weights[0], "demonstrated": True} for i in first]
+    return rows + [{**preferences[i], "weight": weights[1], "demonstrated": False} for i in second]
+
+
+# ---- a run, from data to the saved models ----
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    if args.reward_model:
+        rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
+    demonstrations, preferences = preference_data.load_both(args, tokenizer)
+    if args.dry_run:
+        n, tokens = args.select_top_k or len(demonstrations), args.max_new_tokens
+        size = args.rollout_batch_size * args.num_generations
+        steps, answers = count_steps(n, len(preferences), args), n if args.demo_weight else 0
+        return Run.print_plan(
+            args, "aihf", f"reward from {args.reward_model or args.model}, demonstrations {args.dataset},"
+            f" preferences {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}",
+            f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
+            f"{answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,",
+            f"{steps.updates} policy updates of {steps.per_update} optimizer steps, each after",
+            f"up to {size} answers ({size * tokens} tokens at most)",
+            f"in all {steps.first(args.T)} optimizer steps",
+        )  # fmt: skip
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
+
+    run = Run(args, "aihf", METRICS)
+    if run.finished():
+        return
+    aihf = AIHF(run, tokenizer, demos.select_demonstrations(run, demonstrations), preferences, held_rows)
+    records.record_prompts(run, aihf.demonstrations, preferences)
+    run.say(
+        f"aihf: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {aihf.steps.sft} SFT steps,"
+        f" T = {args.T}, K = {aihf.steps.K}, {aihf.steps.updates} policy updates on {args.rollout_batch_size} prompts x"
+        f" {args.num_generations} answers, {run.world} process(es), {run.dir}"
+    )
+    aihf.learn()
+    centred_on = "chosen responses" if "rejected_ids" in held_rows[0] else "demonstrations"
+    reward_path = rewards.save_reward(run, aihf.reward_model, aihf.method, aihf.paper, centred_on)
+    card = run.model_card(aihf.method, aihf.paper)
+    path = run.save_final(aihf.policy, tokenizer, card)
+    evals.print_table(run, "SFT" if args.sft_epochs else "start", aihf.method)
+    run.say(f"model: {path}   reward model: {reward_path}")
+    run.end()
+
+
+# ---- what flags mean and what is logged ----
 @dataclass
 class Args(RunArgs):
     sequences_per_row: ClassVar[int] = 2
@@ -137,7 +574,29 @@ class Args(RunArgs):
         return any((self.demo_weight, self.sft_epochs, self.select_top_k, self.prompts == "demonstrations"))
 
 
-SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=800, preference_dataset="pydoc", max_preferences=800, eval_samples=200, max_length=256,
+        max_new_tokens=48, learning_rate=2e-4, lr_scheduler_type="linear", reward_model="", reward_learning_rate=1e-3,
+        sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, num_generations=4, total_prompts=640, rollout_batch_size=64,
+        eval_updates=5, per_device_train_batch_size=32, per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and N are ours
+        dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
+        max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="pythia-1.4b",
+        reward_learning_rate=5e-6, sft_epochs=1, sft_learning_rate=2e-5, batch_size=64, num_generations=4,
+        total_prompts=0, rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=4, per_device_eval_batch_size=32,
+    ),
+    # AIHF paper, Sec. 5 and App. A.1.4: data, length, cosine, batch 8 (eight devices with 1), and 5e-7 "for the 7B model", which
+    # is the policy and the reward; N and how many prompts are answered at a time are ours
+    "other": dict(
+        dataset="ultrachat_200k", max_samples=0, preference_dataset="ultrafeedback_binarized", max_preferences=0,
+        eval_samples=500, max_length=512, max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="",
+        reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8, num_generations=4, total_prompts=0,
+        rollout_batch_size=1024, eval_updates=10, per_device_train_batch_size=1, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
 
 METRICS = {  # name -> meaning, unit, range
     "sft/loss": "NLL, nats per response token, of --sft-epochs",
@@ -171,534 +630,6 @@ METRICS = {  # name -> meaning, unit, range
     **evals.EVAL_METRICS,
     **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
 }
-
-
-# ---- the maths: reward ----
-def reward_loss(demonstration_scores: Tensor, answer_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
-    """Per-pair loss of the reward step. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
-
-    linear:   -(r(x, y) - r(x, y~)) / beta, whose gradient is -g_{t,k} (RFT paper, Alg. 1 and Eq. 13).
-    logistic: -log sigmoid(r(x, y) - r(x, y~)) (IRL paper, Eq. 11): the same direction, bounded.
-    ValueError unless beta > 0.
-    """
-    if beta <= 0:
-        raise ValueError(f"beta must be > 0, got {beta}")
-    d = demonstration_scores - answer_scores
-    return -F.logsigmoid(d) if kind == "logistic" else -d / beta
-
-
-def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, beta: float, kind: str = "logistic") -> Tensor:
-    """Per-pair Bradley-Terry loss. Carries gradient through both scores, (B,) each, reward units. Returns (B,).
-
-    linear:   -log sigmoid((r(x, y_w) - r(x, y_l)) / beta) (AIHF paper, Eq. 8): the likelihood in the units of reward_loss.
-    logistic: -log sigmoid(r(x, y_w) - r(x, y_l)), the usual reward model.
-    ValueError unless beta > 0.
-    """
-    if beta <= 0:
-        raise ValueError(f"beta must be > 0, got {beta}")
-    d = chosen_scores - rejected_scores
-    return -F.logsigmoid(d if kind == "logistic" else d / beta)
-
-
-# ---- the maths: online DPO ----
-def max_min(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(best, worst): index of the highest and of the lowest of N scores, the first of equal ones. (B, N) -> (B,), (B,).
-
-    AIHF paper, App. A.1.4. They are the same where all N scores are equal, and nowhere else.
-    """
-    n = scores.shape[-1]
-    index = torch.arange(n, device=scores.device).expand_as(scores)
-    best = torch.where(scores == scores.amax(-1, keepdim=True), index, n).amin(-1)
-    worst = torch.where(scores == scores.amin(-1, keepdim=True), index, n).amin(-1)
-    return best, worst
-
-
-def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
-) -> Tensor:
-    """Per-pair -log likelihood of the preference under r = beta log pi/pi_ref. DPO, arXiv:2305.18290, Eq. 7.
-
-    policy_chosen, policy_rejected: (B,) log pi(y_w|x) and log pi(y_l|x), summed over response tokens, nats; carry gradient.
-    ref_chosen, ref_rejected:       (B,) the same under pi_ref, no gradient.
-    Returns (B,): -log sigmoid(beta d), with d = (policy - ref)_chosen - (policy - ref)_rejected. ValueError unless beta > 0.
-    """
-    if beta <= 0:
-        raise ValueError(f"beta must be > 0, got {beta}")
-    d = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,)
-    return -F.logsigmoid(beta * d)
-
-
-def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of each response, RFT paper Eq. 1.
-
-    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
-    Returns (B,), nats per response, summed over its tokens.
-    """
-    return -masked_sum(token_logprobs, response_mask)
-
-
-# ---- what is scored, by which model ----
-def sft_batch_loss(policy, rows: list[dict], device) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations -> ((B,), {})."""
-    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    return nll_loss(response_logprobs(policy, batch).logprobs, batch.response_mask), {}
-
-
-def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """Weighted losses of pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences.
-
-    A pair has chosen_ids, rejected_ids, weight, and is a demonstration with the policy's answer, or a preference.
-    """
-    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
-    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
-    demonstrated = torch.tensor([p["demonstrated"] for p in pairs], device=chosen.device)
-    losses = torch.where(
-        demonstrated,
-        reward_loss(chosen, rejected, args.beta, args.reward_loss),
-        preference_loss(chosen, rejected, args.beta, args.reward_loss),
-    )
-    with torch.no_grad():
-        won = (chosen > rejected) + 0.5 * (chosen == rejected)
-        stats = {}
-        for name, mask in (("demonstrations", demonstrated), ("preferences", ~demonstrated)):
-            stats |= {
-                f"{name}/loss": (losses[mask].sum(), mask.sum()),
-                f"{name}/accuracy": (won[mask].sum(), mask.sum()),
-                f"{name}/margin": ((chosen - rejected)[mask].sum(), mask.sum()),
-            }
-        stats["reward/demonstrations"] = (chosen[demonstrated].sum(), demonstrated.sum())
-        stats["reward/answers"] = (rejected[demonstrated].sum(), demonstrated.sum())
-    return losses * losses.new_tensor([p["weight"] for p in pairs]), stats
-
-
-def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """dpo_loss of scored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
-    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
-    batch = collate(sequences, pad_token_id=0).to(device)
-    scores = response_logprobs(policy, batch, args.temperature)
-    logps = masked_sum(scores.logprobs, batch.response_mask)
-    chosen, rejected = logps.chunk(2)
-    ref_chosen, ref_rejected = (chosen.new_tensor([p[f"ref_{kind}"] for p in pairs]) for kind in ("chosen", "rejected"))
-    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
-    with torch.no_grad():
-        sampled = [logps.new_tensor(p[f"sampled_{kind}"]) for kind in ("chosen", "rejected") for p in pairs]
-        off = sum((now[: len(old)] - old).abs().sum() for now, old in zip(scores.logprobs, sampled, strict=True))
-        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
-        count, tokens = chosen.new_tensor(len(pairs)), batch.response_mask.sum()
-        stats = {
-            "rewards/chosen": (r_chosen.sum(), count),
-            "rewards/rejected": (r_rejected.sum(), count),
-            "rewards/margins": ((r_chosen - r_rejected).sum(), count),
-            "rewards/accuracies": (((r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)).sum(), count),
-            "logps/chosen": (chosen.sum(), count),
-            "logps/rejected": (rejected.sum(), count),
-            "entropy": (scores.entropy.sum(), tokens),
-            "sampling/logp_difference": (off, tokens),
-        }
-    return losses, stats
-
-
-# ---- the plan: numbers of optimizer steps, known before anything runs ----
-@dataclass
-class Steps:
-    demonstrations: int
-    sft: int
-    K: int  # reward steps in one outer iteration
-    updates: int  # policy updates in one outer iteration
-    per_update: int  # optimizer steps of one policy update, at most
-
-    def first(self, t: int) -> int:
-        """Optimizer steps before outer iteration t."""
-        return self.sft + t * (self.K + self.updates * self.per_update)
-
-
-def count_steps(n: int, m: int, args: Args) -> Steps:
-    """Steps for n demonstrations and m preferences. An epoch of the reward passes once over both (mixed_batches)."""
-    batches = math.ceil(n / args.batch_size)
-    mixed = math.ceil(max(n if args.demo_weight else 0, m) / args.batch_size)
-    prompts = args.total_prompts or (m if args.prompts == "preferences" else n)
-    updates = math.ceil(prompts / args.rollout_batch_size)
-    per_update = args.num_policy_epochs * math.ceil(min(args.rollout_batch_size, prompts) / args.batch_size)
-    return Steps(n, args.sft_epochs * batches, args.num_train_epochs * mixed, updates, per_update)
-
-
-def mixed_batches(n: int, m: int, args, *key: int) -> list[tuple[list[int], list[int]]]:
-    """(demonstrations, preferences) of each step of one epoch over n and m of them: one pass over both, in equal parts."""
-    steps = math.ceil(max(n, m) / args.batch_size)
-    first, second = data_order(n, args.seed, *key), data_order(m, args.seed, *key, 1)
-    return [
-        (first[k * n // steps : (k + 1) * n // steps], second[k * m // steps : (k + 1) * m // steps])
-        for k in range(steps)
-    ]
-
-
-def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: int, args: Args) -> list[dict]:
-    """Rows of step k of an epoch. Weights are such that the losses of the epoch's steps average to w1 mean_D + mean_P."""
-    first, second = batches[k]
-    size = len(first) + len(second)  # a step's objective is the mean over its rows
-    weights = [
-        weight * len(batches) * size / max(n, 1)
-        for weight, n in ((args.demo_weight, len(pairs)), (1.0, len(preferences)))
-    ]
-    rows = [{**pairs[i], "weight": weights[0], "demonstrated": True} for i in first]
-    return rows + [{**preferences[i], "weight": weights[1], "demonstrated": False} for i in second]
-
-
-# ---- rollouts of online DPO ----
-def collect(run, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
-    """For every prompt the best and the worst of its N answers, with the log-probs of policy and reference.
-
-    The policy's log-probs are those they were sampled with; the reference sees the two that are kept, all else nothing twice.
-    reference() is a context that yields the reference policy.
-    """
-    args = run.args
-
-    def work(indices: list[int]) -> list[dict]:
-        n = args.num_generations
-        with run.timed("sample"):
-            asked = [(rows[i]["prompt_ids"], i * n + j) for i in indices for j in range(n)]
-            rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
-        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), sharding.evaluating(reward_model):
-            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-            scores = torch.tensor(scores, dtype=torch.float64).view(len(indices), n)
-            scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool).view(len(indices), n)
-        best, worst = (index + torch.arange(len(scores)) * n for index in max_min(scores))
-        kept = [*best.tolist(), *worst.tolist()]
-        with run.timed("reference"), reference() as ref_policy, sharding.evaluating(ref_policy):
-            ref = run.score_batches(
-                [sequences[k] for k in kept], lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature)
-            )
-        pairs = []
-        for i, (b, w) in enumerate(zip(best.tolist(), worst.tolist(), strict=True)):
-            own = range(i * n, (i + 1) * n)
-            pairs.append({
-                "prompt_ids": sequences[b][0], "chosen_ids": sequences[b][1], "rejected_ids": sequences[w][1],
-                "sampled_chosen": rollout.logprobs[b], "sampled_rejected": rollout.logprobs[w],
-                "ref_chosen": ref[i][0], "ref_rejected": ref[len(best) + i][0], "scores": scores[i].tolist(),
-                "lengths": [len(rollout.response_ids[k]) for k in own], "finished": [rollout.finished[k] for k in own],
-            })  # fmt: skip
-        return pairs
-
-    return run.map_rows(len(rows), work)
-
-
-def measure_answers(pairs: list[dict]) -> dict[str, float]:
-    """Metrics of all N answers to the prompts of a batch."""
-    scores = torch.tensor([p["scores"] for p in pairs], dtype=torch.float64)
-    best, worst = scores.amax(-1), scores.amin(-1)
-    return {
-        "objective/scores": scores.mean().item(),
-        "objective/scores_best": best.mean().item(),
-        "objective/scores_margin": (best - worst).mean().item(),
-        "objective/pairs": sum(map(differs, pairs)) / len(pairs),
-        "completions/mean_length": torch.tensor([p["lengths"] for p in pairs], dtype=torch.float64).mean().item(),
-        "completions/clipped_ratio": 1
-        - torch.tensor([p["finished"] for p in pairs], dtype=torch.float64).mean().item(),
-    }
-
-
-def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
-    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
-    total = steps.updates * steps.per_update
-    return [
-        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
-    ]
-
-
-def differs(pair: dict) -> bool:
-    """Whether two answers are left to compare. (Equal ones can differ in score: padding changes the rounding.)"""
-    return max(pair["scores"]) > min(pair["scores"]) and pair["chosen_ids"] != pair["rejected_ids"]
-
-
-def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *key: int) -> dict[str, float]:
-    """--num-policy-epochs passes of DPO over the pairs that differ -> metrics, means over the steps.
-
-    rates: learning rate of each step; pairs that make no difference leave the last ones unused.
-    """
-    args, steps = run.args, []
-    pairs = [p for p in pairs if differs(p)]
-    for epoch in range(args.num_policy_epochs):
-        order = data_order(len(pairs), args.seed, *key, epoch)
-        for begin in range(0, len(order), args.batch_size):
-            rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
-            loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
-            steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
-            first = steps[0]["sampling/logp_difference"]
-            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
-                raise UserError(
-                    f"first DPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
-                    " expected rounding: the policy that is trained is not the one that answered"
-                )
-    if not steps:
-        return {}
-    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": first}
-
-
-def row_length(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["response_ids"])
-
-
-def pair_length(pair: dict) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-
-
-# ---- the algorithm ----
-class AIHF:
-    """The parts of a run and Alg. 1's steps over them. Every step skips what a resumed run has done already."""
-
-    def __init__(self, run: Run, tokenizer, demonstrations: list[dict], preferences: list[dict], held_rows: list[dict]):
-        args = run.args
-        self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.preferences, self.held_rows = demonstrations, preferences, held_rows
-        self.prompts = preferences if args.prompts == "preferences" else demonstrations
-        self.steps = count_steps(len(demonstrations), len(preferences), args)
-        source = args.reward_model or args.model
-        policy = models.autocast_forward(run, models.prepare_policy(args))
-        reward_model = models.autocast_forward(run, rewards.prepare_scalar(args, source, "--reward-model"))
-        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
-            policy, make_optimizer(args.optimizer, policy.parameters()),
-            reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
-        )  # fmt: skip
-        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
-        self.generator = make_generator(run, self.bare, tokenizer)
-        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
-        self.position = {"outer_iteration": 0, "step": 0}
-        self.held = None
-
-    def done(self, t: int, k: int, save: bool) -> None:
-        """One more optimizer step, or policy update, is done: move the position, save where due, stop where asked."""
-        self.position.update(outer_iteration=t, step=k)
-        if save:
-            self.run.save_checkpoint(self.position)
-        self.run.stop_if_asked(self.position)
-
-    def warm_start(self) -> None:
-        """D4: the SFT policy from --model. Kept in sft/ as reference, as start of the reward, and for comparison."""
-        run, args, total = self.run, self.args, self.steps.sft
-        self.policy.train()
-        batches = [b for e in range(args.sft_epochs) for b in run.batches(len(self.demonstrations), 0, SFT, e)]
-        with run.phase("SFT", total, updates=True, outer_iteration=0) as advance:
-            for step, batch in enumerate(batches):
-                if step >= self.position["step"]:
-                    rows = [self.demonstrations[i] for i in batch]
-                    scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-
-                    def loss_fn(part, scale=scale):
-                        losses, stats = sft_batch_loss(self.policy, part, run.accelerator.device)
-                        return losses * scale, stats
-
-                    lr = learning_rate_at(
-                        step, total, args.sft_learning_rate, args.warmup_ratio, args.lr_scheduler_type
-                    )
-                    row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate")
-                    if (step + 1) % args.logging_steps == 0:
-                        run.log({"sft/loss": row.pop("loss"), **row}, step=step + 1, outer_iteration=0)
-                    self.done(0, step + 1, (step + 1) % args.save_steps == 0 or step + 1 == total)
-                advance(1)
-        if total and self.position["step"] == total:
-            card = run.model_card("SFT", "arXiv:2406.06874, Sec. 5")
-            run.save_final(self.policy, self.tokenizer, card, name="sft")
-
-    def sample_pairs(self, t: int) -> list[dict]:
-        """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
-        run, rows = self.run, self.demonstrations
-        if not self.args.demo_weight:
-            return []
-        path = run.dir / "generations" / f"iter_{t}.parquet"
-        if not path.exists():
-            if self.position["step"] > self.steps.first(t):
-                raise UserError(f"--resume: found no {path}, expected the pairs this reward was already training on")
-            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                seed = stream_seed(self.args.seed, t, PAIRS)
-                rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
-            pairs = [
-                {
-                    "row": r["row"], "iteration": t, "prompt": r["prompt"],
-                    "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-                    "rejected": self.tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-                    "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-                    "chosen_finished": r.get("response_finished", True),
-                }
-                for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
-            ]  # fmt: skip
-            if run.is_main:
-                write_pairs(path, pairs)
-            run.accelerator.wait_for_everyone()
-        return read_pairs(path)
-
-    def start_reward(self, t: int) -> None:
-        """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
-        args = self.args
-        if args.reward_init == "previous" and (t > 0 or args.reward_model):
-            return
-        source = self.sft_policy if args.reward_init != "base" else args.reward_model or args.model
-        torch.manual_seed(args.seed)  # LoRA's first weights
-        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, source, "--reward-model"))
-        self.reward_optimizer.state.clear()
-
-    def reward_step(self, t: int) -> None:
-        """Alg. 1, reward step: K gradient steps on pairs and preferences; then the reward is centred and measured."""
-        run, args, first, K = self.run, self.args, self.steps.first(t), self.steps.K
-        pairs = self.sample_pairs(t)
-        if self.position["step"] <= first:
-            self.optimizer.state.clear()  # D3; and its memory, until the policy step
-            self.start_reward(t)
-        self.reward_model.train()
-        epochs = [
-            mixed_batches(len(pairs), len(self.preferences), args, t, REWARD, e) for e in range(args.num_train_epochs)
-        ]
-        steps = [(batches, k) for batches in epochs for k in range(len(batches))]
-        with run.phase(f"iteration {t}: reward", K, updates=True, outer_iteration=t) as advance:
-            for k, place in enumerate(steps):
-                if first + k >= self.position["step"]:
-                    lr = learning_rate_at(k, K, args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-                    row = run.step(
-                        self.reward_model, self.reward_optimizer, weighted_rows(pairs, self.preferences, *place, args),
-                        lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device),
-                        pair_length, lr, "reward_learning_rate",
-                    )  # fmt: skip
-                    if (k + 1) % args.logging_steps == 0:
-                        run.log({"reward/loss": row.pop("loss"), **row}, step=first + k + 1, outer_iteration=t)
-                    self.done(t, first + k + 1, (k + 1) % args.save_steps == 0 or k + 1 == K)
-                advance(1)
-        if self.position["step"] == first + K:
-            row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
-            center = row.pop("eval/reward/demonstrations")
-            self.bare_reward.center += center  # D2
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=first + K, outer_iteration=t)
-
-    def start_policy(self, t: int) -> str:
-        """Before online DPO: policy as --init says. Returns the reference's model or folder."""
-        run, args = self.run, self.args
-        begun = self.position["step"] > self.steps.first(t) + self.steps.K
-        reference = self.sft_policy
-        if args.ref == "previous" and t > 0:
-            reference = str(run.dir / f"policy_{t}")
-            if not begun:
-                card = run.model_card("AIHF" if args.demo_weight else "RLHF", "arXiv:2406.06874, Alg. 1")
-                run.save_final(self.policy, self.tokenizer, card, name=f"policy_{t}")
-        if not begun:
-            if args.init == "initial" and t > 0:
-                torch.manual_seed(args.seed)
-                run.load_weights(self.policy, models.prepare_policy(args, self.sft_policy))
-        return reference
-
-    def policy_step(self, t: int) -> None:
-        """Alg. 1, policy alignment: online DPO against the reward, with an evaluation every --eval-updates updates."""
-        run, args, steps = self.run, self.args, self.steps
-        first = steps.first(t) + steps.K
-        source = self.start_policy(t)
-        reference = models.open_reference(run, self.bare, source)
-        save_every = max(1, args.save_steps // steps.per_update)
-        n, size = len(self.prompts), args.rollout_batch_size
-        total = args.total_prompts or n
-        order = [i for e in range(math.ceil(total / n)) for i in data_order(n, args.seed, t, PROMPTS, e)][:total]
-        self.policy.train()
-        with run.phase(f"iteration {t}: online DPO", steps.updates, updates=True, outer_iteration=t) as advance:
-            for u in range(steps.updates + 1):
-                if self.position["step"] > first + u * steps.per_update:
-                    advance(1)
-                    continue
-                if u == steps.updates or (u % args.eval_updates == 0 and (u or t == 0)):
-                    # an evaluation is long, and a stop in it would lose what is not saved
-                    run.save_checkpoint(self.position)
-                    with run.timed("evaluate"):
-                        self.measure(t, t * steps.updates + u, reference if source == self.sft_policy else None)
-                if u == steps.updates:
-                    break
-                rows = [self.prompts[i] for i in order[u * size : (u + 1) * size]]
-                seed = stream_seed(args.seed, t, PROMPTS, u)
-                pairs = collect(run, self.bare_reward, self.generator, reference, rows, seed)
-                run.stop_if_asked(self.position)
-                row = measure_answers(pairs)
-                with run.timed("update"):
-                    row |= dpo_update(
-                        run, self.policy, self.optimizer, pairs, policy_rates(steps, u, args), t, STEPS, u
-                    )
-                step = first + (u + 1) * steps.per_update
-                if (u + 1) % args.logging_steps == 0:
-                    run.log(row, step=step, outer_iteration=t, episodes=self.episodes(t, u + 1))
-                self.done(t, step, (u + 1) % save_every == 0 or u + 1 == steps.updates)
-                advance(1)
-
-    def episodes(self, t: int, updates: int) -> int:
-        """Answers sampled by the policy steps so far."""
-        total = self.args.total_prompts or len(self.prompts)
-        return (t * total + min(updates * self.args.rollout_batch_size, total)) * self.args.num_generations
-
-    def measure(self, t: int, updates: int, reference=None) -> None:
-        """Evaluation of the policy after so many policy updates, against the initial policy, loaded unless it is given."""
-        run = self.run
-        reference = (reference or models.open_reference(run, self.bare, self.sft_policy))()
-        row = evals.evaluate(
-            run, self.bare, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
-            self.bare_reward,
-        )  # fmt: skip
-        episodes = self.episodes(t, updates - t * self.steps.updates)
-        run.log(row, step=self.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
-
-    def learn(self) -> None:
-        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
-        run, args = self.run, self.args
-        if args.resume and (position := run.load_checkpoint()):
-            self.position = position
-        if args.gold_reward_model and self.position["step"] < self.steps.sft:
-            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
-        self.warm_start()
-        self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
-        for t in range(self.position["outer_iteration"], args.T):
-            self.reward_step(t)
-            self.policy_step(t)
-
-
-def train(args: Args) -> None:
-    tokenizer = models.load_tokenizer(args)
-    if args.reward_model:
-        rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations, preferences = preference_data.load_both(args, tokenizer)
-    if args.dry_run:
-        print_steps(args, count_steps(args.select_top_k or len(demonstrations), len(preferences), args))
-        return
-    held_rows = demos.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
-
-    run = Run(args, "aihf", METRICS)
-    if run.finished():
-        return
-    aihf = AIHF(run, tokenizer, demos.select_demonstrations(run, demonstrations), preferences, held_rows)
-    records.record_prompts(run, aihf.demonstrations, preferences)
-    steps, method = aihf.steps, "AIHF" if args.demo_weight else "RLHF"
-    run.say(
-        f"aihf: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {steps.sft} SFT steps,"
-        f" T = {args.T}, K = {steps.K}, {steps.updates} policy updates on {args.rollout_batch_size} prompts x"
-        f" {args.num_generations} answers, {run.world} process(es), {run.dir}"
-    )
-    aihf.learn()
-    centred_on = "chosen responses" if "rejected_ids" in held_rows[0] else "demonstrations"
-    reward_path = rewards.save_reward(run, aihf.reward_model, method, "arXiv:2406.06874, Alg. 1", centred_on)
-    card = run.model_card(method, "arXiv:2406.06874, Alg. 1")
-    path = run.save_final(aihf.policy, tokenizer, card)
-    evals.print_table(run, "SFT" if args.sft_epochs else "start", method)
-    run.say(f"model: {path}   reward model: {reward_path}")
-    run.end()
-
-
-def print_steps(args: Args, steps: Steps) -> None:
-    """--dry-run: what would run, and what it would cost."""
-    print(
-        f"aihf --dry-run: model {args.model}, reward from {args.reward_model or args.model}, demonstrations {args.dataset},"
-        f" preferences {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}"
-    )
-    answers, tokens = steps.demonstrations if args.demo_weight else 0, args.max_new_tokens
-    print(f"  {steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration")
-    print(f"  {answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,")
-    size = args.rollout_batch_size * args.num_generations
-    print(f"  {steps.updates} policy updates of {steps.per_update} optimizer steps, each after")
-    print(f"  up to {size} answers ({size * tokens} tokens at most)")
-    print(f"  in all {steps.first(args.T)} optimizer steps")
-    memory.print_memory_plan(args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Annotated
 import numpy as np
 
 from common import demos, evals, models, rewards
-from common.args import POSITIVE, BaseArgs, main, parse_args
+from common.args import NOT_NEGATIVE, POSITIVE, BaseArgs, main, parse_args
 from common.generation import Rollout, make_generator
 from common.run import Run
 from common.store import without_nan, write_json, write_pairs
@@ -45,7 +45,7 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
 class Args(BaseArgs):
     model: str = "tiny"
     """policy to measure: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
-    seed: int = 1
+    seed: Annotated[int, NOT_NEGATIVE] = 1
     """part of the directory's name; rows, samples and intervals are the same for every seed."""
     ref_model: str = ""
     """reference policy, with the tokenizer of --model; empty: no implicit reward, no KL, no win rate over it."""

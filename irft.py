@@ -17,6 +17,8 @@ Laptop CPU, minutes:   python irft.py
 The paper's run:       accelerate launch irft.py --T 5 --model zephyr-7b-sft-full --template paper
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     from extras import terminal
 
@@ -24,6 +26,7 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -32,81 +35,13 @@ from torch import Tensor
 
 from common import UserError, demos, evals, models
 from common.args import AT_LEAST_1, POSITIVE, Auto, RunArgs, main, parse_args, require
-from common.data import collate
+from common.data import collate, pair_length, pair_rows
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
-from common.store import read_pairs, write_pairs
+from common.store import read_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import memory, records, sharding
-
-SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
-    "tiny": dict(
-        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=6e-5,
-        later_learning_rate=1.2e-5, batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
-    ),
-    "pythia": dict(  # RFT paper, Sec. 5.1 and App. C, pythia-1.4b: batch 16 is two devices with 8; answers up to 256: ours
-        dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
-        later_learning_rate=1e-7, batch_size=16, per_device_train_batch_size=8, per_device_eval_batch_size=32,
-    ),
-    "other": dict(  # RFT paper, zephyr-7b-sft-full: batch 16 is eight devices with 2
-        dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=2048, max_new_tokens=256, learning_rate=5e-7,
-        later_learning_rate=1e-7, batch_size=16, per_device_train_batch_size=2, per_device_eval_batch_size=16,
-    ),
-}  # fmt: skip
-
-
-@dataclass
-class Args(RunArgs):
-    sequences_per_row: ClassVar[int] = 2
-
-    T: Annotated[int, AT_LEAST_1] = 5
-    """outer iterations, >= 1: how often the policy answers anew. 1 is SPIN. Paper: 5 to 8 (Tables 3, 4)."""
-    num_chunks: Annotated[int | Auto, AT_LEAST_1] = "auto"
-    """parts the demonstrations are split into, one per outer iteration; auto: T. 5 with --T 10 is the paper's second pass."""
-    num_train_epochs: Annotated[int, AT_LEAST_1] = 2
-    """passes over the pairs of one outer iteration, >= 1. Paper: 2; released 7B code: 1."""
-    beta: Annotated[float, POSITIVE] = 0.1
-    """weight of KL(pi || pi_ref), reward units per nat, > 0. Paper: 0.1 (App. C)."""
-    loss_type: Literal["logistic", "linear"] = "logistic"
-    """logistic: Eq. 7 with h = log sigmoid; linear: the bare estimator of Eq. 6, unbounded, for study."""
-    ref: Literal["initial", "previous"] = "initial"
-    """reference policy: the model the run starts from (the equations), or that of the last iteration (SPIN, released code)."""
-    optimizer_state: Literal["carry", "restart"] = "carry"
-    """over outer iterations: optimizer state and schedule go on (Alg. 2), or start anew in every one (released code)."""
-    replay: Literal["none", "previous", "all"] = "none"
-    """pairs of earlier outer iterations to train on again: none (Alg. 2), those of the last one (SPIN), or all."""
-    negatives: Literal["sampled", "greedy"] = "sampled"
-    """the policy's answers: sampled (Alg. 2, line 5), or greedy (what the released script does)."""
-    temperature: Annotated[float, POSITIVE] = 1.0
-    """of sampled answers, > 0. At 1 they come from the distribution whose log-probs enter the loss."""
-    later_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
-    """peak learning rate from the second pass over the chunks on, > 0. Paper: 1e-7."""
-
-    def check(self) -> None:
-        if self.num_chunks == "auto":
-            self.num_chunks = self.T
-        super().check()
-
-
-METRICS = {  # name -> meaning, unit, range
-    "loss": "irft_loss, nats per pair; log 2 = 0.693 at the first update of a run (logistic), falls slowly",
-    "rewards/chosen": "beta (log pi - log pi_ref) of demonstrations; 0 at the start, should not fall",
-    "rewards/rejected": "the same of the policy's own answers; 0 at the start, falls",
-    "rewards/margins": "rewards/chosen - rewards/rejected; 0 at the start, rises",
-    "rewards/accuracies": "share of pairs with a margin above 0, ties half; 0.5 at the start",
-    "logps/chosen": "log pi of demonstrations, nats per response",
-    "logps/rejected": "log pi of the policy's own answers, nats per response",
-    "entropy": "of the next-token distribution, exact, nats per response token",
-    "mean_token_accuracy": "share of response tokens that are the model's most likely one",
-    "num_tokens": "prompt and response tokens trained on so far",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
-    "epoch": "passes over the demonstrations so far",
-    "completions/mean_length": "tokens of the answers of this outer iteration, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    **evals.EVAL_METRICS,
-}
+from extras import records, sharding
 
 
 # ---- the maths ----
@@ -131,6 +66,7 @@ def irft_loss(
     return -F.logsigmoid(beta * d) if loss_type == "logistic" else -d  # D2
 
 
+# ---- what is scored ----
 def pair_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """irft_loss of stored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
     sequences = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs] + [
@@ -157,6 +93,120 @@ def pair_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, di
             "num_tokens": (batch.attention_mask.sum(), count),
         }
     return losses, stats
+
+
+# ---- the loop: Algorithm 2 ----
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    demonstrations = demos.load_demonstrations(args, tokenizer)
+    plan = make_plan(args.select_top_k or len(demonstrations), args)
+    if args.dry_run:
+        return Run.print_plan(args, "irft", *plan_lines(plan, args))
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
+
+    run = Run(args, "irft", METRICS)
+    if run.finished():
+        return
+    demonstrations = demos.select_demonstrations(run, demonstrations)
+    records.record_prompts(run, demonstrations)
+    model = models.prepare_policy(args)
+    policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
+    bare = run.unwrap(policy)
+    generator = make_generator(run, bare, tokenizer)
+    run.say(
+        f"irft: {len(demonstrations)} demonstrations, T = {args.T}, K = {plan.K}, {run.world} process(es), {run.dir}"
+    )
+
+    run.position["num_tokens"] = 0
+    resumed = run.load_checkpoint()
+    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
+
+    def measure(iteration: int) -> None:
+        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
+        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
+        run.log(row, step=run.position["step"], outer_iteration=iteration, episodes=sum(plan.pairs[:iteration]))
+
+    if not resumed:
+        measure(0)
+    for t in range(run.position["outer_iteration"], args.T):  # Alg. 2, l.3
+        # ---- l.5: answers of the current policy, scored once under the reference ----
+        pairs = make_pairs(run, t, plan, demonstrations, bare, generator, tokenizer)
+        first = sum(plan.K[:t])
+        if run.position["step"] == first and args.optimizer_state == "restart":
+            optimizer.state.clear()
+        # ---- l.6-9: K updates ----
+        policy.train()
+        begin, span, peak = plan.schedule[t]
+        own = [p for p in pairs if p["iteration"] == t]
+        answers = {
+            "completions/mean_length": sum(len(p["rejected_ids"]) for p in own) / len(own),
+            "completions/clipped_ratio": 1 - sum(p["finished"] for p in own) / len(own),
+        }
+        batches = run.epochs(len(pairs), args.num_train_epochs, t)
+        for k, batch in run.updates(f"iteration {t}: training", batches, t, first):
+            row = run.step(
+                policy, optimizer, [pairs[i] for i in batch],
+                lambda part: pair_loss(policy, part, args, run.accelerator.device), pair_length,
+                learning_rate_at(first + k - begin, span, peak, args.warmup_ratio),
+            )  # fmt: skip
+            if k == 0 and (t == 0 or args.ref == "previous"):
+                check_first_loss(run, row)
+            seen = args.num_train_epochs * sum(plan.pairs[:t]) + sum(map(len, batches[: k + 1]))
+            run.position["num_tokens"] += round(row["num_tokens"] * len(batch))
+            row.update(answers, num_tokens=run.position["num_tokens"], epoch=seen / len(demonstrations))
+            run.log_update(row, first + k + 1, episodes=sum(plan.pairs[: t + 1]))
+        measure(t + 1)
+        run.position.update(outer_iteration=t + 1)
+    method = "SPIN" if args.T == 1 else "IRFT"
+    path = run.save_final(policy, tokenizer, run.model_card(method, "arXiv:2405.17888"))
+    evals.print_table(run, "start", method)
+    run.say(f"model: {path}")
+    run.end()
+
+
+# ---- line 5: the policy's answers, and what the reference says of every pair ----
+def make_pairs(run, t: int, plan: Plan, demonstrations, policy, generator, tokenizer) -> list[dict]:
+    """Training pairs of outer iteration t with reference log-probs, kept in generations/iter_<t>.parquet."""
+    args = run.args
+
+    def make() -> list[dict]:
+        rows = [demonstrations[i] for i in plan.chunks[t % args.num_chunks]]
+        temperature = 0.0 if args.negatives == "greedy" else args.temperature
+        with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
+            rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, temperature, advance)
+        pairs = pair_rows(tokenizer, rows, rollout, t)
+        earlier = range(t) if args.replay == "all" else range(max(t - 1, 0), t) if args.replay == "previous" else ()
+        for s in earlier:
+            pairs += [p for p in read_pairs(pairs_path(run, s)) if p["iteration"] == s]
+        is_reference = args.ref == "previous" or t == 0
+        with (
+            run.phase(f"iteration {t}: reference", 2 * len(pairs), outer_iteration=t) as advance,
+            models.reference_policy(run, policy, is_reference) as ref_policy,
+            sharding.evaluating(ref_policy),
+        ):
+            for kind in ("chosen", "rejected"):
+                sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
+                scored = evals.sequence_logprobs(run, ref_policy, sequences, advance=advance)
+                for pair, (logp, _) in zip(pairs, scored, strict=True):
+                    pair[f"ref_{kind}"] = logp
+        return pairs
+
+    return run.stored(pairs_path(run, t), make, sum(plan.K[:t]))
+
+
+def pairs_path(run, t: int) -> Path:
+    return run.dir / "generations" / f"iter_{t}.parquet"
+
+
+def check_first_loss(run, row: dict[str, float]) -> None:
+    """While policy and reference coincide every margin is 0: the logistic loss is log 2, the linear one 0, to rounding."""
+    expected = math.log(2) if run.args.loss_type == "logistic" else 0.0
+    exact = run.accelerator.mixed_precision == "no" and run.args.dtype == "float32"
+    scale = 1.0 if run.args.loss_type == "logistic" else 1.0 / run.args.beta
+    if not abs(row["loss"] - expected) < (1e-4 if exact else 5e-2) * scale:
+        raise UserError(
+            f"first loss: found {row['loss']:.6f}, expected {expected:.6f}: policy and reference should coincide here but do not"
+        )
 
 
 # ---- the plan: Alg. 2's chunks, K and learning rates, known before anything runs ----
@@ -198,156 +248,86 @@ def make_plan(n: int, args: Args) -> Plan:
     return Plan(chunks, pairs, K, schedule)
 
 
-# ---- Alg. 2, line 5: the policy's answers, and what the reference says of every pair ----
-def make_pairs(run, t: int, plan: Plan, position, demonstrations, policy, generator, tokenizer) -> list[dict]:
-    """Training pairs of outer iteration t with reference log-probs, from generations/iter_<t>.parquet if already made."""
-    args = run.args
-    path = run.dir / "generations" / f"iter_{t}.parquet"
-    if path.exists():
-        return read_pairs(path)
-    if position["step"] > sum(plan.K[:t]):
-        raise UserError(f"--resume: found no {path}, expected the pairs this outer iteration was already training on")
-    rows = [demonstrations[i] for i in plan.chunks[t % args.num_chunks]]
-    temperature = 0.0 if args.negatives == "greedy" else args.temperature
-    with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-        rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, temperature, advance)
-    pairs = [
-        {
-            "row": r["row"], "iteration": t, "prompt": r["prompt"],
-            "prompt_text": r["prompt_text"], "chosen": r["response_text"],
-            "rejected": tokenizer.decode(y, skip_special_tokens=True), "prompt_ids": r["prompt_ids"],
-            "chosen_ids": r["response_ids"], "rejected_ids": y, "finished": done,
-            "chosen_finished": r.get("response_finished", True),
-        }
-        for r, y, done in zip(rows, rollout.response_ids, rollout.finished, strict=True)
-    ]  # fmt: skip
-    earlier = range(t) if args.replay == "all" else range(t - 1, t) if args.replay == "previous" and t else range(0)
-    for s in earlier:
-        pairs += [p for p in read_pairs(run.dir / "generations" / f"iter_{s}.parquet") if p["iteration"] == s]
-    is_reference = args.ref == "previous" or t == 0
-    with (
-        run.phase(f"iteration {t}: reference", 2 * len(pairs), outer_iteration=t) as advance,
-        models.reference_policy(run, policy, is_reference) as ref_policy,
-        sharding.evaluating(ref_policy),
-    ):
-        for kind in ("chosen", "rejected"):
-            sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
-            scored = evals.sequence_logprobs(run, ref_policy, sequences, advance=advance)
-            for pair, (logp, _) in zip(pairs, scored, strict=True):
-                pair[f"ref_{kind}"] = logp
-    if run.is_main:
-        write_pairs(path, pairs)
-    run.accelerator.wait_for_everyone()
-    return read_pairs(path)
-
-
-def check_first_loss(run, row: dict[str, float]) -> None:
-    """While policy and reference coincide every margin is 0: the logistic loss is log 2, the linear one 0, to rounding."""
-    expected = math.log(2) if run.args.loss_type == "logistic" else 0.0
-    exact = run.accelerator.mixed_precision == "no" and run.args.dtype == "float32"
-    scale = 1.0 if run.args.loss_type == "logistic" else 1.0 / run.args.beta
-    if not abs(row["loss"] - expected) < (1e-4 if exact else 5e-2) * scale:
-        raise UserError(
-            f"first loss: found {row['loss']:.6f}, expected {expected:.6f}: policy and reference should coincide here but do not"
-        )
-
-
-def train(args: Args) -> None:
-    tokenizer = models.load_tokenizer(args)
-    demonstrations = demos.load_demonstrations(args, tokenizer)
-    plan = make_plan(args.select_top_k or len(demonstrations), args)
-    if args.dry_run:
-        print_plan(args, plan)
-        return
-    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
-
-    run = Run(args, "irft", METRICS)
-    if run.finished():
-        return
-    demonstrations = demos.select_demonstrations(run, demonstrations)
-    records.record_prompts(run, demonstrations)
-    model = models.prepare_policy(args)
-    policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
-    bare = run.unwrap(policy)
-    generator = make_generator(run, bare, tokenizer)
-    run.say(
-        f"irft: {len(demonstrations)} demonstrations, T = {args.T}, K = {plan.K}, {run.world} process(es), {run.dir}"
-    )
-
-    start = run.load_checkpoint() if args.resume else None
-    position = start or {"outer_iteration": 0, "step": 0, "num_tokens": 0}
-    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
-
-    def measure(iteration: int) -> None:
-        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
-        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
-        run.log(row, step=position["step"], outer_iteration=iteration, episodes=sum(plan.pairs[:iteration]))
-
-    if start is None:
-        measure(0)
-    for t in range(position["outer_iteration"], args.T):  # Alg. 2, l.3
-        # ---- l.5: answers of the current policy, scored once under the reference ----
-        pairs = make_pairs(run, t, plan, position, demonstrations, bare, generator, tokenizer)
-        first = sum(plan.K[:t])
-        if position["step"] == first and args.optimizer_state == "restart":
-            optimizer.state.clear()
-        # ---- l.6-9: K updates ----
-        policy.train()
-        batches = [b for e in range(args.num_train_epochs) for b in run.batches(len(pairs), t, e)]
-        begin, span, peak = plan.schedule[t]
-        own = [p for p in pairs if p["iteration"] == t]
-        answers = {
-            "completions/mean_length": sum(len(p["rejected_ids"]) for p in own) / len(own),
-            "completions/clipped_ratio": 1 - sum(p["finished"] for p in own) / len(own),
-        }
-        with run.phase(f"iteration {t}: training", plan.K[t], updates=True, outer_iteration=t) as advance:
-            for k, batch in enumerate(batches):
-                step = first + k
-                if step < position["step"]:
-                    advance(1)
-                    continue
-                lr = learning_rate_at(step - begin, span, peak, args.warmup_ratio)
-                row = run.step(
-                    policy, optimizer, [pairs[i] for i in batch],
-                    lambda part: pair_loss(policy, part, args, run.accelerator.device), pair_length, lr,
-                )  # fmt: skip
-                if k == 0 and (t == 0 or args.ref == "previous"):
-                    check_first_loss(run, row)
-                seen = args.num_train_epochs * sum(plan.pairs[:t]) + sum(map(len, batches[: k + 1]))
-                position["num_tokens"] += round(row["num_tokens"] * len(batch))
-                position.update(outer_iteration=t, step=step + 1)
-                row.update(answers, num_tokens=position["num_tokens"], epoch=seen / len(demonstrations))
-                if (step + 1) % args.logging_steps == 0:
-                    run.log(row, step=step + 1, outer_iteration=t, episodes=sum(plan.pairs[: t + 1]))
-                if (k + 1) % args.save_steps == 0 or k + 1 == plan.K[t]:
-                    run.save_checkpoint(position)
-                run.stop_if_asked(position)
-                advance(1)
-        measure(t + 1)
-        position.update(outer_iteration=t + 1)
-    method = "SPIN" if args.T == 1 else "IRFT"
-    path = run.save_final(policy, tokenizer, run.model_card(method, "arXiv:2405.17888"))
-    evals.print_table(run, "start", method)
-    run.say(f"model: {path}")
-    run.end()
-
-
-def print_plan(args: Args, plan: Plan) -> None:
-    """--dry-run: what would run, and what it would cost."""
-    rows = [f"{len(c)} demonstrations" for c in plan.chunks]
-    print(f"irft --dry-run: model {args.model}, data {args.dataset}, T = {args.T}, {len(rows)} chunk(s)")
+def plan_lines(plan: Plan, args: Args) -> list[str]:
+    """--dry-run: the chunks, and the answers and updates of every outer iteration."""
+    lines = [f"data {args.dataset}, T = {args.T}, {len(plan.chunks)} chunk(s)"]
     for t in range(args.T):
         n = len(plan.chunks[t % len(plan.chunks)])
-        print(
-            f"  iteration {t}: {n} answers of up to {args.max_new_tokens} tokens ({n * args.max_new_tokens} at most),"
+        lines.append(
+            f"iteration {t}: {n} answers of up to {args.max_new_tokens} tokens ({n * args.max_new_tokens} at most),"
             f" {plan.K[t]} updates on {plan.pairs[t]} pairs, peak learning rate {plan.schedule[t][2]:g}"
         )
-    print(f"  in all {plan.steps} updates of {args.batch_size} pairs")
-    memory.print_memory_plan(args)
+    return [*lines, f"in all {plan.steps} updates of {args.batch_size} pairs"]
 
 
-def pair_length(pair: dict) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+# ---- what flags mean and what is logged ----
+@dataclass
+class Args(RunArgs):
+    sequences_per_row: ClassVar[int] = 2
+
+    T: Annotated[int, AT_LEAST_1] = 5
+    """outer iterations, >= 1: how often the policy answers anew. 1 is SPIN. Paper: 5 to 8 (Tables 3, 4)."""
+    num_chunks: Annotated[int | Auto, AT_LEAST_1] = "auto"
+    """parts the demonstrations are split into, one per outer iteration; auto: T. 5 with --T 10 is the paper's second pass."""
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 2
+    """passes over the pairs of one outer iteration, >= 1. Paper: 2; released 7B code: 1."""
+    beta: Annotated[float, POSITIVE] = 0.1
+    """weight of KL(pi || pi_ref), reward units per nat, > 0. Paper: 0.1 (App. C)."""
+    loss_type: Literal["logistic", "linear"] = "logistic"
+    """logistic: Eq. 7 with h = log sigmoid; linear: the bare estimator of Eq. 6, unbounded, for study."""
+    ref: Literal["initial", "previous"] = "initial"
+    """reference policy: the model the run starts from (the equations), or that of the last iteration (SPIN, released code)."""
+    optimizer_state: Literal["carry", "restart"] = "carry"
+    """over outer iterations: optimizer state and schedule go on (Alg. 2), or start anew in every one (released code)."""
+    replay: Literal["none", "previous", "all"] = "none"
+    """pairs of earlier outer iterations to train on again: none (Alg. 2), those of the last one (SPIN), or all."""
+    negatives: Literal["sampled", "greedy"] = "sampled"
+    """the policy's answers: sampled (Alg. 2, line 5), or greedy (what the released script does)."""
+    temperature: Annotated[float, POSITIVE] = 1.0
+    """of sampled answers, > 0. At 1 they come from the distribution whose log-probs enter the loss."""
+    later_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
+    """peak learning rate from the second pass over the chunks on, > 0. Paper: 1e-7."""
+
+    def check(self) -> None:
+        if self.num_chunks == "auto":
+            self.num_chunks = self.T
+        super().check()
+
+
+SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
+    "tiny": dict(
+        dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=6e-5,
+        later_learning_rate=1.2e-5, batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
+    ),
+    "pythia": dict(  # RFT paper, Sec. 5.1 and App. C, pythia-1.4b: batch 16 is two devices with 8; answers up to 256: ours
+        dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
+        later_learning_rate=1e-7, batch_size=16, per_device_train_batch_size=8, per_device_eval_batch_size=32,
+    ),
+    "other": dict(  # RFT paper, zephyr-7b-sft-full: batch 16 is eight devices with 2
+        dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=2048, max_new_tokens=256, learning_rate=5e-7,
+        later_learning_rate=1e-7, batch_size=16, per_device_train_batch_size=2, per_device_eval_batch_size=16,
+    ),
+}  # fmt: skip
+
+
+METRICS = {  # name -> meaning, unit, range
+    "loss": "irft_loss, nats per pair; log 2 = 0.693 at the first update of a run (logistic), falls slowly",
+    "rewards/chosen": "beta (log pi - log pi_ref) of demonstrations; 0 at the start, should not fall",
+    "rewards/rejected": "the same of the policy's own answers; 0 at the start, falls",
+    "rewards/margins": "rewards/chosen - rewards/rejected; 0 at the start, rises",
+    "rewards/accuracies": "share of pairs with a margin above 0, ties half; 0.5 at the start",
+    "logps/chosen": "log pi of demonstrations, nats per response",
+    "logps/rejected": "log pi of the policy's own answers, nats per response",
+    "entropy": "of the next-token distribution, exact, nats per response token",
+    "mean_token_accuracy": "share of response tokens that are the model's most likely one",
+    "num_tokens": "prompt and response tokens trained on so far",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+    "epoch": "passes over the demonstrations so far",
+    "completions/mean_length": "tokens of the answers of this outer iteration, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    **evals.EVAL_METRICS,
+}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models, rewards
-from common.args import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE, Auto, RunArgs, main, parse_args, require
+from common.args import (
+    AT_LEAST_1,
+    AT_LEAST_2,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Auto,
+    RunArgs,
+    main,
+    parse_args,
+    require,
+)
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
@@ -126,7 +137,7 @@ class Args(RunArgs):
     """policy updates, each on --rollout-batch-size prompts, between evaluations, > 0; one is also made at the end."""
     optimizer: Literal["rmsprop", "adamw"] = "adamw"
     """both without weight decay; rmsprop with the bias correction that torch's lacks. Paper: AdamW."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: Annotated[float, BELOW_1] = 0.0
     """part of the updates in which a learning rate rises linearly; then it falls to 0. Online-RLHF, released code: 0."""
 
     def check(self) -> None:

@@ -36,24 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, demos, evals, models, rewards
-from common.args import (
-    ANY_NUMBER,
-    AT_LEAST_1,
-    BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    UP_TO_1,
-    ZERO_TO_1,
-    Auto,
-    RunArgs,
-    main,
-    parse_args,
-    require,
-)
+from common import demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import Frame, collate, encode, end_of_turn, pad_right, pair_length, pair_rows, row_length, tokenise
-from common.generation import make_generator
-from common.logprobs import masked_mean, masked_sum, response_logprobs
+from common.generation import check_first_step, make_generator
+from common.logprobs import masked_mean, masked_sum
+from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
+from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
 from extras import gold, preference_data, records, sharding
@@ -102,9 +91,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         following = delta + gamma * lam * following
         advantages[:, t] = following
-    return torch.where(mask, advantages, torch.zeros_like(values)), torch.where(
-        mask, advantages + values, torch.zeros_like(values)
-    )
+    return torch.where(mask, advantages, 0.0), torch.where(mask, advantages + values, 0.0)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -137,21 +124,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 # ---- what is scored, by which model ----
-class ActorCritic(torch.nn.Module):
-    """Policy and value model in one module: one optimizer, one backward pass."""
-
-    def __init__(self, policy, value):
-        super().__init__()
-        self.policy, self.value = policy, value
-
-    def forward(self, batch, temperature: float = 1.0, with_values: bool = True):
-        """(ResponseScores of the policy, values (B, T)). Without values a 0 that touches the value's weights, for DDP."""
-        scores = response_logprobs(self.policy, batch, temperature)
-        if with_values:
-            return scores, self.value(batch, every=True)
-        return scores, sharding.zero_of(self.value)
-
-
 def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device, scale: float = 1.0) -> tuple[Tensor, dict]:
     """nll_loss of demonstrations, and of their queries where --sft-tokens says so, times scale -> ((B,), {})."""
     batch = collate([learned_tokens(r, args) for r in rows], pad_token_id=0).to(device)
@@ -238,8 +210,7 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
 
     def work(indices: list[int]) -> list[dict]:
         with run.timed("sample"):
-            prompts = [rows[i]["prompt_ids"] for i in indices]
-            rollout = generator.sample(prompts, indices, seed, args.temperature)
+            rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
         with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
@@ -274,8 +245,7 @@ def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
         rewards_of_steps = rescale(rewards_of_steps, steps)
     advantages, returns = gae(rewards_of_steps, values, steps, args.gamma, args.lam)
     whitened = whiten(advantages, tokens)  # of the tokens alone: after EOS nothing is chosen
-    lists = zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True)
-    for r, a, g, n in lists:
+    for r, a, g, n in zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True):
         r["advantages"], r["returns"] = a[:n], g[: len(r["values"])]
     kl = masked_sum(logprobs - ref_logprobs, tokens).mean()
     error, returned = (returns - values)[steps], returns[steps]
@@ -302,20 +272,14 @@ def ppo_update(
         for begin in range(0, len(order), size):
             rows = [rollouts[i] for i in order[begin : begin + size]]
             scale = tuple(len(rows) / sum(len(r[name]) for r in rows) for name in ("response_ids", "values"))
-
-            def loss_fn(part, scale=scale):
-                return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
-
+            loss_fn = lambda part, scale=scale: ppo_batch_loss(  # noqa: E731
+                actor_critic, part, args, run.accelerator.device, scale, policy_weight
+            )
             rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
             steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            first = steps[0]["sampling/logp_difference"]
-            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
-                raise UserError(
-                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
-                    " expected rounding: the policy that is trained is not the one that answered"
-                )
+            check_first_step("PPO", steps[0], args.temperature)
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
-    return {**row, "sampling/logp_difference": first}
+    return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
 
 # ---- the loop: Algorithm 1 ----
@@ -374,7 +338,7 @@ class IRL:
             run.log_update({"sft/loss": row.pop("loss"), **row})
         if total and run.position["step"] == total:
             card = run.model_card("SFT", "arXiv:2503.13538, Sec. 6.1")
-            run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
+            run.save_final(self.actor_critic, self.tokenizer, card, "sft", "policy")
 
     def sample_pairs(self, t: int) -> list[dict]:
         """Alg. 1, data sample: (expert's, policy's) summaries of every demonstration's post, read if already made."""
@@ -408,14 +372,13 @@ class IRL:
             self.optimizer.state.clear()  # D3; and its memory, until PPO
             self.start_reward(t)
         self.reward_model.train()
-        loss_fn = lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device)  # noqa: E731
+        model, device = self.reward_model, run.accelerator.device
+        loss_fn = lambda part: reward_batch_loss(model, part, args, device)  # noqa: E731
         batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
         for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
             rows = [pairs[i] for i in batch]
             lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio, "cosine")
-            row = run.step(
-                self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
-            )
+            row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
             run.log_update({"reward/loss": row.pop("loss"), **row})
         if run.position["step"] == end:
             row = self.normalise(t)
@@ -444,7 +407,7 @@ class IRL:
         if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
-                run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
+                run.save_final(self.actor_critic, self.tokenizer, card, f"policy_{t}", "policy")
             run.load_weights(self.actor_critic, self.bare_reward, "value")
         return str(run.dir / f"policy_{t}") if previous else self.sft_policy
 
@@ -492,21 +455,17 @@ class IRL:
 @dataclass
 class Steps:
     sft: int
-    reward: list[int]  # reward steps of each outer iteration
+    K: list[int]  # reward steps of each outer iteration
     updates: int  # PPO updates in one outer iteration
     per_update: int  # optimizer steps of one PPO update
 
-    def K(self, t: int) -> int:
-        """Reward steps in outer iteration t."""
-        return self.reward[t]
-
     def first(self, t: int) -> int:
         """Optimizer steps before outer iteration t."""
-        return self.sft + sum(self.K(i) + self.updates * self.per_update for i in range(t))
+        return self.sft + sum(self.K[:t]) + t * self.updates * self.per_update
 
     def policy(self, t: int) -> int:
         """Optimizer steps before the policy step of outer iteration t."""
-        return self.first(t) + self.K(t)
+        return self.first(t) + self.K[t]
 
 
 def count_steps(n: int, args: Args) -> Steps:
@@ -590,7 +549,7 @@ def train(args: Args) -> None:
     if args.dry_run:
         n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
         steps, expert = count_steps(n, args), args.expert_model or "the data set's own summaries"
-        reward_steps = f"{steps.K(0)} to {steps.K(args.T - 1)}" if args.pairs == "accumulated" else steps.K(0)
+        reward_steps = f"{steps.K[0]} to {steps.K[-1]}" if args.pairs == "accumulated" else steps.K[0]
         return Run.print_plan(
             args, "irl_ppo_tldr", f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
@@ -612,16 +571,14 @@ def train(args: Args) -> None:
     posts = demonstrations if args.prompts == "demonstrations" else prompts
     irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
     records.record_prompts(run, demonstrations, posts)
-    steps = irl.steps
     run.say(
-        f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {steps.sft} SFT steps,"
-        f" T = {args.T}, K = {steps.K(0)}, {steps.updates} PPO updates of {args.rollout_batch_size} answers,"
+        f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {irl.steps.sft} SFT steps,"
+        f" T = {args.T}, K = {irl.steps.K[0]}, {irl.steps.updates} PPO updates of {args.rollout_batch_size} answers,"
         f" {run.world} process(es), {run.dir}"
     )
     irl.learn()
     reward_path = rewards.save_reward(run, irl.reward_model, irl.method, irl.paper, "demonstrations")
-    card = run.model_card(irl.method, irl.paper)
-    path = run.save_final(irl.actor_critic, tokenizer, card, part="policy")
+    path = run.save_final(irl.actor_critic, tokenizer, run.model_card(irl.method, irl.paper), part="policy")
     evals.print_table(run, "SFT" if args.sft_epochs else "start", irl.method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
@@ -705,9 +662,9 @@ class Args(RunArgs):
     """of the optimizer, > 0. N+ 30: 1e-5."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     """of the optimizer, >= 0. Released code: torch's 0.01."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: Annotated[float, BELOW_1] = 0.0
     """part of the updates in which a learning rate rises; then it falls to 0, linearly in PPO, else as a cosine. N+: 0."""
-    max_grad_norm: float = math.inf
+    max_grad_norm: Annotated[float, POSITIVE] = math.inf
     """gradient norm is clipped at this value, > 0. N+ 30: not clipped."""
     judge_task: Literal["answer", "summary"] = "summary"
     """what the judge compares: answers to a request, or summaries of a post."""
@@ -721,6 +678,12 @@ class Args(RunArgs):
         require(self.template == "auto", "template", self.template, "auto: the text of TL;DR is the one template here")
 
 
+PAPER = dict(  # IRL paper, App. 8.1; the rates, which its text lost, and what else it leaves open are those of N+
+    dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
+    learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
+    total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
+    per_device_train_batch_size=8, per_device_eval_batch_size=32,
+)  # fmt: skip
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
         dataset="pydoc", max_samples=960, prompts="demonstrations", eval_samples=200, max_length=208, max_new_tokens=48,
@@ -728,18 +691,8 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         total_episodes=1024, rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=8,
         per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
-    "pythia": dict(  # IRL paper, App. 8.1; the rates, which its text lost, and what else it leaves open are those of N+
-        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
-        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
-        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
-        per_device_train_batch_size=8, per_device_eval_batch_size=32,
-    ),
-    "other": dict(
-        dataset="tldr-sft", max_samples=10_000, prompts="all", eval_samples=500, max_length=565, max_new_tokens=53,
-        learning_rate=3e-6, reward_learning_rate=3e-6, sft_epochs=1, sft_learning_rate=3e-6, batch_size=64, eval_temperature=0.01,
-        total_episodes=1_000_000, rollout_batch_size=512, value_warmup_ratio=0.0, eval_updates=100,
-        per_device_train_batch_size=4, per_device_eval_batch_size=16,
-    ),
+    "pythia": PAPER,
+    "other": {**PAPER, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 16},
 }  # fmt: skip
 
 
@@ -752,24 +705,11 @@ METRICS = {  # name -> meaning, unit, range
     "reward/answers": "mean reward of the policy's answers in the batch",
     "eval/reward/center": "what was subtracted so that the demonstrations average 0",
     "eval/reward/scale": "standard deviation of the demonstrations' scores; 1 after --reward-normalisation mean_std",
+    **evals.PPO_METRICS,
     "objective/scores": "mean score of the answers, --missing-eos-score for those without EOS; what PPO raises",
-    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
-    "objective/non_score_reward": "-beta objective/kl",
-    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
-    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
     "loss/value_avg": "clipped value loss, mean over response tokens and the step after EOS",
-    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
-    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
-    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
-    "val/ratio": "mean probability ratio; 1 at the first step of an update",
     "val/clipfrac_avg": "share of values that are clipped",
     "val/explained_variance": "1 - Var(return - value) / Var(return) over all steps; at most 1",
-    "val/num_eos_tokens": "answers that ended in EOS",
-    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
-    "completions/mean_length": "tokens of the answers, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
     **evals.EVAL_METRICS,
     **evals.REWARD_METRICS,
     **preference_data.PREFERENCE_METRICS,

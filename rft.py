@@ -36,23 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, demos, evals, models, rewards
-from common.args import (
-    AT_LEAST_1,
-    BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    UP_TO_1,
-    ZERO_TO_1,
-    Auto,
-    RunArgs,
-    main,
-    parse_args,
-    require,
-)
+from common import demos, evals, models, rewards
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
-from common.generation import make_generator
-from common.logprobs import masked_mean, masked_sum, response_logprobs
+from common.generation import check_first_step, make_generator
+from common.logprobs import masked_mean, masked_sum
+from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
+from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
 from extras import gold, records, sharding
@@ -101,9 +91,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         following = delta + gamma * lam * following
         advantages[:, t] = following
-    return torch.where(mask, advantages, torch.zeros_like(values)), torch.where(
-        mask, advantages + values, torch.zeros_like(values)
-    )
+    return torch.where(mask, advantages, 0.0), torch.where(mask, advantages + values, 0.0)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -131,21 +119,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 # ---- what is scored, by which model ----
-class ActorCritic(torch.nn.Module):
-    """Policy and value model in one module: one optimizer, one backward pass."""
-
-    def __init__(self, policy, value):
-        super().__init__()
-        self.policy, self.value = policy, value
-
-    def forward(self, batch, temperature: float = 1.0, with_values: bool = True):
-        """(ResponseScores of the policy, values (B, T)). Without values a 0 that touches the value's weights, for DDP."""
-        scores = response_logprobs(self.policy, batch, temperature)
-        if with_values:
-            return scores, self.value(batch, every=True)
-        return scores, sharding.zero_of(self.value)
-
-
 def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
     """nll_loss of demonstrations, times scale -> ((B,), {})."""
     batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
@@ -217,8 +190,7 @@ def collect(run, actor_critic, reward_model, generator, reference, rows: list[di
 
     def work(indices: list[int]) -> list[dict]:
         with run.timed("sample"):
-            prompts = [rows[i]["prompt_ids"] for i in indices]
-            rollout = generator.sample(prompts, indices, seed, args.temperature)
+            rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
         with run.timed("score"), sharding.evaluating(reward_model):
             scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
@@ -246,11 +218,9 @@ def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
     lengths = torch.tensor([len(r["response_ids"]) for r in rollouts])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
-    advantages, returns = gae(
-        token_rewards(scores, logprobs, ref_logprobs, mask, args.beta), values, mask, args.gamma, args.lam
-    )
-    whitened = whiten(advantages, mask)
-    for r, a, g, n in zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True):
+    rewards_of_tokens = token_rewards(scores, logprobs, ref_logprobs, mask, args.beta)
+    advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
+    for r, a, g, n in zip(rollouts, whiten(advantages, mask).tolist(), returns.tolist(), lengths.tolist(), strict=True):
         r["advantages"], r["returns"] = a[:n], g[:n]
     kl = masked_sum(logprobs - ref_logprobs, mask).mean()
     error, returned = (returns - values)[mask], returns[mask]
@@ -277,20 +247,14 @@ def ppo_update(
         for begin in range(0, len(order), size):
             rows = [rollouts[i] for i in order[begin : begin + size]]
             scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-
-            def loss_fn(part, scale=scale):
-                return ppo_batch_loss(actor_critic, part, args, run.accelerator.device, scale, policy_weight)
-
+            loss_fn = lambda part, scale=scale: ppo_batch_loss(  # noqa: E731
+                actor_critic, part, args, run.accelerator.device, scale, policy_weight
+            )
             rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
             steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            first = steps[0]["sampling/logp_difference"]
-            if not first * args.temperature < 0.05:  # rounding of the logits is divided by the temperature
-                raise UserError(
-                    f"first PPO step: found log-probs that differ by {first:.4f} nats per token from those at sampling,"
-                    " expected rounding: the policy that is trained is not the one that answered"
-                )
+            check_first_step("PPO", steps[0], args.temperature)
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
-    return {**row, "sampling/logp_difference": first}
+    return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
 
 # ---- the loop: Algorithm 1 ----
@@ -346,7 +310,7 @@ class RFT:
             run.log_update({"sft/loss": row.pop("loss"), **row})
         if total and run.position["step"] == total:
             card = run.model_card("SFT", "arXiv:2405.17888, Eq. 1")
-            run.save_final(self.actor_critic, self.tokenizer, card, name="sft", part="policy")
+            run.save_final(self.actor_critic, self.tokenizer, card, "sft", "policy")
 
     def sample_pairs(self, t: int) -> list[dict]:
         """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
@@ -378,14 +342,13 @@ class RFT:
             self.optimizer.state.clear()  # D3; and its memory, until PPO
             self.start_reward(t)
         self.reward_model.train()
-        loss_fn = lambda part: reward_batch_loss(self.reward_model, part, args, run.accelerator.device)  # noqa: E731
+        model, device = self.reward_model, run.accelerator.device
+        loss_fn = lambda part: reward_batch_loss(model, part, args, device)  # noqa: E731
         batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
         for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
             rows = [pairs[i] for i in batch]
             lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio)
-            row = run.step(
-                self.reward_model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate"
-            )
+            row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
             run.log_update({"reward/loss": row.pop("loss"), **row})
         if run.position["step"] == end:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
@@ -400,7 +363,7 @@ class RFT:
         if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
-                run.save_final(self.actor_critic, self.tokenizer, card, name=f"policy_{t}", part="policy")
+                run.save_final(self.actor_critic, self.tokenizer, card, f"policy_{t}", "policy")
             run.load_weights(self.actor_critic, self.bare_reward, "value")
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
@@ -495,15 +458,13 @@ def train(args: Args) -> None:
         return
     rft = RFT(run, tokenizer, demos.select_demonstrations(run, demonstrations), held_rows)
     records.record_prompts(run, rft.demonstrations)
-    steps = rft.steps
     run.say(
-        f"rft: {len(rft.demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K},"
-        f" {steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
+        f"rft: {len(rft.demonstrations)} demonstrations, {rft.steps.sft} SFT steps, T = {args.T}, K = {rft.steps.K},"
+        f" {rft.steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
     )
     rft.learn()
     reward_path = rewards.save_reward(run, rft.reward_model, rft.method, rft.paper, "demonstrations")
-    card = run.model_card(rft.method, rft.paper)
-    path = run.save_final(rft.actor_critic, tokenizer, card, part="policy")
+    path = run.save_final(rft.actor_critic, tokenizer, run.model_card(rft.method, rft.paper), part="policy")
     evals.print_table(run, "SFT" if args.sft_epochs else "start", rft.method)
     run.say(f"model: {path}   reward model: {reward_path}")
     run.end()
@@ -608,24 +569,7 @@ METRICS = {  # name -> meaning, unit, range
     "reward/demonstrations": "mean reward of the demonstrations in the batch",
     "reward/answers": "mean reward of the policy's answers in the batch",
     "eval/reward/center": "what was subtracted so that held-out demonstrations average 0",
-    "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
-    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
-    "objective/non_score_reward": "-beta objective/kl",
-    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
-    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
-    "loss/value_avg": "clipped value loss, the same mean",
-    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
-    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
-    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
-    "val/ratio": "mean probability ratio; 1 at the first step of an update",
-    "val/clipfrac_avg": "share of tokens whose value is clipped",
-    "val/explained_variance": "1 - Var(return - value) / Var(return) over response tokens; at most 1",
-    "val/num_eos_tokens": "answers that ended in EOS",
-    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
-    "completions/mean_length": "tokens of the answers, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
+    **evals.PPO_METRICS,
     **evals.EVAL_METRICS,
     **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
 }

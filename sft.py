@@ -15,6 +15,8 @@ Laptop CPU, a minute:   python sft.py
 At scale:               accelerate launch sft.py --model zephyr-7b-sft-full
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     from extras import terminal
 
@@ -28,12 +30,120 @@ from torch import Tensor
 
 from common import demos, evals, models
 from common.args import AT_LEAST_1, POSITIVE, RunArgs, main, parse_args
-from common.data import collate
+from common.data import collate, row_length
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.run import Run
 from common.streams import learning_rate_at, make_optimizer
-from extras import memory, records
+from extras import records
+
+
+# ---- the maths ----
+def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of each response, RFT paper Eq. 1.
+
+    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
+    Returns (B,), nats per response, summed over its tokens.
+    """
+    return -masked_sum(token_logprobs, response_mask)
+
+
+# ---- what is scored ----
+def demonstration_loss(
+    policy, rows: list[dict], device, scale: float = 1.0
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """nll_loss of demonstrations, times scale -> ((B,), {metric: (sum, count)})."""
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch)
+    losses = nll_loss(scores.logprobs, batch.response_mask)
+    count, tokens = losses.new_tensor(len(rows)), batch.response_mask.sum()
+    return losses * scale, {
+        "nll": (losses.detach().sum(), count),
+        "entropy": (scores.entropy.sum(), tokens),
+        "mean_token_accuracy": (scores.correct.sum(), tokens),
+        "num_tokens": (batch.attention_mask.sum(), count),
+    }
+
+
+# ---- the loop ----
+def train(args: Args) -> None:
+    tokenizer = models.load_tokenizer(args)
+    demonstrations = demos.load_demonstrations(args, tokenizer)
+    count = args.select_top_k or len(demonstrations)
+    updates = math.ceil(count / args.batch_size)  # in one epoch
+    total = updates * args.num_train_epochs
+    if args.dry_run:
+        return Run.print_plan(
+            args, "sft", f"data {args.dataset}, {count} demonstrations",
+            f"{total} updates of {args.batch_size} demonstrations, {args.num_train_epochs} epoch(s)",
+        )  # fmt: skip
+    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
+
+    run = Run(args, "sft", METRICS)
+    if run.finished():
+        return
+    demonstrations = demos.select_demonstrations(run, demonstrations)
+    records.record_prompts(run, demonstrations)
+    model = models.prepare_policy(args)
+    policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
+    bare = run.unwrap(policy)
+    generator = make_generator(run, bare, tokenizer)
+    run.say(f"sft: {len(demonstrations)} demonstrations, {total} updates, {run.world} process(es), {run.dir}")
+
+    run.position["num_tokens"] = 0
+    resumed = run.load_checkpoint()
+    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
+
+    def measure(iteration: int) -> None:
+        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
+        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
+        run.log(row, step=run.position["step"], outer_iteration=iteration)
+        if args.keep_best and iteration and row["eval/nll"] < run.position.get("best_nll", math.inf):
+            run.save_final(policy, tokenizer, card(), name="best")
+            # a resumed run knows what best/ has to beat
+            run.position.update(best_nll=row["eval/nll"], best_epoch=iteration)
+
+    def card() -> str:
+        return run.model_card("SFT", "arXiv:2405.17888, Eq. 1")
+
+    if not resumed:
+        measure(0)
+    for epoch in range(run.position["outer_iteration"], args.num_train_epochs):
+        policy.train()
+        first = epoch * updates
+        batches = run.batches(len(demonstrations), 0, epoch)
+        for k, batch in run.updates(f"epoch {epoch}", batches, epoch, first):
+            rows = [demonstrations[i] for i in batch]
+            tokens = sum(len(r["response_ids"]) for r in rows)
+            scale = len(rows) / tokens if args.loss_reduction == "token" else 1.0  # D1
+            row = run.step(
+                policy, optimizer, rows,
+                lambda part, scale=scale: demonstration_loss(policy, part, run.accelerator.device, scale), row_length,
+                learning_rate_at(first + k, total, args.learning_rate, args.warmup_ratio),
+            )  # fmt: skip
+            run.position["num_tokens"] += round(row["num_tokens"] * len(batch))
+            row.update(num_tokens=run.position["num_tokens"], epoch=(first + k + 1) / updates)
+            run.log_update(row, first + k + 1)
+        measure(epoch + 1)
+    path = run.rename("best", "final") if args.keep_best else run.save_final(policy, tokenizer, card())
+    evals.print_table(run, "start", "SFT")
+    run.say(f"model: {path}" + (f", of epoch {run.position['best_epoch']}" if args.keep_best else ""))
+    run.end()
+
+
+# ---- what flags mean and what is logged ----
+@dataclass
+class Args(RunArgs):
+    num_train_epochs: Annotated[int, AT_LEAST_1] = 2
+    """passes over the demonstrations, >= 1. RFT paper: 2; for the base of its Sec. 5.2, and SFT on the top 10k, 10."""
+    keep_best: bool = False
+    """final/ is the model after the epoch with the lowest held-out NLL, not after the last one. RFT paper, Sec. 5.2: the best of
+    10 epochs, by "testing accuracy"."""
+    loss_reduction: Literal["token", "sequence"] = "token"
+    """mean over all response tokens of the update, or over responses of their summed NLL (Eq. 1 as written)."""
+    beta: Annotated[float, POSITIVE] = 0.1
+    """scale of the implicit reward beta log pi/pi_ref in the evaluation; no part of the loss. > 0."""
+
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(
@@ -51,19 +161,6 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
 }  # fmt: skip
 
 
-@dataclass
-class Args(RunArgs):
-    num_train_epochs: Annotated[int, AT_LEAST_1] = 2
-    """passes over the demonstrations, >= 1. RFT paper: 2; for the base of its Sec. 5.2, and SFT on the top 10k, 10."""
-    keep_best: bool = False
-    """final/ is the model after the epoch with the lowest held-out NLL, not after the last one. RFT paper, Sec. 5.2: the best of
-    10 epochs, by "testing accuracy"."""
-    loss_reduction: Literal["token", "sequence"] = "token"
-    """mean over all response tokens of the update, or over responses of their summed NLL (Eq. 1 as written)."""
-    beta: Annotated[float, POSITIVE] = 0.1
-    """scale of the implicit reward beta log pi/pi_ref in the evaluation; no part of the loss. > 0."""
-
-
 METRICS = {  # name -> meaning, unit, range
     "loss": "NLL, nats per response token (--loss-reduction token) or per response (sequence)",
     "nll": "-log pi of the demonstration, nats per response",
@@ -75,111 +172,6 @@ METRICS = {  # name -> meaning, unit, range
     "epoch": "passes over the demonstrations so far",
     **evals.EVAL_METRICS,
 }
-
-
-# ---- the maths ----
-def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of each response, RFT paper Eq. 1.
-
-    token_logprobs: (B, T) log pi(y_t | x, y_<t), nats. response_mask: (B, T) bool, True through EOS.
-    Returns (B,), nats per response, summed over its tokens.
-    """
-    return -masked_sum(token_logprobs, response_mask)
-
-
-def demonstration_loss(policy, rows: list[dict], device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """nll_loss of demonstrations -> ((B,), {metric: (sum, count)})."""
-    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    scores = response_logprobs(policy, batch)
-    losses = nll_loss(scores.logprobs, batch.response_mask)
-    count, tokens = losses.new_tensor(len(rows)), batch.response_mask.sum()
-    return losses, {
-        "nll": (losses.detach().sum(), count),
-        "entropy": (scores.entropy.sum(), tokens),
-        "mean_token_accuracy": (scores.correct.sum(), tokens),
-        "num_tokens": (batch.attention_mask.sum(), count),
-    }
-
-
-def train(args: Args) -> None:
-    tokenizer = models.load_tokenizer(args)
-    demonstrations = demos.load_demonstrations(args, tokenizer)
-    count = args.select_top_k or len(demonstrations)
-    updates = -(-count // args.batch_size)  # in one epoch
-    total = updates * args.num_train_epochs
-    if args.dry_run:
-        print(f"sft --dry-run: model {args.model}, data {args.dataset}, {count} demonstrations")
-        print(f"  {total} updates of {args.batch_size} demonstrations, {args.num_train_epochs} epoch(s)")
-        memory.print_memory_plan(args)
-        return
-    held_rows = demos.load_held_out(args, tokenizer, demonstrations)
-
-    run = Run(args, "sft", METRICS)
-    if run.finished():
-        return
-    demonstrations = demos.select_demonstrations(run, demonstrations)
-    records.record_prompts(run, demonstrations)
-    model = models.prepare_policy(args)
-    policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
-    bare = run.unwrap(policy)
-    generator = make_generator(run, bare, tokenizer)
-    run.say(f"sft: {len(demonstrations)} demonstrations, {total} updates, {run.world} process(es), {run.dir}")
-
-    start = run.load_checkpoint() if args.resume else None
-    position = start or {"outer_iteration": 0, "step": 0, "num_tokens": 0}
-    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
-
-    def measure(iteration: int) -> None:
-        reference = models.reference_policy(run, policy, is_initial=iteration == 0)
-        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
-        run.log(row, step=position["step"], outer_iteration=iteration)
-        if args.keep_best and iteration and row["eval/nll"] < position.get("best_nll", math.inf):
-            run.save_final(policy, tokenizer, card(), name="best")
-            position.update(
-                best_nll=row["eval/nll"], best_epoch=iteration
-            )  # a resumed run knows what best/ has to beat
-
-    def card() -> str:
-        return run.model_card("SFT", "arXiv:2405.17888, Eq. 1")
-
-    if start is None:
-        measure(0)
-    for epoch in range(position["outer_iteration"], args.num_train_epochs):
-        policy.train()
-        with run.phase(f"epoch {epoch}", updates, updates=True, outer_iteration=epoch) as advance:
-            for k, batch in enumerate(run.batches(len(demonstrations), 0, epoch)):
-                step = epoch * updates + k
-                if step < position["step"]:
-                    advance(1)
-                    continue
-                rows = [demonstrations[i] for i in batch]
-                tokens = sum(len(r["response_ids"]) for r in rows)
-                scale = len(rows) / tokens if args.loss_reduction == "token" else 1.0  # D1
-
-                def loss_fn(part, scale=scale):
-                    losses, stats = demonstration_loss(policy, part, run.accelerator.device)
-                    return losses * scale, stats
-
-                lr = learning_rate_at(step, total, args.learning_rate, args.warmup_ratio)
-                row = run.step(policy, optimizer, rows, loss_fn, row_length, lr)
-                position["num_tokens"] += round(row["num_tokens"] * len(batch))
-                position.update(outer_iteration=epoch, step=step + 1)
-                row.update(num_tokens=position["num_tokens"], epoch=(step + 1) / updates)
-                if (step + 1) % args.logging_steps == 0:
-                    run.log(row, step=step + 1, outer_iteration=epoch)
-                if (k + 1) % args.save_steps == 0 or k + 1 == updates:
-                    run.save_checkpoint(position)
-                run.stop_if_asked(position)
-                advance(1)
-        measure(epoch + 1)
-    path = run.rename("best", "final") if args.keep_best else run.save_final(policy, tokenizer, card())
-    evals.print_table(run, "start", "SFT")
-    run.say(f"model: {path}" + (f", of epoch {position['best_epoch']}" if args.keep_best else ""))
-    run.end()
-
-
-def row_length(row: dict) -> int:
-    return len(row["prompt_ids"]) + len(row["response_ids"])
 
 
 if __name__ == "__main__":

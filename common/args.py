@@ -12,34 +12,31 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
 
 from common import UserError
+from common.ranges import (  # noqa: F401
+    ANY_NUMBER,
+    AT_LEAST_1,
+    AT_LEAST_2,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    UP_TO_1,
+    ZERO_TO_1,
+    Range,
+)  # fmt: skip
 from extras import terminal
 from extras.terminal import one_line_warning, report_failure
 
-Auto = Literal["auto"]
+if TYPE_CHECKING:
+    Auto = Any  # no flag is read before its auto is resolved
+else:
+    Auto = Literal["auto"]
 LARGEST = 2**32 - 1  # of whole numbers: numpy takes no larger seed
-
-
-class Range(NamedTuple):
-    """What a number may be, in words and as a test. A flag has it in its type: Annotated[int, AT_LEAST_1]."""
-
-    expected: str
-    holds: Callable[[float], bool]
-
-
-POSITIVE = Range("a number above 0", lambda x: x > 0)
-NOT_NEGATIVE = Range("0 or more", lambda x: x >= 0)
-AT_LEAST_1 = Range("1 or more", lambda x: x >= 1)
-AT_LEAST_2 = Range("2 or more, to choose a pair from", lambda x: x >= 2)
-BELOW_1 = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
-SHARE = Range("a share above 0 and below 1", lambda x: 0 < x < 1)
-UP_TO_1 = Range("a number above 0 and at most 1", lambda x: 0 < x <= 1)
-ZERO_TO_1 = Range("between 0 and 1", lambda x: 0 <= x <= 1)
-ANY_NUMBER = Range("any number", lambda x: True)
 FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  # row of SETTINGS -> the models it is for
 
 
@@ -47,9 +44,10 @@ FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  #
 class BaseArgs:
     """Flags of everything that reads a model and data. Those that default to auto are resolved from the SETTINGS table."""
 
-    resume: ClassVar[str] = ""  # a flag of training scripts
-    lora_r: ClassVar[int] = 0
-    load_in_4bit: ClassVar[bool] = False
+    # flags of training scripts alone; without an annotation they are no fields
+    resume = ""
+    lora_r = 0
+    load_in_4bit = False
     may_be_infinite: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
     may_be_empty: ClassVar[tuple[str, ...]] = ("reward_model",)  # beside the flags that are empty by default
 

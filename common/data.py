@@ -110,7 +110,8 @@ def encode(
 
     longest = min(max_prompt_length, max_length - 1)  # room for one token of response
     wording, left_out = Wording(tokenizer, frame), LeftOut(flag)
-    kept, seen = [], 0
+    kept: list[dict] = []
+    seen = 0
     while seen < len(rows) and (not limit or len(kept) < limit):
         part = rows[seen : seen + limit - len(kept)] if limit else rows
         seen += len(part)

@@ -51,6 +51,26 @@ REWARD_METRICS = {  # of a learned reward model, on the same rows
     "eval/reward/demonstrations": "mean reward of the demonstrations; 0 once centred",
     "eval/reward/samples": "mean reward of the policy's samples",
 }
+PPO_METRICS = {  # of an update of PPO
+    "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
+    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
+    "objective/non_score_reward": "-beta objective/kl",
+    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
+    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
+    "loss/value_avg": "clipped value loss, the same mean",
+    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
+    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
+    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
+    "val/ratio": "mean probability ratio; 1 at the first step of an update",
+    "val/clipfrac_avg": "share of tokens whose value is clipped",
+    "val/explained_variance": "1 - Var(return - value) / Var(return) over response tokens; at most 1",
+    "val/num_eos_tokens": "answers that ended in EOS",
+    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
+    "completions/mean_length": "tokens of the answers, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+}
 
 
 @dataclass
@@ -121,10 +141,12 @@ def prepare_held_out(
         with_gold = bool(run.args.gold_reward_model)
         sampled_rows = rows if with_gold else [r for r in rows if "rejected_ids" not in r]
         with run.phase("reference on held-out rows", len(rows) * 3 + len(sampled_rows), step=0) as advance:
-            samples, rollout = {}, None
+            samples, texts, finished = {}, {}, []
             if sampled_rows:
                 rollout = sample_rows(run, generator, sampled_rows, EVAL_SEED, temperature, advance)
                 samples = dict(zip((r["row"] for r in sampled_rows), rollout.response_ids, strict=True))
+                texts = dict(zip(samples, sampled_texts(tokenizer, rollout), strict=True))
+                finished = rollout.finished
             rejected = [r["rejected_ids"] if "rejected_ids" in r else samples[r["row"]] for r in rows]
             held = HeldOut(rows, rejected, {}, {})
             columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
@@ -133,7 +155,7 @@ def prepare_held_out(
                     scored = sequence_logprobs(run, reference, held.sequences(kind), advance=advance)
                     columns[f"ref_{kind}"] = [total for total, _ in scored]
         if with_gold:
-            base = list(zip(sampled_texts(tokenizer, rollout), rollout.finished, strict=True))
+            base = [(texts[r["row"]], done) for r, done in zip(rows, finished, strict=True)]
             columns |= gold_columns(run, rows, base, temperature)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -295,9 +317,7 @@ def rouge_l(candidate: str, reference: str) -> float:
     """ROUGE-L F1 of Lin (2004), as the rouge-score package computes it, no stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    if not hasattr(rouge_l, "scorer"):
-        rouge_l.scorer = RougeScorer(["rougeL"])
-    return rouge_l.scorer.score(reference, candidate)["rougeL"].fmeasure
+    return RougeScorer(["rougeL"]).score(reference, candidate)["rougeL"].fmeasure
 
 
 TABLE = {  # column of the printed table -> metric, digits

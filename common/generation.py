@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -75,6 +76,19 @@ def check_agreement(run, model, rollout: Rollout, temperature: float) -> None:
         f"sampled and scored log-probs agree on the first answers: largest difference {gaps.max().item():.1e} nats per token,"
         f" mean {found:.1e}"
     )
+
+
+def check_first_step(kind: str, row: dict[str, float], temperature: float) -> None:
+    """UserError if the policy's log-probs in its first step on its answers are not those that it gave them when it sampled.
+
+    row: metrics of the step, of a kind such as PPO, with sampling/logp_difference, nats per token.
+    """
+    difference = row["sampling/logp_difference"]
+    if not difference * temperature < 0.05:  # rounding of the logits is divided by the temperature
+        raise UserError(
+            f"first {kind} step: found log-probs that differ by {difference:.4f} nats per token from those at sampling,"
+            " expected rounding: the policy that is trained is not the one that answered"
+        )
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
@@ -156,11 +170,11 @@ class Generator:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, P) left-padded
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        responses = [[] for _ in prompts]
-        logprobs = [[] for _ in prompts]
+        responses: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
         finished = [False] * len(prompts)
         rows = list(range(len(prompts)))  # of the batch, in the order of its cache
-        cache = {}
+        cache: dict[str, Any] = {}
         extra = accepted(self.model, "position_ids", "logits_to_keep")
         for step in range(self.max_new_tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -230,11 +244,12 @@ def keep_rows(cache, index: torch.Tensor) -> None:
     if type(cache) is not DynamicCache:
         cache.batch_select_indices(index)
         return
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # of either kind below
+    for layer in layers:
         if isinstance(
             layer, LinearAttentionCacheLayerMixin
         ):  # convolution and linear attention, alone or beside attention
-            layer.reorder_cache(index)
+            layer.reorder_cache(cast(torch.LongTensor, index))
         else:
             layer.batch_select_indices(index)
 

@@ -6,7 +6,7 @@ Dims: B sequences, L prompt + response tokens, T response tokens, V vocabulary, 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ def padding_free(config) -> bool:
     return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
-def model_inputs(config, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+def model_inputs(config, batch: Batch) -> tuple[dict[str, Any], Tensor]:
     """(inputs of a forward pass, (B,) where each sequence begins in its flattened output).
 
     Right-padded rows; or, where attention supports it, one row of all sequences without padding, positions counted anew in
@@ -149,6 +149,18 @@ def unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
+def soft_cap(cap: float) -> Callable[[Tensor], Tensor]:
+    return lambda logits: torch.tanh(logits / cap) * cap
+
+
+def times(scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda logits: logits * scale
+
+
+def over(scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda logits: logits / scale
+
+
 def known_changes(config) -> list[Callable[[Tensor], Tensor]]:
     """The changes that models make to their head's logits by a number in their configuration: none, soft-capping, or scaling."""
 
@@ -158,10 +170,10 @@ def known_changes(config) -> list[Callable[[Tensor], Tensor]]:
     found: list[Callable[[Tensor], Tensor]] = [unchanged]
     for name in ("final_logit_softcapping", "logits_soft_cap"):
         if cap := number(name):
-            found.append(lambda logits, cap=cap: torch.tanh(logits / cap) * cap)
+            found.append(soft_cap(cap))
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if scale := number(name):
-            found += [lambda logits, scale=scale: logits * scale, lambda logits, scale=scale: logits / scale]
+            found += [times(scale), over(scale)]
     return found
 
 
@@ -208,7 +220,7 @@ def score_positions(model, inputs: dict, where: Tensor, targets: Tensor, tempera
     returns them. Where a model changes its head's logits in a way that is not known, the head returns the logits of these
     positions and what the model makes of them is scored: the same numbers, all N at once. UserError on a model without a head.
     """
-    inner = language_model(model)
+    inner: Any = language_model(model)
     head = inner.get_output_embeddings()
     if head is None:
         raise UserError(f"--model: found {type(inner).__name__} without a language-model head, expected a causal model")

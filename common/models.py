@@ -5,6 +5,7 @@ import functools
 import hashlib
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -128,7 +129,7 @@ def load_model(args, name: str = "", flag: str = "--model", only_check: bool = F
     refuse_other_kinds(config, f"{flag} {name}")
     implementation = attention(args, config)
     with one_line_error(name, flag), quiet_load():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, args.dtype),
             attn_implementation=implementation,
@@ -137,6 +138,7 @@ def load_model(args, name: str = "", flag: str = "--model", only_check: bool = F
             ignore_mismatched_sizes=True,  # refused below, with their names
             **({"device_map": "meta"} if only_check else four_bits(args) if name == args.model else {}),
         )
+    model, info = loaded
     refuse_mismatched(info, f"{flag} {name}")
     refuse_missing(info, f"{flag} {name}", "a causal language model, with as many layers as its config.json says")
     if any(getattr(module, "is_decoder", True) is False for module in model.modules()):

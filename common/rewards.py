@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common import UserError, logprobs, models
 from common.data import Batch, end_of_turn
+from extras import sharding
 
 
 class ScalarModel(torch.nn.Module):
@@ -20,6 +21,8 @@ class ScalarModel(torch.nn.Module):
     transformers reads its head at the last token that is not PAD, which is the wrong one where PAD is EOS. Here the
     position comes from the response mask. `center` is subtracted from every output; saved as config.reward_center.
     """
+
+    center: Tensor
 
     def __init__(self, model):
         super().__init__()
@@ -62,6 +65,21 @@ class ScalarModel(torch.nn.Module):
     def head(self, inner, hidden: Tensor) -> Tensor:
         """(..., H) -> (...)"""
         return inner.score(hidden)[..., 0] - self.center
+
+
+class ActorCritic(torch.nn.Module):
+    """Policy and value model in one module: one optimizer, one backward pass."""
+
+    def __init__(self, policy, value):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def forward(self, batch, temperature: float = 1.0, with_values: bool = True):
+        """(ResponseScores of the policy, values (B, T)). Without values a 0 that touches the value's weights, for DDP."""
+        scores = logprobs.response_logprobs(self.policy, batch, temperature)
+        if with_values:
+            return scores, self.value(batch, every=True)
+        return scores, sharding.zero_of(self.value)
 
 
 class ExactLinear(torch.nn.Linear):
@@ -111,7 +129,7 @@ def load_scalar_model(
     loading.refuse_missing(
         info, f"{flag} {name}", expected, frozenset() if head_seed is None else frozenset({"score.weight"})
     )
-    if "score.weight" in missing:
+    if head_seed is not None and "score.weight" in missing:
         stream = torch.Generator().manual_seed(head_seed)
         hidden = model.score.weight.shape[1]
         with torch.no_grad():

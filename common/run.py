@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -81,7 +81,8 @@ class Run:
     """One run of one script: its processes, its directory, its log and its checkpoints."""
 
     engine = "plain"  # sharding.engine_name
-    views: ClassVar[dict] = {}  # prepared model -> its view
+    args: Any  # of a script: BaseArgs or RunArgs, with flags of its own
+    views: dict = {}  # prepared model -> its view
 
     def __init__(self, args: BaseArgs, script: str, metrics: dict[str, str]):
         from accelerate.utils import ProjectConfiguration, set_seed
@@ -450,7 +451,9 @@ class Run:
         rates = lr if isinstance(lr, tuple) else (lr,) * len(optimizer.param_groups)
         for group, own in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = own * bias_correction(optimizer)
-        names, totals, fresh = [], 0.0, not optimizer.state
+        names: list[str] = []
+        totals: Any = 0.0
+        fresh = not optimizer.state
         for i, (part, share) in enumerate(parts):
             last = i == most - 1
             with contextlib.nullcontext() if last or self.engine != "plain" else self.accelerator.no_sync(model):
@@ -620,7 +623,7 @@ class Run:
         base: the model it was made from, if that is not --model. Without such a row there is no table.
         """
         args = self.args
-        last = next((r for r in reversed(self.logged()) if measure in r), {}) if self.is_main else {}
+        last: dict = next((r for r in reversed(self.logged()) if measure in r), {}) if self.is_main else {}
         measured = "".join(
             f"| {k} | {v:.4g} | {meaning} |\n"
             for k, v in last.items()

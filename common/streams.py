@@ -37,7 +37,8 @@ def bias_correction(optimizer) -> float:
     alpha = optimizer.param_groups[0].get("alpha")
     if alpha is None:
         return 1.0
-    done = next(iter(optimizer.state.values()), {}).get("step", 0)  # the same of all parameters (sharding.clip)
+    first: dict = next(iter(optimizer.state.values()), {})
+    done = first.get("step", 0)  # the same of all parameters (sharding.clip)
     return math.sqrt(1 - alpha ** (float(done) + 1))
 
 

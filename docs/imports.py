@@ -98,7 +98,9 @@ def extras_of(module: Module) -> str:
 
 
 WIDTH, GAP, HEIGHT, STEP = 210, 30, 68, 108  # of a box, between boxes, of a box, from row to row; pixels
-Chain = list[tuple[str, ...]]  # an arrow's way through the rows: ("common.run",), ("common.run", "common.args", "1"), ...
+Chain = list[
+    tuple[str, ...]
+]  # an arrow's way through the rows: ("common.run",), ("common.run", "common.args", "1"), ...
 
 
 def chains(modules: Modules, level: dict[str, int]) -> list[Chain]:
@@ -165,13 +167,15 @@ def svg(modules: Modules) -> str:
         scripts = place == ("scripts",)
         below = "read them in the order of the README" if scripts else extras_of(modules[place[0]])
         boxes.append(
-            f'<rect x="{x - WIDTH // 2}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" class="{"scripts" if scripts else "module"}"/>'
+            f'<rect x="{x - WIDTH // 2}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6"'
+            f' class="{"scripts" if scripts else "module"}"/>'
         )
         boxes.append(f'<text x="{x}" y="{y + 20}" class="name">{place[0].removeprefix("common.")}</text>')
         for i, text in enumerate(textwrap.wrap(below, 34)):
             boxes.append(f'<text x="{x}" y="{y + 36 + 13 * i}" class="extras">{text}</text>')
     return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}"'
+        ' role="img">',
         "<title>What the modules of common/ import, and the extras that they use</title>",
         "<style>text{font-family:sans-serif;text-anchor:middle;fill:#111}.name{font-size:14px;font-weight:bold}.extras{font-size:11px}"
         ".scripts{fill:#fdf3e1;stroke:#555}.module{fill:#e8f0fb;stroke:#555}</style>",

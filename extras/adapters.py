@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import re
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from extras.loading import other_modalities
 def fingerprint(p: torch.Tensor) -> int:
     """Sum of a tensor's bits as integers: the same on any device, another one after any training."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
-    return p.detach().contiguous().view(integer).sum(dtype=torch.int64).item()
+    return int(p.detach().contiguous().view(integer).sum(dtype=torch.int64).item())
 
 
 def leave_out_loaded(models: list, weights: list[dict], folder: str) -> None:
@@ -75,12 +76,13 @@ def not_adapted(model) -> list[str]:
     Those with a forward of their own (a router that returns its choice of experts), those whose weight is read directly (in
     state-space mixers and some routers), and those that text never passes through.
     """
-    found = []
+    found: list[str] = []
     for name, module in model.named_modules():
-        own = isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
-        if own and model_code(type(module)) and not is_linear_map(module):
+        kind: Any = type(module)
+        own = isinstance(module, torch.nn.Linear) and kind.forward is not torch.nn.Linear.forward
+        if own and model_code(kind) and not is_linear_map(module):
             found.append(name)
-        found += [f"{name}.{part}".lstrip(".") for part in read_directly(type(module)) if hasattr(module, part)]
+        found += [f"{name}.{part}".lstrip(".") for part in read_directly(kind) if hasattr(module, part)]
     for outer, module in other_modalities(model).items():
         found += [f"{outer}.{name}" if name else outer for name, _ in module.named_modules()]
     return found

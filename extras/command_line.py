@@ -55,9 +55,9 @@ def wrong_word(cls, words: list[str]) -> str:
         if known[name] is bool and given:
             return f"{name}: found the value {value}, expected none: the flag alone says yes, --no-... says no"
         if known[name] is not bool:
-            value = value if given else next(rest, None)
-            if value is None or not reads(value, known[name]):
-                found = "no value" if value is None else value or "an empty text"
+            read = value if given else next(rest, None)
+            if read is None or not reads(read, known[name]):
+                found = "no value" if read is None else read or "an empty text"
                 return f"{name}: found {found}, expected {in_words(known[name])}"
     return ""
 

@@ -111,7 +111,7 @@ def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int =
     gold = functools.cache(lambda: GoldReward(run))  # loaded if a score is missing
 
     def work(part: list[int], advance) -> list[float]:
-        return gold().score(*([column[i] for i in part] for column in (rows, responses, finished)), advance)
+        return gold().score([rows[i] for i in part], [responses[i] for i in part], [finished[i] for i in part], advance)
 
     return run.cached(path, keys, work, "gold scores of demonstrations", block)
 
@@ -140,7 +140,7 @@ def gold_columns(run, rows: list[dict], base: list[tuple[str, bool]] | None, tem
     samples = {} if base is None else {"base": base}
     if run.args.baseline:
         samples["baseline"] = baseline_samples(run, rows, temperature)
-    columns = {f"{name}_sample": [text for text, _ in drawn] for name, drawn in samples.items()}
+    columns: dict[str, list] = {f"{name}_sample": [text for text, _ in drawn] for name, drawn in samples.items()}
     gold = GoldReward(run)
     finished = [r.get("response_finished", True) for r in rows]
     columns["gold_demonstrations"] = gold.score(rows, [r["response_text"] for r in rows], finished)

@@ -91,7 +91,7 @@ def other_modalities(model) -> dict[str, torch.nn.Module]:
     if text_config(model.config) is model.config:
         return {}
     text = {id(m) for part in (model.get_decoder(), model.get_output_embeddings()) for m in part.modules()}
-    found = {}
+    found: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if name and not inside and not any(id(m) in text for m in module.modules()):

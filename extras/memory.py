@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,7 +167,8 @@ def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False
             if scalar:
                 out = model(batch, every=scalar == "every")
             else:
-                head = language_model(model).get_output_embeddings()  # no values to see its changes by
+                inner: Any = language_model(model)
+                head = inner.get_output_embeddings()  # no values to see its changes by
                 HEADS[head] = Head(text.vocab_size, known_changes(config)[-1])
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
                 positions = torch.zeros(rows * response, dtype=torch.long, device=device())
@@ -189,11 +191,12 @@ def generation_costs(args, config) -> dict[str, int]:
     moments = {"prompt": (prompt, prompt), "last": (longest, 1)}  # (tokens in the cache afterwards, of these new)
 
     def measure(layers: int) -> dict[str, int]:
-        model, out = without_data(args, config, layers).eval(), {}
+        model = without_data(args, config, layers).eval()
+        out: dict[str, int] = {}
         with counted(args, model, models.text_config(config).vocab_size) as memory, torch.no_grad():
             cache = DynamicCache(config=model.config)
             for moment, (length, new) in moments.items():
-                grows = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+                grows: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
                 if length > prompt + 1:  # what the steps between leave in the cache
                     for layer in grows:
                         part = layer.keys[:, :, :1].expand(-1, -1, length - prompt - 1, -1)

@@ -39,7 +39,8 @@ def trained_before(name: str) -> tuple[set[int], list[Path]]:
     Those are the run whose folder it lies in, and the runs that made the --model and --reward-model which that one began
     with, and so on. The embedded model was trained on pydoc's training rows; of other models nothing is known.
     """
-    keys, without_record, pending, seen = set(), [], [name], set()
+    keys: set[int] = set()
+    without_record, pending, seen = [], [name], set()
     while pending:
         model = pending.pop()
         if tiny.is_tiny(model):
@@ -65,7 +66,7 @@ def say_known(args, rows: list[dict]) -> None:
 
     The rows stay: other runs are measured on the same ones.
     """
-    without_record = {}
+    without_record: dict[str, None] = {}
     for name in ("model", "ref_model", "reward_model", "gold_reward_model", "baseline"):
         if not (model := getattr(args, name, "")):
             continue

@@ -13,11 +13,15 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from common import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SHARDED = ("zero3", "fsdp2")  # engines of which a process holds a part of the weights
 
@@ -190,14 +194,14 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
     from torch.distributed.tensor import DTensor
 
     return isinstance(x, DTensor)
 
 
 @torch.no_grad()
-def load_weights(accelerator, model: nn.Module, state: dict[str, Tensor], part: str = "") -> None:
+def load_weights(accelerator, model: Any, state: dict[str, Tensor], part: str = "") -> None:
     """Copy a whole state dict into a prepared model, or into the part of it at that attribute path."""
     bare = accelerator.unwrap_model(model)
     bare = bare.get_submodule(part) if part else bare
@@ -238,7 +242,7 @@ def zero_of(module: nn.Module) -> Tensor | float:
 
 
 # ---- an update ----
-def backward(accelerator, model: nn.Module, loss: Tensor, last: bool) -> None:
+def backward(accelerator, model: Any, loss: Tensor, last: bool) -> None:
     """Add a micro-batch to the gradients; `last` of an update."""
     if engine_name(accelerator).startswith("zero"):
         model.set_gradient_accumulation_boundary(last)
@@ -247,7 +251,7 @@ def backward(accelerator, model: nn.Module, loss: Tensor, last: bool) -> None:
         accelerator.backward(loss)
 
 
-def clip(accelerator, model: nn.Module, max_norm: float) -> float:
+def clip(accelerator, model: Any, max_norm: float) -> float:
     """Norm of the gradients of all processes, before they are clipped at max_norm. Under ZeRO the update is made here too."""
     if engine_name(accelerator).startswith("zero"):
         model.step()
@@ -286,8 +290,10 @@ def probe(model: nn.Module, loss_fn, rows: list) -> float:
         losses, _ = loss_fn(rows)
     model.train(was_training)
     for part in model.modules():
-        if hasattr(part, "reshard"):  # FSDP2 keeps what is outside its layers whole until a backward pass
-            part.reshard()
+        if callable(
+            reshard := getattr(part, "reshard", None)
+        ):  # FSDP2 keeps what is outside its layers whole until a backward pass
+            reshard()
     return losses.double().mean().item()
 
 

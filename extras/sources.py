@@ -218,7 +218,9 @@ def parse_row(raw, index: int, kind: str, where: str, turns: str = "last") -> di
     The turn is 0, but for further assistant turns of a dialogue with turns = all. UnusableRow, which names the row, if
     nothing can be learned from it.
     """
-    where, rows, problem = f"{where} row {index}", {}, None
+    where = f"{where} row {index}"
+    rows: dict[int, dict] = {}
+    problems: list[UnusableRow] = []
     if not isinstance(raw, dict):
         raise UnusableRow(f"{where}: found a {type(raw).__name__}, expected an object")
     for turn, (prompt, response, rejected) in enumerate(split_columns(raw, where, turns)):
@@ -231,9 +233,9 @@ def parse_row(raw, index: int, kind: str, where: str, turns: str = "last") -> di
                 row["rejected"] = check_text(rejected, "rejected", where)
             rows[turn] = row
         except UnusableRow as error:
-            problem = problem or error
+            problems.append(error)
     if not rows:
-        raise problem
+        raise problems[0]
     if kind == "preferences" and "rejected" not in rows[0]:
         if "rejected" in raw:
             check_text(None, "rejected", where)

@@ -5,6 +5,7 @@ Scripts import it before torch, so that a signal during the imports ends in one 
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import signal
@@ -13,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from common import UserError
 
@@ -64,7 +66,7 @@ class PatientFile(io.FileIO):
 
     lost: OSError | None = None
 
-    def write(self, data) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -152,7 +154,7 @@ def progress(phase: str, total: int, show: bool = True) -> Iterator[Callable[[in
         columns += [bars.TimeElapsedColumn(), bars.TextColumn("ETA"), bars.TimeRemainingColumn()]
         with bars.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(phase, total=total)
-            yield lambda n=1: bar.advance(task, n)
+            yield functools.partial(bar.advance, task)
         return
     done, started, spoken = 0, time.time(), time.time()
 

@@ -154,7 +154,8 @@ class Engine:
         self.run, self.config, self.inside = run, config, inside
         self.dtype = "bfloat16" if uses_bf16(args) else "float32"
         self.level = args.vllm_sleep_level if current_platform.is_sleep_mode_available() else 0
-        self.asleep, self.holds = False, None
+        self.asleep = False
+        self.holds: int | None = None  # the checksum of its weights
         self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         length = args.max_prompt_length + args.max_new_tokens
         check_fits(model_config, length, current_platform.is_cpu())
@@ -301,7 +302,7 @@ def check_fits(config, length: int, on_cpu: bool) -> None:
 @contextlib.contextmanager
 def environment(inside: bool, device: int) -> Iterator[None]:
     """What vLLM reads while it starts: in this process, or in one that knows nothing of our launcher and sees one device."""
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inside else "1"}
+    wanted: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inside else "1"}
     if not inside:
         wanted |= dict.fromkeys(n for n in os.environ if n.startswith(LAUNCHER))
         wanted["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork would inherit the trainer's threads and GPU
@@ -326,7 +327,7 @@ def set_environment(values: dict[str, str | None]) -> None:
 
 def group(prompts: list[list[int]], rows: list[int]) -> list[tuple[int, int]]:
     """[(index of the first, how many)] of the neighbours that share a prompt and whose rows follow each other."""
-    found = []
+    found: list[tuple[int, int]] = []
     for i in range(len(prompts)):
         if found and prompts[i] == prompts[i - 1] and rows[i] == rows[i - 1] + 1:
             found[-1] = (found[-1][0], found[-1][1] + 1)
@@ -397,6 +398,8 @@ def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: tor
 
 class WeightFiles:
     """What vLLM's worker learns to do in a process of its own."""
+
+    reload_weights: Callable  # the worker's
 
     def end_with(self, trainer: int, folder: str) -> None:
         """Kill engine and worker, and remove the folder, once the trainer is gone, killed say: vLLM's own do not notice."""

@@ -30,7 +30,22 @@ def fresh_accelerate():
         state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-LONGEST = (  # files, by the time they take: begun first, they leave no process alone at the end
+LONGEST = (  # files that take longest, the longest first: begun early, they leave no process alone at the end
+    "test_models",
+    "test_stop",
+    "test_aihf_runs",
+    "test_resume",
+    "test_scripts",
+    "test_launch",
+    "test_aihf_direct",
+    "test_rft_runs",
+    "test_irl_dpo_runs",
+    "test_irl_runs",
+    "test_irl_ppo",
+    "test_theory",
+    "test_rft",
+    "test_aihf",
+    "test_bad_input",
 )
 
 

@@ -8,14 +8,16 @@ forks so many processes that find one another, and ends with status 1 if one of 
 
 import gc
 import importlib
+import importlib.machinery
 import json
 import os
 import runpy
-import shutil
 import signal
 import sys
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Libraries read these when they are imported: a script that needs other values needs an interpreter of its own.
 READ_AT_IMPORT = (
@@ -138,10 +140,24 @@ def become_ranks(world: int) -> None:
     os._exit(int(failed))
 
 
+def keep_compiled(sources: Iterable[Path]) -> None:
+    """Compile files here, so that no child has to where Python keeps no compiled files (PYTHONDONTWRITEBYTECODE)."""
+    loader = importlib.machinery.SourceFileLoader
+    kept, compile_source = {}, loader.source_to_code
+    for path in sources:
+        data = path.read_bytes()
+        kept[str(path)] = data, compile(data, str(path), "exec", dont_inherit=True)
+
+    def source_to_code(self, data, path, **options):
+        known, code = kept.get(path, (None, None))
+        return code if known == data else compile_source(self, data, path, **options)
+
+    loader.source_to_code = source_to_code
+
+
 def serve() -> None:
-    # The project's sources are compiled once, whatever the caller's Python does with its own.
-    sys.pycache_prefix, sys.dont_write_bytecode = tempfile.mkdtemp(prefix="pycache_"), False
     import_libraries()
+    keep_compiled([*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("extras/*.py")])
     gc.freeze()  # a child's collections do not touch, and so copy, what the server has made
     for line in iter(sys.stdin.readline, ""):
         pid = os.fork()
@@ -150,7 +166,6 @@ def serve() -> None:
             return  # the interpreter ends as it would after the script
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    shutil.rmtree(sys.pycache_prefix, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Small models, tokenizers and data made locally, and a way to run a script as a user would."""
 
+import contextlib
 import json
 import os
 import signal
@@ -202,8 +203,16 @@ class Forked:
 
     def __exit__(self, *_):
         if not self.finished:
-            self.send_signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                self.send_signal(signal.SIGKILL)
             self.wait(60)
+
+    def alive(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)

@@ -627,12 +627,15 @@ def check_collect(function, run) -> bool:
             values[i % 3, exact.RESPONSES.index(y)].item() - args.missing_eos_penalty * (not end)
             for y, end in zip(answers, ended, strict=True)
         ]
-        ok &= pair.keys() == PAIR | {"scores", "lengths", "finished"} and pair["prompt_ids"] == x
+        ok &= (
+            pair.keys() == PAIR | {"scores", "score_chosen", "score_rejected", "lengths", "finished"}
+            and pair["prompt_ids"] == x
+        )
         ok &= np.allclose(pair["scores"], scores, atol=1e-12) and pair["finished"] == ended
         ok &= pair["lengths"] == list(map(len, answers))
         for kind, best in (("chosen", max), ("rejected", min)):
             y = answers[scores.index(best(scores))]
-            ok &= pair[f"{kind}_ids"] == y
+            ok &= pair[f"{kind}_ids"] == y and pair[f"score_{kind}"] == best(pair["scores"])
             sampled, ref = (token_logprobs(model, x, y, args.temperature).tolist() for model in (policy, reference))
             ok &= len(pair[f"sampled_{kind}"]) == len(y) and np.allclose(pair[f"sampled_{kind}"], sampled, atol=1e-10)
             ok &= abs(pair[f"ref_{kind}"] - sum(ref)) < 1e-10
@@ -785,8 +788,8 @@ def test_dpo_step_is_the_mean_over_the_pairs_that_differ(make_run):
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("if differs(p)", "if True"),
-        ("if differs(p)", "if p[\"scores\"][0] > min(p[\"scores\"])"),
+        ("if makes_pair(p)", "if True"),
+        ("if makes_pair(p)", "if p[\"scores\"][0] > min(p[\"scores\"])"),
         ("args.batch_size):", "2):\n            begin = 0"),
         ("optimizer, rows, loss_fn", "optimizer, rows[:-1], loss_fn"),
         ("rates[len(steps)]", "rates[len(steps)] / 2"),
@@ -802,7 +805,7 @@ def test_one_score_for_all_answers_makes_no_step(make_run):
     policy, pairs = collect(run, 6, Table(torch.zeros(3, 121)))
     moved, row = dpo_step(run, policy, pairs)
     assert not moved.any() and row == {}
-    measured = aihf.measure_answers(pairs)
+    measured = aihf.measure_candidates(pairs)
     assert measured["objective/pairs"] == measured["objective/scores_margin"] == 0
 
 
@@ -811,7 +814,8 @@ def test_equal_answers_make_no_pair_whatever_rounding_makes_of_their_scores(make
     policy, pairs = collect(run, 7, Table(noise(3, 121, seed=3)))
     same = {**pairs[0], "rejected_ids": pairs[0]["chosen_ids"], "sampled_rejected": pairs[0]["sampled_chosen"]}
     same["scores"] = [1.0, *[1.0 + 1e-7] * (len(same["scores"]) - 1)]
-    assert not aihf.differs(same) and aihf.measure_answers([same, pairs[1]])["objective/pairs"] == 0.5
+    same["score_chosen"], same["score_rejected"] = 1.0 + 1e-7, 1.0
+    assert not aihf.makes_pair(same) and aihf.measure_candidates([same, pairs[1]])["objective/pairs"] == 0.5
     assert torch.equal(dpo_step(run, policy, [same, *pairs[1:]])[0], dpo_step(run, policy, pairs[1:])[0])
 
 
@@ -821,7 +825,7 @@ def test_one_schedule_runs_over_all_steps_of_an_iteration_however_they_are_group
     expected = [learning_rate_at(k, 20, 2.0, 0.1, "cosine") for k in range(20)]
     assert expected[0] < expected[1] < expected[2] == 2.0 > expected[3] and expected[-1] < 0.05
     for updates, per_update in ((20, 1), (5, 4), (1, 20)):
-        steps = aihf.Steps(0, 0, 0, updates, per_update)
+        steps = aihf.Steps(0, 0, updates, per_update)
         assert sum((aihf.policy_rates(steps, u, args) for u in range(updates)), []) == expected
 
 
@@ -864,6 +868,8 @@ def test_metrics_of_the_answers():
     pairs = [
         {
             "scores": [1.0, 4.0, -2.0],
+            "score_chosen": 4.0,
+            "score_rejected": -2.0,
             "lengths": [1, 2, 3],
             "finished": [True, True, False],
             "chosen_ids": [1, 2],
@@ -871,13 +877,15 @@ def test_metrics_of_the_answers():
         },
         {
             "scores": [0.5, 0.5, 0.5],
+            "score_chosen": 0.5,
+            "score_rejected": 0.5,
             "lengths": [4, 4, 1],
             "finished": [True, False, False],
             "chosen_ids": [1],
             "rejected_ids": [1],
         },
     ]
-    row = {k.split("/")[1]: v for k, v in aihf.measure_answers(pairs).items()}
+    row = {k.split("/")[1]: v for k, v in aihf.measure_candidates(pairs).items()}
     assert row == pytest.approx(
         {
             "scores": 0.75,
@@ -897,19 +905,17 @@ def test_count_steps():
     online = dict(rollout_batch_size=256, num_policy_epochs=2)
     count = lambda n, m, **more: aihf.count_steps(n, m, arguments(**given, **online, **more))  # noqa: E731
     whole = dict(total_prompts=0)
-    assert count(10_000, 3000, **whole) == aihf.Steps(10_000, sft=3 * 157, K=2 * 157, updates=12, per_update=8)
+    assert count(10_000, 3000, **whole) == aihf.Steps(sft=3 * 157, K=2 * 157, updates=12, per_update=8)
     assert count(10_000, 3000, **whole, demo_weight=0.0).K == 2 * 47
     assert count(10_000, 3000, **whole, prompts="demonstrations").updates == 40
     assert count(10, 3000, total_prompts=300).updates == 2 and count(10, 3000, total_prompts=300).K == 2 * 47
     assert count(10, 100, **whole).per_update == 4  # 100 prompts at most, in 2 batches, twice
-    steps = aihf.Steps(9, sft=5, K=7, updates=3, per_update=4)
+    steps = aihf.Steps(sft=5, K=7, updates=3, per_update=4)
     assert [steps.first(t) for t in range(3)] == [5, 5 + 19, 5 + 2 * 19]
     ppo = dict(total_episodes=1000, rollout_batch_size=256, num_ppo_epochs=4, num_mini_batches=2)
     args = arguments(aihf_ppo, **given, **ppo)
-    assert aihf_ppo.count_steps(10_000, 3000, args) == aihf_ppo.Steps(
-        10_000, sft=3 * 157, K=2 * 157, updates=4, per_update=8
-    )
-    names = "demonstrations sft K updates per_update".split()
+    assert aihf_ppo.count_steps(10_000, 3000, args) == aihf_ppo.Steps(sft=3 * 157, K=2 * 157, updates=4, per_update=8)
+    names = "sft K updates per_update".split()
     assert all([f.name for f in dataclasses.fields(script.Steps)] == names for script in SCRIPTS.values())
 
 

@@ -193,7 +193,7 @@ def test_a_run_leaves_what_it_promises(finished, place, script):
     names = set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"}
     assert names == set(module.METRICS) - set(evals.JUDGE_METRICS)
     per_update = {"aihf.py": 1, "aihf_ppo.py": 2}[script]
-    steps = module.Steps(12, sft=3, K=5, updates=2, per_update=per_update)
+    steps = module.Steps(sft=3, K=5, updates=2, per_update=per_update)
     assert "12 demonstrations, 20 preferences, 3 SFT steps, T = 2, K = 5" in printed
     assert sum("sft/loss" in r for r in rows) == steps.sft and sum("reward/loss" in r for r in rows) == 2 * steps.K
     updates = [r for r in rows if "objective/scores" in r]
@@ -478,7 +478,7 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("aihf.py", "common.run.Run.step", 3),  # SFT
     ("aihf.py", "common.evals.prepare_held_out", 1),
     ("aihf.py", "common.run.Run.save_final", 1),  # after 5 SFT steps, sft/ not yet kept
-    ("aihf.py", "aihf.write_pairs", 1),  # answers sampled, not yet on disk
+    ("aihf.py", "common.run.write_pairs", 1),  # answers sampled, not yet on disk
     ("aihf.py", "common.run.Run.step", 8),  # reward step: 6 to 10
     ("aihf.py", "common.evals.evaluate_reward", 1),
     ("aihf.py", "common.run.Run.step", 12),  # inside an update of online DPO

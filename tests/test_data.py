@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import ZEPHYR_TEMPLATE, jsonl, make_model, make_tokenizer
+from safetensors import safe_open
 
 import sft
 import tiny
@@ -682,6 +683,26 @@ def test_harvest_holds_out_whole_modules_deterministically(library):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert library == make.harvest()
+
+
+def test_make_trains_a_model_that_loads_on_rows_and_source_code(library, tmp_path, monkeypatch):
+    """The weights are stored in float16, without the dropout of training."""
+    monkeypatch.setattr(make, "DATA", tiny.DATA)
+    monkeypatch.setattr(make, "MODEL", tmp_path / "model")
+    monkeypatch.setattr(make, "SHAPE", make.SHAPE | {"vocab_size": 300, "hidden_size": 24, "intermediate_size": 32})
+    monkeypatch.setattr(make, "TRAINING", make.TRAINING | {"batch_size": 4, "measured_every": 1})
+    monkeypatch.setattr(make, "PHASES", [(2, 1e-3, 1e-3, 0.5), (1, 1e-3, 0.0, 0.0)])
+    make.train_model()
+    tokenizer = models.read_tokenizer(str(tmp_path / "model"), False, "--model")
+    blocks = make.source_blocks(tokenizer, library)
+    texts = [tokenizer.decode(ids) for ids in blocks]
+    modules = {row["module"] for row in library if not row["test"] and not make.is_development(row["module"])}
+    assert len(modules) == len(texts) < 60 and all(len(ids) <= 224 for ids in blocks)
+    assert all(sum(f"{m.removesuffix('.py')}_Base" in text for text in texts) == 1 for m in modules)
+    model = models.load_model(sft.Args(model=str(tmp_path / "model"), mixed_precision="no"))
+    assert model.config.dtype == torch.float32 and model.config.hidden_dropout == 0.0
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
 
 
 # ---- preferences of the embedded data ----

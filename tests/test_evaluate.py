@@ -559,7 +559,7 @@ def test_a_run_without_a_record_and_runs_that_come_from_each_other(place, traine
 
 def test_the_embedded_model_was_trained_on_pydocs_training_rows(monkeypatch):
     train = [{"prompt": "seen", "response": "a"}]
-    monkeypatch.setattr(evals, "load_rows", lambda name, split: {("pydoc", "train"): train}[name, split])
+    monkeypatch.setattr(records, "load_rows", lambda name, split: {("pydoc", "train"): train}[name, split])
     assert records.trained_before("tiny") == (records.prompt_keys(train[0]), [])
 
 

@@ -357,6 +357,7 @@ def test_the_gpu_benchmark_refuses_a_machine_without_a_card():
     assert done.stderr.startswith("error: --device cuda: found no CUDA card") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_prints_a_row_for_every_step():
     done = gpu_benchmark("--device", "cpu", "--shape", "tiny")
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import architectures
 import pytest
 import torch
-from helpers import make_classifier, make_data, make_model, make_tokenizer
+from helpers import make_classifier, make_data, make_model, make_tokenizer, slow_unless
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import irft
@@ -18,7 +18,7 @@ from common.args import resolve_auto
 from common.data import collate
 from common.generation import make_generator
 from common.logprobs import response_logprobs
-from extras import loading
+from extras import gold, loading
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([9] * 8, [4, 3, 20])]
 
@@ -39,11 +39,20 @@ def classifier(good):
 
 
 # ---- every architecture ----
+QUICK = [
+    "bloom", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "llama", "mamba", "mistral", "mixtral", "olmo2",
+    "opt", "phi3", "phimoe", "qwen2", "qwen3", "qwen3_moe", "roberta", "openai-gpt",
+]  # fmt: skip
+
+
 def test_the_table_lists_every_architecture():
     assert list(architectures.documented()) == list(architectures.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert set(QUICK) <= architectures.documented().keys()
 
 
-@pytest.mark.parametrize("name", architectures.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+@pytest.mark.parametrize(
+    "name", slow_unless(lambda name: name in QUICK, architectures.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+)
 def test_every_architecture_is_right_or_refused(name):
     """Sampler, scorer, single rows, training mode, LoRA merged, saved and restored agree to 1e-5; or one line says why not."""
     status, detail = architectures.outcome(name)
@@ -237,13 +246,13 @@ def test_an_unusable_gold_model_is_refused_before_sampling(tmp_path, good, class
     data = str(make_data(tmp_path / "data.jsonl"))
     cut = shutil.copytree(classifier, tmp_path / "cut")
     cut_weights(0.5)(cut)
-    for gold, line in (
+    for unusable, line in (
         (good, "found no weights for score.weight"),
         (cut, "SafetensorError"),
         ("nobody/x", "reachable hub"),
     ):
-        args = arguments(good, dataset=data, eval_dataset=data, gold_reward_model=str(gold), eval_samples=4)
-        with pytest.raises(UserError, match=f"--gold-reward-model {gold}: .*{line}"):
+        args = arguments(good, dataset=data, eval_dataset=data, gold_reward_model=str(unusable), eval_samples=4)
+        with pytest.raises(UserError, match=f"--gold-reward-model {unusable}: .*{line}"):
             demos.load_held_out(args, models.load_tokenizer(args), [])
     gold.refuse_unusable(arguments(good, gold_reward_model=str(classifier)))
     cut_policy = shutil.copytree(good, tmp_path / "policy")

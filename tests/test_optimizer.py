@@ -169,8 +169,7 @@ def test_the_policys_first_steps_after_the_value_warm_up_are_no_longer_than_the_
         "aihf_ppo": lambda: aihf_ppo.AIHF(run, tokenizer, rows, rows, []),
         "irl_ppo_tldr": lambda: irl_ppo_tldr.IRL(run, tokenizer, rows, rows, [], []),
     }[name]()
-    K = aligner.steps.K(0) if callable(aligner.steps.K) else aligner.steps.K
-    run.position["step"] = K  # as if the reward had been learned
+    run.position["step"] = aligner.steps.policy(0)  # as if the reward had been learned
     monkeypatch.setattr(aligner, "measure", lambda *_: None)
     start, moves, real = bytes_of(aligner.bare.policy), [], script.ppo_update
 

@@ -2,13 +2,16 @@
 
 import ast
 import dataclasses
+import difflib
 import functools
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, run
 
 import aihf
@@ -264,18 +267,23 @@ OWN_PPO = {
     "pad",
 }  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
-    ("aihf.py", "aihf_ppo.py"): ("reward_batch_loss", "loop.sample_pairs", "loop.start_reward"),
+    ("aihf.py", "aihf_ppo.py"): (
+        "reward_batch_loss",
+        "loop.sample_pairs",
+        "loop.start_reward",
+        "weighted_rows",
+        "mixed_batches",
+    ),
     ("rft.py", "aihf_ppo.py"): (
         "collect",
         "sft_batch_loss",
-        "ActorCritic.forward",
         "loop.learn",
         "loop.start_reward",
         "loop.start_policy",
         "loop.policy_step",
         "loop.measure",
     ),  # fmt: skip
-    ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss", "ActorCritic.forward"),
+    ("rft.py", "irl_ppo_tldr.py"): ("reward_batch_loss",),
     ("rft.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss",),
     ("irl_ppo_tldr.py", "irl_dpo_ultrachat.py"): ("reward_batch_loss", "loop.start_reward"),
     ("aihf.py", "irl_dpo_ultrachat.py"): ("sft_batch_loss", "dpo_batch_loss", "policy_rates"),
@@ -312,6 +320,19 @@ def test_functions_of_the_same_name_in_two_scripts_are_the_same():
         assert all(first[name] == second[name] for name in names), scripts
 
 
+DIFFS = {  # two scripts -> lines that `diff` of them shows at most, of both
+    ("rft.py", "aihf_ppo.py"): 250,
+    ("rft.py", "irl_ppo_tldr.py"): 490,
+}
+
+
+@pytest.mark.parametrize("scripts", DIFFS, ids=" ".join)
+def test_a_diff_of_two_scripts_shows_the_method(scripts):
+    first, second = ((ROOT / script).read_text().splitlines() for script in scripts)
+    shown = [line for line in difflib.unified_diff(first, second, n=0) if line[0] in "+-"][2:]  # without the names
+    assert len(shown) <= DIFFS[scripts]
+
+
 def test_no_pickle_and_no_unsafe_load():
     for path in SOURCES:
         text = path.read_text()
@@ -346,6 +367,7 @@ def test_the_readme_is_short():
 COLLECT = """
 import json, sys
 import pytest
+import yaml
 class Marks:
     def pytest_collection_finish(self, session):
         found = {item.nodeid.partition("/")[2]: item.get_closest_marker("slow") is not None for item in session.items}
@@ -389,8 +411,30 @@ def test_make_test_has_a_whole_and_a_killed_run_of_every_script(slow):
 
 
 def test_make_test_leaves_out_few_tests_and_make_test_all_none(slow):
-    assert sum(slow.values()) < 0.15 * len(slow)
+    assert sum(slow.values()) < len(slow) / 5
     rules = (ROOT / "Makefile").read_text()
     quick, everything = (re.search(rf"^{name}: .*\n((?:\t.*\n)+)", rules, re.M)[1] for name in ("test", "test-all"))
     assert quick.replace(' -m "not slow"', "") == everything != quick
     assert "make test-all" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_project_file_names_every_script_package_and_list_of_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    setuptools = project["tool"]["setuptools"]
+    assert set(setuptools["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    assert set(setuptools["packages"]) == {"common", "extras", "tiny"}
+    dynamic = setuptools["dynamic"]
+    lists = [dynamic["dependencies"], *dynamic["optional-dependencies"].values()]
+    assert {name for entry in lists for name in entry["file"]} == {
+        f"requirements/{path.name}" for path in ROOT.glob("requirements/*.txt")
+    }
+
+
+def test_the_site_has_every_page():
+    def pages(entry) -> set[str]:
+        if isinstance(entry, str):
+            return {entry}
+        return set().union(*map(pages, entry.values() if isinstance(entry, dict) else entry))
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert pages(nav) == {path.name for path in ROOT.glob("docs/*.md")}

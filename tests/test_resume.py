@@ -182,7 +182,11 @@ def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(place):
     words += ["--save-steps", "100000"]
     deadline = time.time() + 120
     with start(words) as process:
-        while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 5):
+        while (
+            time.time() < deadline
+            and process.alive()
+            and not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 5)
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         done = process.wait(60)
@@ -190,7 +194,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(place):
     steps = len(metrics(out)) - 1
     assert [p.name for p in (out / "checkpoint").iterdir()] == [f"0000_{steps:08d}"]
     with start([sys.executable, "irft.py", "--resume", str(out)]) as process:
-        while time.time() < deadline and len(metrics(out)) < steps + 6:
+        while time.time() < deadline and process.alive() and len(metrics(out)) < steps + 6:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         done = process.wait(60)
@@ -218,6 +222,7 @@ def test_sigterm_in_any_phase_ends_the_run_soon_and_loses_nothing(runs, place, a
         ("rft.ppo_update", 1, "rft.collect"),
     ],
 )
+@pytest.mark.slow
 def test_sigterm_in_ppo_and_again_after_the_resume_changes_nothing(runs, place, at, n, after):
     """Around evaluations and the centring of the reward, whose rows must not be logged, nor made, twice."""
     out = place / f"term_{at}_{n}"

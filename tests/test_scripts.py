@@ -310,6 +310,7 @@ def paper_folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_papers_command_works_as_typed(paper_folder):
     words = [launcher("accelerate"), "launch", "irft.py", "--T", "5", "--model", "zephyr-7b-sft-full"]
     run(words, cwd=paper_folder, PYTHONPATH="")
@@ -326,6 +327,7 @@ def test_the_papers_command_works_as_typed(paper_folder):
     assert "<|user|>" in (out / "samples" / "0005.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_folder_and_hub_the_papers_command_says_so_in_one_line(tmp_path):
     (tmp_path / "irft.py").symlink_to(ROOT / "irft.py")
     words = [launcher("accelerate"), "launch", "irft.py", "--T", "5", "--model", "zephyr-7b-sft-full"]
@@ -340,6 +342,7 @@ def test_without_folder_and_hub_the_papers_command_says_so_in_one_line(tmp_path)
     assert direct.returncode == 2 and "Traceback" not in direct.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(place):
     flags = ["--T", "2", "--replay", "all", "--batch-size", "5", "--learning-rate", "1e-4"]  # uneven shares
     from safetensors.torch import load_file
@@ -360,6 +363,7 @@ def test_two_processes_give_the_weights_of_one(place):
         assert ids[0] == ids[1]
 
 
+@pytest.mark.slow
 def test_the_launch_that_would_train_one_process_is_refused(place):
     words = command("irft.py", place / "model", place / "data.jsonl", place / "refused")[1:]
     done = run([launcher("accelerate"), "launch", "--cpu", "--num_processes", "2", *words], check=False)

@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, tldr_rows, weights
+from helpers import ROOT, command, drive, jsonl, launch, make_data, make_model, run, slow_unless, tldr_rows, weights
 
 import tiny
 from common import UserError
@@ -108,7 +108,7 @@ CHAIN = [  # where Ctrl-C comes, in one run that is resumed each time; the call 
 ]
 
 
-@pytest.mark.parametrize("script", FLAGS)
+@pytest.mark.parametrize("script", slow_unless(lambda script: script == "sft.py", FLAGS))
 def test_ctrl_c_in_every_phase_is_one_line_and_costs_nothing(place, script):
     whole, out = place / f"whole_{script}", place / f"chain_{script}"
     again = [script, "--resume", str(out)]
@@ -158,7 +158,7 @@ def test_a_signal_that_the_shell_ignores_stays_ignored():
 
 
 def test_a_stop_that_something_holds_up_is_forced():
-    code = "import time\nfrom common import terminal\nterminal.PATIENCE = 0.2\ntry:\n    terminal.leave(2)\n"
+    code = "import time\nfrom extras import terminal\nterminal.PATIENCE = 0.2\ntry:\n    terminal.leave(2)\n"
     code += "except BaseException:\n    time.sleep(60)\n"
     started = time.time()
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130 and time.time() - started < 20
@@ -169,7 +169,7 @@ def test_a_signal_that_comes_again_is_the_same_one_for_ten_seconds(monkeypatch, 
     left = []
     monkeypatch.setattr(terminal, "leave", left.append)
     monkeypatch.setattr(terminal, "asked", 0)
-    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    monkeypatch.setattr(terminal, "hint", " continue with --resume x")
     run_ = types.SimpleNamespace(in_updates=True, stop_requested=0.0, stop_signal=0, is_main=True)
     run_._stop = types.MethodType(Run._stop, run_)
     Run._on_signal(run_, signal.SIGINT)
@@ -213,6 +213,7 @@ def test_ctrl_c_reaches_two_processes_and_rank_0_alone_speaks(place):
     ]
 
 
+@pytest.mark.slow
 def test_a_failing_rank_says_how_to_go_on_and_the_other_only_that_it_lost_it(place):
     out = place / "failing"
     scenario = {"argv": argv("sft.py", place, out), "at": "common.run.Run.step", "n": 2, "rank": 1, "signal": 0}
@@ -313,6 +314,7 @@ def test_metrics_hold_null_and_readers_read_it_as_nan(tmp_path):
 
 
 # ---- streams and disks ----
+@pytest.mark.slow
 def test_stdout_that_closes_or_is_full_costs_no_model(place):
     flags = ["--num-train-epochs", "1"]
     outs = [place / "to_head", place / "to_full", place / "to_nothing"]
@@ -350,7 +352,7 @@ def test_a_full_disk_while_the_model_is_saved_is_one_line_and_leaves_nothing_hal
 
 def test_any_file_that_a_full_disk_refuses_is_one_line(monkeypatch, capsys):
     """A row of metrics, say. Another error of the system keeps its traceback, with how to go on below it."""
-    monkeypatch.setattr(Run, "hint", " continue with --resume x")
+    monkeypatch.setattr(terminal, "hint", " continue with --resume x")
     monkeypatch.delenv("RANK", raising=False)
     full = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
     assert report_failure(full) == 2

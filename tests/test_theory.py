@@ -468,8 +468,9 @@ def irft_path(tmp_path, language, monkeypatch, setting):  # noqa: F811
             return {}
 
         monkeypatch.setattr(models, "load_tokenizer", lambda *a: tokenizer)
-        for name, value in (("load_demonstrations", rows), ("load_held_out", []), ("prepare_held_out", None)):
-            monkeypatch.setattr(irft.evals, name, lambda *a, value=value, **k: value)
+        monkeypatch.setattr(irft.demos, "load_demonstrations", lambda *a, **k: rows)
+        monkeypatch.setattr(irft.demos, "load_held_out", lambda *a, **k: [])
+        monkeypatch.setattr(irft.evals, "prepare_held_out", lambda *a, **k: None)
         monkeypatch.setattr(irft.evals, "evaluate", evaluate)
         monkeypatch.setattr(irft.evals, "print_table", lambda *a: None)
         irft.train(args)
