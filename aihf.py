@@ -46,7 +46,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records
+from extras import gold, preference_data, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -470,7 +470,7 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations, preferences = demos.load_both(args, tokenizer)
+    demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
         n, tokens = args.select_top_k or len(demonstrations), args.max_new_tokens
         size = args.rollout_batch_size * args.num_generations

@@ -43,7 +43,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import records
+from extras import preference_data, records
 
 
 # ---- the maths ----
@@ -169,7 +169,7 @@ def longest_sequence(row: dict) -> int:
 # ---- the loop: Eq. 10, or Eq. 11 with answers anew in every outer iteration ----
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
-    demonstrations, preferences = demos.load_both(args, tokenizer)
+    demonstrations, preferences = preference_data.load_both(args, tokenizer)
     n, m = args.select_top_k or len(demonstrations), len(preferences)
     K = count_updates(n, m, args)
     if args.dry_run:

@@ -45,7 +45,7 @@ from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, 
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records
+from extras import gold, preference_data, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -492,7 +492,7 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
         rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
-    demonstrations, preferences = demos.load_both(args, tokenizer)
+    demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
         n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
         steps, answers = count_steps(n, len(preferences), args), n if args.demo_weight else 0

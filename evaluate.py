@@ -117,11 +117,11 @@ def evaluate(args: Args) -> None:
 def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
     """evaluation.json, figure.png and the table on the console, from the values and the rows in evals/."""
     args, folder = run.args, run.dir / "evals"
-    stored = evals.read_columns(folder / "0000.parquet").items()
+    stored = statistics.read_columns(folder / "0000.parquet").items()
     columns = {
         f"eval/{name}": c for name, c in stored if name != "row" and not name.startswith("judge/")
     }  # has its interval
-    reward = evals.read_columns(folder / "reward_0000.parquet") if args.reward_model else {}
+    reward = statistics.read_columns(folder / "reward_0000.parquet") if args.reward_model else {}
     measures = {name: {"value": values[name], "low": None, "high": None} for name in METRICS if name in values}
     for name, column in (columns | (evals.reward_columns(reward) if reward else {})).items():
         measures[name]["low"], measures[name]["high"] = statistics.bootstrap_interval(column)
@@ -130,7 +130,9 @@ def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
     result = {"rows": len(held.rows), "measures": {name: without_nan(m) for name, m in measures.items()}}
     if reward:
         margins = reward["chosen"] - reward["rejected"]
-        bins = [dict(zip(("confidence", "accuracy", "pairs"), b, strict=True)) for b in evals.calibration(margins)[1]]
+        bins = [
+            dict(zip(("confidence", "accuracy", "pairs"), b, strict=True)) for b in statistics.calibration(margins)[1]
+        ]
         low, high = statistics.calibrated_range(margins)
         result["calibration"] = {"bins": bins, "if_calibrated": {"low": low, "high": high}}
     names = ("model", "ref_model", "reward_model", "gold_reward_model", "baseline", "judge_model", "judge_base_url")

@@ -50,7 +50,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records
+from extras import gold, preference_data, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -415,7 +415,7 @@ class IRL:
             row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
             self.bare_reward.center += center  # D1
-            row |= evals.evaluate_preferences(run, self.bare_reward, self.preferences, t)
+            row |= preference_data.evaluate_preferences(run, self.bare_reward, self.preferences, t)
             run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
@@ -547,7 +547,7 @@ def train(args: Args) -> None:
             f"in all {steps.first(args.T)} optimizer steps",
         )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations)
-    preferences = demos.load_eval_preferences(args, tokenizer)
+    preferences = preference_data.load_eval_preferences(args, tokenizer)
 
     run = Run(args, "irl_dpo_ultrachat", METRICS)
     if run.finished():
@@ -693,7 +693,7 @@ METRICS = {  # name -> meaning, unit, range
     "learning_rate": "of this update",
     **evals.EVAL_METRICS,
     **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
-    **evals.PREFERENCE_METRICS,
+    **preference_data.PREFERENCE_METRICS,
 }
 
 

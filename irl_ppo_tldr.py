@@ -46,7 +46,7 @@ from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIV
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, records
+from extras import gold, preference_data, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -384,7 +384,7 @@ class IRL:
         if run.position["step"] == end:
             row = self.normalise(t)
             row |= evals.evaluate_reward(run, self.bare_reward, self.held, t)
-            row |= evals.evaluate_preferences(run, self.bare_reward, self.preferences, t)
+            row |= preference_data.evaluate_preferences(run, self.bare_reward, self.preferences, t)
             run.log(row, step=end, outer_iteration=t)
 
     def normalise(self, t: int) -> dict[str, float]:
@@ -563,7 +563,7 @@ def train(args: Args) -> None:
         prompts = demos.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
     held_rows = demos.load_held_out(args, tokenizer, prompts, encode=encode_tldr)
     longer = dataclasses.replace(args, max_length=args.max_prompt_length + COMPARISON_TOKENS)
-    preferences = demos.load_eval_preferences(longer, tokenizer, encode_tldr)
+    preferences = preference_data.load_eval_preferences(longer, tokenizer, encode_tldr)
 
     run = Run(args, "irl_ppo_tldr", METRICS)
     if run.finished():
@@ -713,7 +713,7 @@ METRICS = {  # name -> meaning, unit, range
     "val/explained_variance": "1 - Var(return - value) / Var(return) over all steps; at most 1",
     **evals.EVAL_METRICS,
     **evals.REWARD_METRICS,
-    **evals.PREFERENCE_METRICS,
+    **preference_data.PREFERENCE_METRICS,
 }
 
 

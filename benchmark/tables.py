@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
-from common.evals import read_columns
 from common.store import read_metrics
-from extras.statistics import bootstrap_interval
+from extras.statistics import bootstrap_interval, read_columns
 
 Columns = dict[str, np.ndarray]  # measure -> (rows,)
 

@@ -47,46 +47,6 @@ def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
     return encoded
 
 
-def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
-    """(demonstrations, preferences) to train on; either may be empty, demonstrations where the settings have no use for them.
-
-    A source of both is shared out all the same: what the preferences are does not depend on the use of the rest.
-    """
-    from extras.sources import source_id
-
-    demonstrations, preferences = [], []
-    if args.needs_demonstrations() or source_id(args.preference_dataset) == source_id(args.dataset):
-        demonstrations = load_demonstrations(args, tokenizer)
-    if args.preference_dataset != "none":
-        preferences = load_preferences(args, tokenizer, demonstrations)
-    return demonstrations if args.needs_demonstrations() else [], preferences
-
-
-def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
-    """--max-preferences training rows of --preference-dataset, encoded: prompt_ids, chosen_ids, rejected_ids.
-
-    Where it is --dataset itself, no row serves as demonstration and as preference. Pairs whose responses have the same
-    tokens are dropped and counted; prompts shared with the demonstrations are counted.
-    """
-    from extras.sources import load_rows, source_id
-
-    flag, name = "--preference-dataset", args.preference_dataset
-    rows = load_rows(name, "train", "preferences", flag)
-    if source_id(name) == source_id(args.dataset):
-        taken = {d["row"] for d in demonstrations}
-        rows = [r for r in rows if r["row"] not in taken]
-        expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"
-        require(bool(rows), "preference_dataset", f"none of {name}", expected)
-    kept = [
-        {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
-        for r in draw(args, tokenizer, rows, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
-    ]
-    prompts = {d["prompt_text"] for d in demonstrations}
-    if shared := sum(p["prompt_text"] in prompts for p in kept):
-        warnings.warn(f"{flag}: found {shared} of {len(kept)} prompts among the demonstrations' too", stacklevel=2)
-    return kept
-
-
 def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", encode=encode) -> list[dict]:
     """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that cannot be had.
 
@@ -98,12 +58,7 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     from extras.records import say_known
     from extras.sources import load_rows
 
-    if args.baseline:
-        models.load_tokenizer(args, args.baseline, "--baseline")
-        models.load_model(args, args.baseline, "--baseline", only_check=True)
-        models.check_window(args, args.baseline, "--baseline")
-    if args.gold_reward_model:
-        gold.refuse_unusable(args)
+    gold.refuse_unusable(args)
     models.check_window(args)
     judge.refuse_unusable(args)
     if args.eval_dataset != "auto":
@@ -122,17 +77,6 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     return rows
 
 
-def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
-    """--eval-samples held-out pairs of --eval-preference-dataset, encoded: response_ids is the chosen one. Empty without it."""
-    from extras.sources import load_rows
-
-    flag, name = "--eval-preference-dataset", args.eval_preference_dataset
-    if name == "none":
-        return []
-    rows = load_rows(name, "all", "preferences", flag)
-    return draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
-
-
 def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
     """The --select-top-k demonstrations that the gold reward scores highest, in their old order; all without the flag.
 
@@ -144,15 +88,13 @@ def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
     k = run.args.select_top_k
     if not k:
         return demonstrations
-    path = run.dir / "generations" / "selected.parquet"
 
     def make() -> list[dict]:
         scores = gold.cached_gold_scores(run, demonstrations, [d["response_text"] for d in demonstrations])
         best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
-        mean, of_all = sum(scores[i] for i in best) / len(best), np.mean(scores)
-        run.say(
-            f"kept {len(best)} of {len(scores)} demonstrations, mean gold score {mean:.3f} against {of_all:.3f} of all"
-        )
+        mean = sum(scores[i] for i in best) / len(best)
+        found = f"mean gold score {mean:.3f} against {np.mean(scores):.3f} of all"
+        run.say(f"kept {len(best)} of {len(scores)} demonstrations, {found}")
         return [
             {
                 "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],
@@ -161,5 +103,5 @@ def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
             for i, d in ((i, demonstrations[i]) for i in best)
         ]  # fmt: skip
 
-    kept = {r["row"] for r in run.stored(path, make)}
+    kept = {row["row"] for row in run.stored(run.dir / "generations" / "selected.parquet", make)}
     return [d for d in demonstrations if d["row"] in kept]

@@ -13,7 +13,7 @@ from common.demos import EVAL_SEED
 from common.engine import evaluating
 from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
-from common.store import read_pairs, write_pairs
+from common.store import write_pairs
 
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
 JUDGE_METRICS = {  # with --judge-model, each pair asked in both orders
@@ -70,10 +70,6 @@ PPO_METRICS = {  # of an update of PPO
     "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
     "grad_norm": "before clipping",
     "learning_rate": "of this update",
-}
-PREFERENCE_METRICS = {  # of a learned reward model, with --eval-preference-dataset
-    "eval/reward/accuracy_preferences": "share of people's held-out pairs with r(chosen) > r(rejected), ties half (IRL Fig. 2a)",
-    "eval/reward/margin_preferences": "mean of r(chosen) - r(rejected) on these, reward units",
 }
 
 
@@ -132,11 +128,11 @@ def prepare_held_out(
     run, reference, generator: Generator, rows: list[dict], tokenizer, temperature: float = 1.0
 ) -> HeldOut:
     """Rejected responses, reference log-probs and gold rewards. `reference` is the model `generator` samples from."""
-    from extras.gold import gold_columns
-
     path = run.dir / "evals" / "reference.parquet"
 
     def make() -> list[dict]:
+        from extras.gold import gold_columns
+
         if run.is_main and any("eval/nll" in row for row in run.logged()):
             raise UserError(
                 f"--resume: found no {path}, expected what the first policy said of the held-out rows; this one has been trained"
@@ -153,12 +149,11 @@ def prepare_held_out(
                 finished = rollout.finished
             rejected = [r["rejected_ids"] if "rejected_ids" in r else samples[r["row"]] for r in rows]
             held = HeldOut(rows, rejected, {}, {})
+            columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
             with evaluating(reference):
                 for kind in KINDS:
                     scored = sequence_logprobs(run, reference, held.sequences(kind), advance=advance)
-                    held.ref[kind] = [total for total, _ in scored]
-        columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
-        columns |= {f"ref_{kind}": values for kind, values in held.ref.items()}
+                    columns[f"ref_{kind}"] = [total for total, _ in scored]
         if with_gold:
             base = [(texts[r["row"]], done) for r, done in zip(rows, finished, strict=True)]
             columns |= gold_columns(run, rows, base, temperature)
@@ -199,8 +194,8 @@ def evaluate(
     (None) there is no KL, without its log-probs in `held` no implicit reward. rollout: the policy's samples, where they have
     been drawn already. temperature: of these samples; unless it is 1 they say nothing of the policy's KL, which is left out.
     """
-    from extras import gold, judge
-    from extras.judge import judge_values
+    from extras.gold import gold_measures
+    from extras.judge import judge_measures
 
     rows, with_kl = held.rows, reference is not None and temperature == 1.0
     passes = len(KINDS) + (rollout is None) + with_kl
@@ -239,19 +234,10 @@ def evaluate(
     }
     if reward_model is not None:
         table["reward/samples"] = np.array(sequence_scores(run, reward_model, sequences))
-    if held.gold:
-        score = np.array(gold.GoldReward(run).score(rows, texts, rollout.finished))
-        table |= {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
-        for name, values in held.gold.items():
-            table[f"gold/win_rate_{name}"] = wins(score, np.array(values))
-    judged, columns = {}, table
-    if run.args.judge_model:
-        votes = judge.judge_samples(run, rows, texts, iteration)
-        judged = judge_values(votes)
-        named = {"win_rate_demonstrations": votes.mean(1), "shown_first": votes[:, 0], "shown_second": votes[:, 1]}
-        columns = table | {f"judge/{name}": values for name, values in named.items()}
+    table |= gold_measures(run, held, texts, rollout.finished)
+    judged, columns = judge_measures(run, rows, texts, iteration)
     if run.is_main:
-        save_evaluation(run.dir, iteration, rows, texts, columns)
+        save_evaluation(run.dir, iteration, rows, texts, table | columns)
     return {f"eval/{name}": float(values.mean()) for name, values in table.items()} | judged
 
 
@@ -268,6 +254,8 @@ def evaluate_reward(
 
     Scores of every row go to evals/reward_<iteration>.parquet.
     """
+    from extras.statistics import calibration
+
     sequences = {kind: held.sequences(kind) for kind in KINDS}
     if samples is not None and samples != held.rejected:
         sequences["samples"] = [(r["prompt_ids"], y) for r, y in zip(held.rows, samples, strict=True)]
@@ -284,26 +272,6 @@ def evaluate_reward(
     return {**values, "eval/reward/calibration_error": calibration(scores["chosen"] - scores["rejected"])[0]}
 
 
-def evaluate_preferences(run, reward_model, pairs: list[dict], iteration: int) -> dict[str, float]:
-    """PREFERENCE_METRICS of a reward model on load_eval_preferences' pairs -> {name: mean}; empty without pairs.
-
-    Scores of every pair go to evals/preferences_<iteration>.parquet.
-    """
-    if not pairs:
-        return {}
-    both = [(p["prompt_ids"], p[kind]) for kind in ("response_ids", "rejected_ids") for p in pairs]
-    with run.phase(f"reward {iteration} on preferences", len(both), outer_iteration=iteration) as advance:
-        chosen, rejected = np.array(sequence_scores(run, reward_model, both, advance)).reshape(2, -1)
-    if run.is_main:
-        rows = zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
-        columns = [{"row": p["row"], "chosen": c, "rejected": r} for p, c, r in rows]
-        write_pairs(run.dir / "evals" / f"preferences_{iteration:04d}.parquet", columns)
-    return {
-        "eval/reward/accuracy_preferences": float(wins(chosen, rejected).mean()),
-        "eval/reward/margin_preferences": float((chosen - rejected).mean()),
-    }
-
-
 def reward_columns(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """{name: (rows,)} of those REWARD_METRICS that are means over rows, from the scores of chosen, rejected, ... (rows,)."""
     columns = {
@@ -315,21 +283,6 @@ def reward_columns(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return columns | ({"eval/reward/samples": scores["samples"]} if "samples" in scores else {})
 
 
-def calibration(margins: np.ndarray, bins: int = 10) -> tuple[float, list[tuple[float, float, int]]]:
-    """(expected calibration error, [(confidence, accuracy, pairs)] of the bins that hold pairs) of pair margins (n,).
-
-    The model's confidence that the response it scores higher is the chosen one is sigmoid(|margin|), in [1/2, 1].
-    """
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    correct = wins(margins, np.zeros_like(margins))
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    table = [
-        (float(confidence[which == b].mean()), float(correct[which == b].mean()), int((which == b).sum()))
-        for b in set(which)
-    ]
-    return sum(abs(c - a) * n for c, a, n in table) / len(margins), sorted(table)
-
-
 def kl_estimates(policy: list[list[float]], ref: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
     """(k1, k3) of KL(pi || pi_ref) for each response sampled from pi, from its token log-probs; each (B,), nats.
 
@@ -337,12 +290,6 @@ def kl_estimates(policy: list[list[float]], ref: list[list[float]]) -> tuple[np.
     """
     logratio = [np.array(a) - np.array(b) for a, b in zip(policy, ref, strict=True)]
     return np.array([u.sum() for u in logratio]), np.array([(np.exp(-u) - 1 + u).sum() for u in logratio])
-
-
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """{column: (n,)} of the numbers, row ids among them, in a file of evals/."""
-    stored = read_pairs(path)
-    return {name: np.array([r[name] for r in stored]) for name in stored[0] if name != "sample"}
 
 
 def save_evaluation(folder: Path, iteration: int, rows, texts, table) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 
 from common import UserError
-from common.args import uses_bf16
 from common.data import collate
+from common.engine import uses_bf16
 from common.generation import Rollout
 from common.logprobs import language_model, response_logprobs
 from extras.memory import ran_out_of_memory

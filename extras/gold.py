@@ -7,14 +7,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from common import UserError, models
-from common.data import Frame, end_texts, read_frame, render_prompt, respond, tokenise, tokenise_prompts, without_end
+from common.data import Frame, render_prompt, respond, tokenise, tokenise_prompts
 from common.demos import EVAL_SEED
-from common.evals import sample_rows, sampled_texts
+from common.evals import sample_rows, sampled_texts, wins
 from common.generation import make_generator
 from common.rewards import load_scalar_model
 from extras import loading
 from extras.cache import cache_folder, cached
+from extras.templates import end_texts, read_frame, without_end
 
 # ---- a gold reward model: text in, since its tokenizer is its own ----
 FLAG = "--gold-reward-model"
@@ -22,7 +25,14 @@ BEAVER = ("BEGINNING OF CONVERSATION: ", "USER: {} ", "ASSISTANT:")  # the promp
 
 
 def refuse_unusable(args) -> None:
-    """UserError for a --gold-reward-model that could not score: no scalar head, weights missing or cut short, no tokenizer."""
+    """UserError for a --baseline or a --gold-reward-model that cannot be loaded: weights missing or cut short, no tokenizer,
+    no scalar head. Does nothing without these flags."""
+    if args.baseline:
+        models.load_tokenizer(args, args.baseline, "--baseline")
+        models.load_model(args, args.baseline, "--baseline", only_check=True)
+        models.check_window(args, args.baseline, "--baseline")
+    if not args.gold_reward_model:
+        return
     models.read_tokenizer(args.gold_reward_model, args.trust_remote_code, FLAG)
     load_scalar_model(args, args.gold_reward_model, FLAG, only_check=True)
 
@@ -139,6 +149,18 @@ def gold_columns(run, rows: list[dict], base: list[tuple[str, bool]] | None, tem
     return columns
 
 
+def gold_measures(run, held, texts: list[str], finished: list[bool]) -> dict[str, np.ndarray]:
+    """{name of a measure: (rows,)} of samples against the gold rewards in `held`; empty without --gold-reward-model.
+
+    finished: whether each sample ended in EOS.
+    """
+    if not held.gold:
+        return {}
+    score = np.array(GoldReward(run).score(held.rows, texts, finished))
+    columns = {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
+    return columns | {f"gold/win_rate_{name}": wins(score, np.array(values)) for name, values in held.gold.items()}
+
+
 def baseline_samples(run, rows: list[dict], temperature: float) -> list[tuple[str, bool]]:
     """One sample of --baseline for each row, (text, ended in EOS), through its own tokenizer and template."""
     with run.phase("baseline on held-out rows", len(rows), step=0) as advance:
@@ -210,7 +232,7 @@ def expert_rows(
     answers = cached(run, path, keys, work, "expert's answers", 1024)
     texts = [r["prompt_text"] for r in rows]
     written, finished = [a["text"] for a in answers], [a["finished"] for a in answers]
-    ids = respond(tokenizer, texts, written, finished, frame or read_frame(tokenizer))
+    ids = respond(tokenizer, texts, written, finished, frame)
     kept = [
         {**r, "response_text": a["text"], "response_ids": own[: longest(r)], "response_finished": a["finished"]}
         for r, a, own in zip(rows, answers, ids, strict=True)

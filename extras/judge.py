@@ -225,3 +225,12 @@ def judge_samples(run, rows: list[dict], samples: list[str], iteration: int) -> 
             if problem:
                 raise UserError(problem)
     return broadcast_object_list([np.concatenate(votes) if judge else None])[0]
+
+
+def judge_measures(run, rows: list[dict], samples: list[str], iteration: int) -> tuple[dict, dict[str, np.ndarray]]:
+    """(JUDGE_METRICS of samples against demonstrations, {column of the evaluation's file: (n,)}); both empty without a judge."""
+    if not run.args.judge_model:
+        return {}, {}
+    votes = judge_samples(run, rows, samples, iteration)
+    columns = {"win_rate_demonstrations": votes.mean(1), "shown_first": votes[:, 0], "shown_second": votes[:, 1]}
+    return judge_values(votes), {f"judge/{name}": values for name, values in columns.items()}

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import tiny
 from common import UserError
-from common.data import HALF, UnusableRow, is_messages, warn_left_out
+from common.data import UnusableRow
 from common.store import BrokenFile, read_pairs
+from extras.left_out import warn_left_out
 
 DATASETS = {  # short name -> (hub id, configuration, training split, held-out split); a local path of the name wins
     "ultrachat_200k": ("HuggingFaceH4/ultrachat_200k", None, "train_sft", "test_sft"),
@@ -17,6 +19,7 @@ DATASETS = {  # short name -> (hub id, configuration, training split, held-out s
     "tldr-preferences": ("vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144", None, "train", "validation"),
     "spin_iter0": ("UCLA-AGI/SPIN_iter0", None, "train", "test"),
 }
+HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: text cut in the middle of an emoji
 HELD_OUT_NAMES = ("test", "validation", "val", "eval")
 FORMATS = (
     "prompt/completion, prompt/response, messages, prompt/chosen/rejected, chosen/rejected (HH transcripts),"
@@ -89,7 +92,12 @@ def held_out(prompt) -> bool:
 
 
 def read_file(path: Path, flag: str) -> list:
-    """Raw rows of a .json (a list, or a list under one key), .jsonl or .parquet file."""
+    """Raw rows of a .json (a list, or a list under one key), .jsonl or .parquet file.
+
+    Not by `datasets`, which reads the hub and its own folders below: its JSON builder fills absent columns with null, turns
+    texts like 2024-01-01 into dates, and stops at a list among objects or half a surrogate pair without naming the line.
+    Parquet would be the same rows, 3 s of import later, with a lock file in the hub's cache.
+    """
     if path.suffix not in (".json", ".jsonl", ".parquet"):
         raise UserError(f"{flag}: found {path}, expected a .json, .jsonl or .parquet file")
     try:
@@ -217,7 +225,13 @@ def parse_row(raw, index: int, kind: str, where: str, turns: str = "last") -> di
         raise UnusableRow(f"{where}: found a {type(raw).__name__}, expected an object")
     for turn, (prompt, response, rejected) in enumerate(split_columns(raw, where, turns)):
         try:
-            rows[turn] = check_row(prompt, response, rejected, kind, where)
+            row = {"prompt": check_text(prompt, "prompt", where)}
+            row["chosen" if rejected is not None and kind == "preferences" else "response"] = check_text(
+                response, "response", where
+            )
+            if rejected is not None:
+                row["rejected"] = check_text(rejected, "rejected", where)
+            rows[turn] = row
         except UnusableRow as error:
             problems.append(error)
     if not rows:
@@ -227,16 +241,6 @@ def parse_row(raw, index: int, kind: str, where: str, turns: str = "last") -> di
             check_text(None, "rejected", where)
         raise UnusableRow(f"{where}: found columns {', '.join(raw)}, expected a preference: prompt/chosen/rejected")
     return rows
-
-
-def check_row(prompt, response, rejected, kind: str, where: str) -> dict:
-    """Prompt, response and rejected response (or None) -> a row. UnusableRow if one of them is not text."""
-    prompt = check_prompt(prompt, where)
-    response = check_response(response, "response", where)
-    if rejected is None:
-        return {"prompt": prompt, "response": response}
-    rejected = check_response(rejected, "rejected", where)
-    return {"prompt": prompt, "chosen" if kind == "preferences" else "response": response, "rejected": rejected}
 
 
 def split_columns(raw: dict, where: str, turns: str) -> list[tuple]:
@@ -299,6 +303,11 @@ def check_same(prompt: list[dict], other: list[dict], where: str) -> None:
         raise UnusableRow(f"{where}: found two responses to different prompts, expected the same prompt")
 
 
+def is_messages(value) -> bool:
+    """True for a list of messages {role, content}."""
+    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+
+
 def split_messages(messages, where: str, turns: str = "last") -> list[tuple[list[dict], str]]:
     """Messages -> [(those before an assistant turn, its text)] of the first assistant turn, the last one, or all."""
     if not is_messages(messages):
@@ -329,21 +338,17 @@ def split_transcript(text, where: str) -> tuple[list[dict], str]:
     return messages, response.strip()
 
 
-def check_prompt(prompt, where: str):
-    if isinstance(prompt, list):
-        if not prompt or not is_messages(prompt) or not all(isinstance(m["content"], str) for m in prompt):
+def check_text(value, name: str, where: str):
+    """A text, or a prompt's messages, without halves of surrogate pairs; of a response's messages the last answer.
+
+    name: prompt, response, rejected or another column. UnusableRow for what is empty or no text.
+    """
+    if isinstance(value, list) and name == "prompt":
+        if not value or not is_messages(value) or not all(isinstance(m["content"], str) for m in value):
             raise UnusableRow(f"{where}: found an empty or non-text prompt, expected messages with text")
-        return [{**m, "content": HALF.sub("\ufffd", m["content"])} for m in prompt]
-    return check_text(prompt, "prompt", where)
-
-
-def check_response(response, name: str, where: str) -> str:
-    if isinstance(response, list):
-        ((_, response),) = split_messages(response, where)
-    return check_text(response, name, where)
-
-
-def check_text(value, name: str, where: str) -> str:
+        return [{**m, "content": HALF.sub("\ufffd", m["content"])} for m in value]
+    if isinstance(value, list) and name in ("response", "rejected"):
+        ((_, value),) = split_messages(value, where)
     if not isinstance(value, str):
         raise UnusableRow(f"{where}: found {type(value).__name__} as {name}, expected text")
     if not value.strip():

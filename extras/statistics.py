@@ -1,8 +1,32 @@
-"""Intervals of measurements."""
+"""Stored measurements, their calibration, and their intervals."""
+
+from pathlib import Path
 
 import numpy as np
 
-from common.evals import calibration
+from common.evals import wins
+from common.store import read_pairs
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """{column: (n,)} of the numbers, row ids among them, in a file of evals/."""
+    stored = read_pairs(path)
+    return {name: np.array([r[name] for r in stored]) for name in stored[0] if name != "sample"}
+
+
+def calibration(margins: np.ndarray, bins: int = 10) -> tuple[float, list[tuple[float, float, int]]]:
+    """(expected calibration error, [(confidence, accuracy, pairs)] of the bins that hold pairs) of pair margins (n,).
+
+    The model's confidence that the response it scores higher is the chosen one is sigmoid(|margin|), in [1/2, 1].
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    correct = wins(margins, np.zeros_like(margins))
+    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    table = [
+        (float(confidence[which == b].mean()), float(correct[which == b].mean()), int((which == b).sum()))
+        for b in set(which)
+    ]
+    return sum(abs(c - a) * n for c, a, n in table) / len(margins), sorted(table)
 
 
 def calibrated_range(margins: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """Tokenizers: one line for each that does not fit its model, and a PAD token for readers of a saved reward model."""
 
 from common import UserError
-from common.data import check_template, end_of_turn
+from common.data import end_of_turn
 from common.models import text_config
+from extras.templates import check_template
 
 
 def refuse_unreadable(tokenizer, ids: list[int], owner: str) -> None:

@@ -31,6 +31,7 @@ import aihf_ppo
 from common import UserError, demos, evals
 from common.store import read_pairs
 from common.streams import learning_rate_at
+from extras import preference_data
 from extras.sources import load_rows
 
 SCRIPTS = {"aihf.py": aihf, "aihf_ppo.py": aihf_ppo}
@@ -69,7 +70,7 @@ def load(place, tokenizer=None, **given) -> tuple[list[dict], list[dict]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         demonstrations = demos.load_demonstrations(args, tokenizer)
-    return demonstrations, demos.load_preferences(args, tokenizer, demonstrations)
+    return demonstrations, preference_data.load_preferences(args, tokenizer, demonstrations)
 
 
 def pairs(n: int, chosen="yes {i}", rejected="no") -> list[dict]:

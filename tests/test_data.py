@@ -18,7 +18,7 @@ from common import UserError, data, demos, models, store
 from common.data import collate, encode, render_prompt
 from common.store import read_pairs, write_pairs
 from common.streams import data_order
-from extras import sources
+from extras import preference_data, sources
 from extras.sources import load_rows
 from tiny import make
 
@@ -1128,14 +1128,14 @@ def test_rows_are_drawn_until_enough_are_kept(tmp_path):
 def test_preferences_are_drawn_until_enough_differ(tmp_path):
     args, tokenizer = drawing(tmp_path), make_tokenizer()
     with pytest.warns(UserWarning) as caught:
-        pairs = demos.load_preferences(args, tokenizer, [])
+        pairs = preference_data.load_preferences(args, tokenizer, [])
     assert len(pairs) == 30 and all(p["row"] % 3 and p["row"] % 5 != 1 for p in pairs)
     assert all(p["chosen_ids"] != p["rejected_ids"] for p in pairs)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2 and "longer than" in messages[0] and "pairs with chosen equal to rejected" in messages[1]
     args.eval_preference_dataset = args.preference_dataset
     with pytest.warns(UserWarning, match="longer than"):
-        assert len(demos.load_eval_preferences(args, tokenizer)) == 20
+        assert len(preference_data.load_eval_preferences(args, tokenizer)) == 20
 
 
 def test_a_source_that_gives_fewer_rows_than_asked_for_says_so(tmp_path):

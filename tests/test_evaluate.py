@@ -117,7 +117,7 @@ def test_the_json_agrees_with_the_rows(full):
         assert measures[name]["low"] <= measures[name]["value"] <= measures[name]["high"]
     assert measures["eval/reward/accuracy"]["value"] == half_ties(chosen, rejected)
     assert measures["eval/reward/accuracy_shuffled"]["value"] == half_ties(chosen, shuffled)
-    assert measures["eval/reward/calibration_error"]["value"] == evals.calibration(chosen - rejected)[0]
+    assert measures["eval/reward/calibration_error"]["value"] == statistics.calibration(chosen - rejected)[0]
     assert sum(b["pairs"] for b in result["calibration"]["bins"]) == N
     gold = column(rows, "gold/score")
     for name in ("base", "baseline", "demonstrations"):
@@ -378,16 +378,16 @@ def test_calibration_of_known_margins():
     rng = np.random.default_rng(0)
     size = rng.exponential(2.0, 40_000)
     right = rng.random(len(size)) < 1 / (1 + np.exp(-size))
-    error, table = evals.calibration(np.where(right, size, -size))
+    error, table = statistics.calibration(np.where(right, size, -size))
     assert error < 0.01 and len(table) == 10 and sum(n for *_, n in table) == len(size)
     assert all(abs(confidence - accuracy) < 0.04 for confidence, accuracy, _ in table)
-    assert evals.calibration(np.where(right, size, -size) * 3)[0] > 0.05  # overconfident
-    error, table = evals.calibration(np.full(50, -12.0))  # always wrong and sure of it
+    assert statistics.calibration(np.where(right, size, -size) * 3)[0] > 0.05  # overconfident
+    error, table = statistics.calibration(np.full(50, -12.0))  # always wrong and sure of it
     assert error == pytest.approx(1, abs=1e-4) and [(a, n) for _, a, n in table] == [(0.0, 50)]
-    assert evals.calibration(np.zeros(7)) == (0.0, [(0.5, 0.5, 7)])  # ties: no claim, no error
+    assert statistics.calibration(np.zeros(7)) == (0.0, [(0.5, 0.5, 7)])  # ties: no claim, no error
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
     margins = logit(0.72) * np.array([1, 1, 1, -1]), logit(0.93) * np.array([1, -1])
-    error, table = evals.calibration(np.concatenate(margins))
+    error, table = statistics.calibration(np.concatenate(margins))
     assert table == [(pytest.approx(0.72), 0.75, 4), (pytest.approx(0.93), 0.5, 2)]
     assert error == pytest.approx((0.03 * 4 + 0.43 * 2) / 6)
 
@@ -397,10 +397,11 @@ def test_the_range_of_a_calibrated_reward_holds_95_of_100_calibrated_rewards():
     size = rng.exponential(1.5, 150)
     low, high = statistics.calibrated_range(size, draws=1000)
     drawn = [
-        evals.calibration(np.where(rng.random(len(size)) < 1 / (1 + np.exp(-size)), size, -size))[0] for _ in range(400)
+        statistics.calibration(np.where(rng.random(len(size)) < 1 / (1 + np.exp(-size)), size, -size))[0]
+        for _ in range(400)
     ]
     assert 0 < low < high and 0.91 < np.mean([low <= d <= high for d in drawn]) < 0.99
-    assert evals.calibration(-size)[0] > high
+    assert statistics.calibration(-size)[0] > high
 
 
 def test_bootstrap_intervals_have_the_width_of_the_standard_error():

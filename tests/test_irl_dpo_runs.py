@@ -339,7 +339,7 @@ POINTS = [  # (function, n-th call): one or more in every phase
     ("common.run.write_pairs", 2),  # answers sampled, not yet on disk
     ("common.run.Run.step", 8),  # reward step: 6 to 10
     ("common.evals.evaluate_reward", 1),
-    ("common.evals.evaluate_preferences", 1),
+    ("extras.preference_data.evaluate_preferences", 1),
     ("common.run.write_pairs", 3),  # candidates scored, not yet on disk
     ("irl_dpo_ultrachat.choose_pairs", 2),  # candidates on disk, no step taken
     ("common.run.Run.step", 12),  # inside a policy update

@@ -317,7 +317,7 @@ POINTS = [  # (function, n-th call): in every phase of both iterations
     ("common.run.write_pairs", 1),
     ("common.run.Run.step", 7),  # reward step: 6 to 10
     ("irl_ppo_tldr.IRL.normalise", 1),
-    ("common.evals.evaluate_preferences", 1),
+    ("extras.preference_data.evaluate_preferences", 1),
     ("common.evals.evaluate", 1),
     ("irl_ppo_tldr.collect", 2),
     ("common.run.Run.step", 13),  # inside a PPO update

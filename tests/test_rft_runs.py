@@ -103,7 +103,7 @@ def test_demonstrations_average_zero_on_held_out_data(finished, place):
     """As docs/rft.md says to score: plain transformers on the texts of the held-out rows, minus reward_center."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from common.data import read_frame, render_prompt, respond, tokenise_prompts
+    from common.data import render_prompt, respond, tokenise_prompts
     from extras.sources import load_rows
 
     folder = finished / "reward"
@@ -116,7 +116,7 @@ def test_demonstrations_average_zero_on_held_out_data(finished, place):
     scores = []
     for prompt, response in (texts[r["row"]] for r in stored):
         ids = tokenise_prompts(tokenizer, [prompt])[0]
-        ids += respond(tokenizer, [prompt], [response], [True], read_frame(tokenizer))[0]
+        ids += respond(tokenizer, [prompt], [response], [True])[0]
         scores.append(model(input_ids=torch.tensor([ids])).logits[0, 0].item() - model.config.reward_center)
     first, center = (r["eval/reward/center"] for r in metrics(finished) if "eval/reward/center" in r)
     assert model.config.reward_center == pytest.approx(center)

@@ -356,7 +356,7 @@ def exact_loop(tmp_path, language, monkeypatch, setting):  # noqa: F811
         monkeypatch.setattr(Run, "log", lambda *a, **k: None)
         monkeypatch.setattr(script.evals, "prepare_held_out", lambda *a, **k: None)
         monkeypatch.setattr(script.evals, "evaluate_reward", lambda *a, **k: {"eval/reward/demonstrations": 0.0})
-        monkeypatch.setattr(script.evals, "evaluate_preferences", lambda *a, **k: {})
+        monkeypatch.setattr(script.preference_data, "evaluate_preferences", lambda *a, **k: {})
         monkeypatch.setattr(learner, "normalise", lambda t: {}, raising=False)
         monkeypatch.setattr(learner, "sample_pairs", lambda t: [{"iteration": t}])
         monkeypatch.setattr(Run, "save_checkpoint", lambda *_: None)

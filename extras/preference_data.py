@@ -1,0 +1,82 @@
+"""People's preferences: pairs to train on beside demonstrations, and held-out pairs to measure a reward model on."""
+
+import warnings
+
+import numpy as np
+
+from common.args import require
+from common.data import encode
+from common.demos import EVAL_SEED, draw, load_demonstrations
+from common.evals import sequence_scores, wins
+from common.store import write_pairs
+from extras.sources import load_rows, source_id
+
+PREFERENCE_METRICS = {  # of a learned reward model, with --eval-preference-dataset
+    "eval/reward/accuracy_preferences": "share of people's held-out pairs with r(chosen) > r(rejected), ties half (IRL Fig. 2a)",
+    "eval/reward/margin_preferences": "mean of r(chosen) - r(rejected) on these, reward units",
+}
+
+
+def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
+    """(demonstrations, preferences) to train on; either may be empty, demonstrations where the settings have no use for them.
+
+    A source of both is shared out all the same: what the preferences are does not depend on the use of the rest.
+    """
+    demonstrations, preferences = [], []
+    if args.needs_demonstrations() or source_id(args.preference_dataset) == source_id(args.dataset):
+        demonstrations = load_demonstrations(args, tokenizer)
+    if args.preference_dataset != "none":
+        preferences = load_preferences(args, tokenizer, demonstrations)
+    return demonstrations if args.needs_demonstrations() else [], preferences
+
+
+def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
+    """--max-preferences training rows of --preference-dataset, encoded: prompt_ids, chosen_ids, rejected_ids.
+
+    Where it is --dataset itself, no row serves as demonstration and as preference. Pairs whose responses have the same
+    tokens are dropped and counted; prompts shared with the demonstrations are counted.
+    """
+    flag, name = "--preference-dataset", args.preference_dataset
+    rows = load_rows(name, "train", "preferences", flag)
+    if source_id(name) == source_id(args.dataset):
+        taken = {d["row"] for d in demonstrations}
+        rows = [r for r in rows if r["row"] not in taken]
+        expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"
+        require(bool(rows), "preference_dataset", f"none of {name}", expected)
+    kept = [
+        {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
+        for r in draw(args, tokenizer, rows, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
+    ]
+    prompts = {d["prompt_text"] for d in demonstrations}
+    if shared := sum(p["prompt_text"] in prompts for p in kept):
+        warnings.warn(f"{flag}: found {shared} of {len(kept)} prompts among the demonstrations' too", stacklevel=2)
+    return kept
+
+
+def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
+    """--eval-samples held-out pairs of --eval-preference-dataset, encoded: response_ids is the chosen one. Empty without it."""
+    flag, name = "--eval-preference-dataset", args.eval_preference_dataset
+    if name == "none":
+        return []
+    rows = load_rows(name, "all", "preferences", flag)
+    return draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
+
+
+def evaluate_preferences(run, reward_model, pairs: list[dict], iteration: int) -> dict[str, float]:
+    """PREFERENCE_METRICS of a reward model on load_eval_preferences' pairs -> {name: mean}; empty without pairs.
+
+    Scores of every pair go to evals/preferences_<iteration>.parquet.
+    """
+    if not pairs:
+        return {}
+    both = [(p["prompt_ids"], p[kind]) for kind in ("response_ids", "rejected_ids") for p in pairs]
+    with run.phase(f"reward {iteration} on preferences", len(both), outer_iteration=iteration) as advance:
+        chosen, rejected = np.array(sequence_scores(run, reward_model, both, advance)).reshape(2, -1)
+    if run.is_main:
+        rows = zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
+        columns = [{"row": p["row"], "chosen": c, "rejected": r} for p, c, r in rows]
+        write_pairs(run.dir / "evals" / f"preferences_{iteration:04d}.parquet", columns)
+    return {
+        "eval/reward/accuracy_preferences": float(wins(chosen, rejected).mean()),
+        "eval/reward/margin_preferences": float((chosen - rejected).mean()),
+    }
