@@ -212,12 +212,12 @@ class Run:
             terminal.tell(f"{signal.Signals(number).name}: stopped{terminal.hint and f';{terminal.hint}'}", 1)
         terminal.leave(number)
 
-    def stop_if_asked(self, position: dict | None = None) -> None:
+    def stop_if_asked(self) -> None:
         """After a signal on any rank: write a checkpoint and exit on all ranks, with status 128 + its number."""
         asked = torch.tensor([float(self.stop_signal == n) for n in terminal.SIGNALS], device=self.accelerator.device)
         asked = self.accelerator.reduce(asked).tolist()
         if any(asked):
-            self.save_checkpoint(position)
+            self.save_checkpoint()
             self._stop(next(n for n, found in zip(terminal.SIGNALS, asked, strict=True) if found))
 
     def finished(self) -> bool:
@@ -516,7 +516,7 @@ class Run:
         found = sorted(p for p in (self.dir / "checkpoint").iterdir() if not p.name.startswith("."))
         return found[-1] if found else None
 
-    def save_checkpoint(self, position: dict | None = None) -> None:
+    def save_checkpoint(self) -> None:
         """Models, optimizers, RNG and position under checkpoint/<iteration>_<step>; the two newest are kept.
 
         With LoRA, of a frozen base only what is no longer as it was loaded: of --model itself, nothing.
@@ -524,7 +524,7 @@ class Run:
         Everything is written to a temporary folder, listed with its SHA-256, synced, then renamed: a reader sees a whole
         checkpoint or none. A failed write leaves the earlier ones as they were and raises UserError.
         """
-        folder, position = self.dir / "checkpoint", position or self.position
+        folder, position = self.dir / "checkpoint", self.position
         if self.saved == str(position):
             return
         self.refuse_diverged()
