@@ -27,8 +27,9 @@ from typing import Annotated
 import numpy as np
 
 from common import demos, evals, models, rewards
-from common.args import NOT_NEGATIVE, POSITIVE, BaseArgs, main, parse_args
+from common.args import BaseArgs, main, parse_args
 from common.generation import Rollout, make_generator
+from common.ranges import NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.store import without_nan, write_json, write_pairs
 from extras import statistics

@@ -34,11 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, demos, evals, models
-from common.args import AT_LEAST_1, POSITIVE, Auto, RunArgs, main, parse_args, require
+from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pair_length, pair_rows
 from common.engine import evaluating
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
+from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.store import read_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer

@@ -29,10 +29,11 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from common import demos, evals, models
-from common.args import AT_LEAST_1, POSITIVE, RunArgs, main, parse_args
+from common.args import RunArgs, main, parse_args
 from common.data import collate, row_length
 from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
+from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.streams import learning_rate_at, make_optimizer
 from extras import records

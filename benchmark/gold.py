@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rft  # noqa: E402
 from benchmark.families import family_names, in_first_half  # noqa: E402
 from common import evals, models, rewards
-from common.args import NOT_NEGATIVE, POSITIVE, Auto, BaseArgs, main, parse_args
+from common.args import Auto, BaseArgs, main, parse_args
 from common.data import encode
 from common.generation import make_generator
+from common.ranges import NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer
 from extras import records, tokenizers

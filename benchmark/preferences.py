@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmark.families import family_names, in_first_half  # noqa: E402
 from common import evals, models
-from common.args import POSITIVE, BaseArgs, main, parse_args
+from common.args import BaseArgs, main, parse_args
 from common.data import encode, plain_prompt
 from common.generation import make_generator
+from common.ranges import POSITIVE
 from common.run import Run
 from extras.gold import GoldReward
 from extras.sources import load_rows

@@ -13,18 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 from common import UserError
-from common.ranges import (  # noqa: F401
-    ANY_NUMBER,
-    AT_LEAST_1,
-    AT_LEAST_2,
-    BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    UP_TO_1,
-    ZERO_TO_1,
-    Range,
-)  # fmt: skip
+from common.ranges import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from extras import terminal
 
 if TYPE_CHECKING:

@@ -36,12 +36,13 @@ def on_any_rank(run, *happened: bool) -> list[bool]:
 
 
 # ---- checkpoints ----
-def save_checkpoint(run, position: dict) -> None:
+def save_checkpoint(run) -> None:
     """Models, optimizers, RNG and position under checkpoint/<iteration>_<step>; the two newest are kept.
 
     With LoRA, the part of a frozen base that is still as it was loaded is left out: nothing of --model itself is written.
     A failed write leaves the earlier checkpoints as they were and raises UserError on all ranks.
     """
+    position = run.position
     if run.saved == str(position):
         return
     refuse_diverged(run)

@@ -122,12 +122,12 @@ class Run:
             terminal.tell(f"{signal.Signals(number).name}: stopped{terminal.hint and f';{terminal.hint}'}", 1)
         terminal.leave(number)
 
-    def stop_if_asked(self, position: dict | None = None) -> None:
+    def stop_if_asked(self) -> None:
         """After a signal on any rank: write a checkpoint and exit on all ranks, with status 128 + its number."""
         asked = torch.tensor([float(self.stop_signal == n) for n in terminal.SIGNALS], device=self.accelerator.device)
         asked = self.accelerator.reduce(asked).tolist()
         if any(asked):
-            self.save_checkpoint(position)
+            self.save_checkpoint()
             self._stop(next(n for n, found in zip(terminal.SIGNALS, asked, strict=True) if found))
 
     def finished(self) -> bool:
@@ -367,9 +367,9 @@ class Run:
         return row
 
     # ---- checkpoints and saved models ----
-    def save_checkpoint(self, position: dict | None = None) -> None:
+    def save_checkpoint(self) -> None:
         """Write a checkpoint of the position, unless the last one is of it (checkpoint.save_checkpoint)."""
-        checkpoint.save_checkpoint(self, position or self.position)
+        checkpoint.save_checkpoint(self)
 
     def load_checkpoint(self) -> dict | None:
         """Go on from the newest whole checkpoint with --resume. Returns its position, or None (extras/resume.py)."""
