@@ -383,6 +383,10 @@ class Run:
         """Save a model, or the part of it at an attribute path, to the folder `name` (checkpoint.save_model)."""
         return checkpoint.save_model(self, model, tokenizer, card, name, part)
 
+    def rename(self, name: str, new: str) -> Path:
+        """Give a model that save_final has written another name (checkpoint.rename_model)."""
+        return checkpoint.rename_model(self, name, new)
+
     def model_card(self, method: str, paper: str, note: str = "", base: str = "", measure: str = "eval/nll") -> str:
         """Text of the README.md of a saved model (extras/card.py)."""
         from extras.card import model_card
