@@ -41,9 +41,7 @@ def judge_values(votes: np.ndarray) -> dict[str, float]:
 
 OPENAI = "https://api.openai.com/v1"
 TIMEOUT = 60.0  # seconds without a byte from the server
-RETRIES = (
-    6  # new attempts at a request that failed (no connection, time-out, 408, 409, 429, 5xx), after 0.5, 1, 2, ... 8 s
-)
+RETRIES = 6  # of a failed request (no connection, time-out, 408, 409, 429, 5xx), after 0.5, 1, 2, ... 8 s
 WORKERS = 8  # requests at a time
 BLOCK = 16  # pairs between two signs of life to the other processes: NCCL's patience is ten minutes
 MAX_TOKENS = 512  # in a reply
