@@ -13,9 +13,9 @@ EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compa
 
 
 def draw(args, tokenizer, rows: list[dict], n: int, *key: int, encode=encode, **how) -> list[dict]:
-    """n of the rows that can be used, all if n is 0, encoded, in their old order; which ones is a function of the key.
+    """Draw n of the rows that can be used (all if n is 0) and encode them. The key decides which; their order stays.
 
-    Rows are drawn until n are kept: what the window leaves out does not make them fewer. how: more of encode's arguments.
+    Rows are drawn until n are kept, so prompts that are too long do not make them fewer. how: more arguments of encode.
     """
     drawn = [rows[i] for i in data_order(len(rows), *key)] if n else rows
     encoded = encode(drawn, tokenizer, args.max_length, args.max_prompt_length, limit=n, **how)
@@ -28,9 +28,9 @@ def longest_response(args) -> int:
 
 
 def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
-    """--max-samples training rows of --dataset, encoded; which ones depends on the seed, their order does not matter.
+    """Load and encode --max-samples training rows of --dataset. The seed decides which.
 
-    encode: what turns rows into tokens, data.encode or a script's own of the same arguments.
+    encode: turns rows into tokens; data.encode, or a function of a script with the same arguments.
     """
     from extras.sources import load_rows
 
@@ -48,11 +48,12 @@ def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
 
 
 def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", encode=encode) -> list[dict]:
-    """--eval-samples held-out rows, encoded; the same ones for every seed. Refuses models to judge by that cannot be had.
+    """Load and encode --eval-samples held-out rows, the same ones for every seed. UserError for a judge, gold or baseline model
+    that cannot be used.
 
     training: rows that are trained on; held-out prompts that are among theirs are counted.
-    preferences: the source to take held-out preferences from where --eval-dataset is auto; their chosen responses stand
-    as demonstrations beside their rejected ones. encode: as in load_demonstrations.
+    preferences: the source of held-out preferences if --eval-dataset is auto; their chosen responses serve as
+    demonstrations beside the rejected ones. encode: as in load_demonstrations.
     """
     from extras import gold, judge
     from extras.records import say_known

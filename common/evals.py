@@ -43,7 +43,7 @@ EVAL_METRICS = {  # name -> meaning, unit, range
     "eval/gold/win_rate_demonstrations": "the same against the demonstration",
     **JUDGE_METRICS,
 }
-REWARD_METRICS = {  # of a learned reward model, on the same rows
+REWARD_METRICS = {  # a learned reward model on the same rows
     "eval/reward/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; 0.5 is chance",
     "eval/reward/accuracy_shuffled": "the same with another row's demonstration as rejected",
     "eval/reward/margin": "mean of r(chosen) - r(rejected), reward units",
@@ -51,7 +51,7 @@ REWARD_METRICS = {  # of a learned reward model, on the same rows
     "eval/reward/demonstrations": "mean reward of the demonstrations; 0 once centred",
     "eval/reward/samples": "mean reward of the policy's samples",
 }
-PPO_METRICS = {  # of an update of PPO
+PPO_METRICS = {  # an update of PPO
     "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
     "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
     "objective/non_score_reward": "-beta objective/kl",
@@ -75,7 +75,7 @@ PPO_METRICS = {  # of an update of PPO
 
 @dataclass
 class HeldOut:
-    """Held-out rows with what the reference policy, and the gold reward, say about them; made once, before training.
+    """Held-out rows with their scores by the reference policy and the gold reward. Made once, before training.
 
     rejected: the row's own rejected response where the data set has one, else a sample of the reference policy.
     shuffled: the demonstration of the next row.
@@ -188,11 +188,11 @@ def evaluate(
     rollout: Rollout | None = None,
     temperature: float = 1.0,
 ) -> dict[str, float]:
-    """All of EVAL_METRICS for the policy -> {name: mean}. `reference` is a context that yields the reference policy.
+    """Measure all EVAL_METRICS of the policy -> {name: mean}. `reference` is a context that yields the reference policy.
 
     With a reward model also eval/reward/samples. `iteration` names the files of this evaluation. Without a reference
-    (None) there is no KL, without its log-probs in `held` no implicit reward. rollout: the policy's samples, where they have
-    been drawn already. temperature: of these samples; unless it is 1 they say nothing of the policy's KL, which is left out.
+    (None) there is no KL; without its log-probs in `held` there is no implicit reward. rollout: the policy's samples, if they
+    are drawn already. temperature: the one they are drawn at; unless it is 1 they do not estimate the KL, which is left out.
     """
     from extras.gold import gold_measures
     from extras.judge import judge_measures
@@ -340,7 +340,7 @@ GOLD_TABLE = {
 
 
 def print_table(run, start: str, method: str) -> None:
-    """Every evaluation of the run, one line each, on the console: the policy it started from, then the method's."""
+    """Print one line for each evaluation of the run: the policy it started from, then the method's policies."""
     if not run.is_main:
         return
     from rich.console import Console

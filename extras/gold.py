@@ -117,7 +117,7 @@ def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int =
 
 
 def cache_file(kind: str, model: str, *settings) -> Path:
-    """Where results of a model under these settings are kept; other weights have another file."""
+    """Return the file that keeps a model's results under these settings. Other weights have another file."""
     name = loading.resolve_model(model)
     identity = json.dumps([kind, name, weights_identity(Path(name)), *settings])
     return cache_folder() / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.parquet"

@@ -41,10 +41,10 @@ def judge_values(votes: np.ndarray) -> dict[str, float]:
 
 OPENAI = "https://api.openai.com/v1"
 TIMEOUT = 60.0  # seconds without a byte from the server
-RETRIES = 6  # of a request that failed (no connection, time-out, 408, 409, 429, 5xx), after 0.5, 1, 2, ... 8 s
+RETRIES = 6  # of a failed request (no connection, time-out, 408, 409, 429, 5xx), after 0.5, 1, 2, ... 8 s
 WORKERS = 8  # requests at a time
 BLOCK = 16  # pairs between two signs of life to the other processes: NCCL's patience is ten minutes
-MAX_TOKENS = 512  # of a reply
+MAX_TOKENS = 512  # in a reply
 VERDICT = """
 First write one sentence that compares the two. Then write a last line, with nothing after it, that is exactly one of these:
 Preferred: A
@@ -150,7 +150,11 @@ class Judge:
         return {"model": self.model, "messages": [message], "temperature": 0.0, "max_tokens": MAX_TOKENS}
 
     def store(self, key: str, request: dict) -> None:
-        """Ask, and append the reply to the cache: a line in one write, so that runs may share the file."""
+        """Ask, and append the reply to the cache, one line in one write.
+
+        The file is not that of Run.cached, which writes whole blocks: each reply costs money, so a crash must lose none, and
+        several runs may append to it at a time.
+        """
         line = json.dumps({"key": key, "request": request, "reply": (reply := self.ask(request))}) + "\n"
         with self.lock, open(self.cache, "ab", buffering=0) as f:
             f.write(line.encode())

@@ -16,7 +16,7 @@ def warn_left_out(unusable: list[str], total: int, kept: int) -> None:
 
 
 class LeftOut:
-    """What `data.encode` leaves out, cuts, or takes as it is. flag: the source that the warnings name."""
+    """Counts the rows that `data.encode` leaves out, cuts, or takes as they are. flag: the source that the warnings name."""
 
     def __init__(self, flag: str):
         self.flag = flag

@@ -11,7 +11,7 @@ from common.evals import sequence_scores, wins
 from common.store import write_pairs
 from extras.sources import load_rows, source_id
 
-PREFERENCE_METRICS = {  # of a learned reward model, with --eval-preference-dataset
+PREFERENCE_METRICS = {  # a learned reward model, with --eval-preference-dataset
     "eval/reward/accuracy_preferences": "share of people's held-out pairs with r(chosen) > r(rejected), ties half (IRL Fig. 2a)",
     "eval/reward/margin_preferences": "mean of r(chosen) - r(rejected) on these, reward units",
 }

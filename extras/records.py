@@ -12,11 +12,11 @@ from common.store import read_pairs, write_pairs
 from extras.sources import load_rows
 
 # ---- what models in run folders were trained on before ----
-TRAINED = "trained_prompts.parquet"  # of a run: prompt_keys of the rows it trains on, column key
+TRAINED = "trained_prompts.parquet"  # in a run's folder: prompt_keys of the rows it trains on, column key
 
 
 def prompt_keys(row: dict) -> set[int]:
-    """Two numbers of 64 bits by which a row's prompt is known again: of its own text, and of what the model sees of it.
+    """Return two numbers of 64 bits that identify a row's prompt: one for its text, one for the text that the model sees.
 
     Letter case and white space do not count. The first is the same under every template, the second for every longer
     prompt that was cut to the same text.

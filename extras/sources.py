@@ -53,7 +53,7 @@ def load_rows(
     if not raw:
         raise UserError(f"{flag}: found no rows in {name}, expected at least one")
     turns = default_turns(name) if turns == "auto" else turns
-    sources, unusable = [], []  # of every row of the source the rows it gives
+    sources, unusable = [], []  # sources: the rows that each row of the source gives
     for i, r in enumerate(raw):
         try:
             own = parse_row(r, i, kind, f"{flag} {name}", turns)
@@ -79,12 +79,12 @@ def default_turns(name: str) -> str:
 
 
 def source_id(name: str) -> str:
-    """The same for every way to write one source: relative or absolute path, short name or hub id."""
+    """Return one name for a source, however it is written: relative or absolute path, short name or hub id."""
     return str(Path(name).resolve()) if Path(name).exists() else DATASETS.get(name, (name,))[0]
 
 
 def held_out(prompt) -> bool:
-    """Whether a prompt belongs to the held-out tenth of a source without a split of its own; one turn counts as its text."""
+    """True if a prompt belongs to the held-out tenth of a source without a split of its own. One turn counts as its text."""
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]["content"]
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
@@ -259,7 +259,7 @@ def split_columns(raw: dict, where: str, turns: str) -> list[tuple]:
         other, worse = split_transcript(rejected, where)
         check_same(prompt, other, where)
         return [(prompt, response, worse)]
-    label = raw.get("label")  # of an unpaired preference (KTO)
+    label = raw.get("label")  # unpaired preferences have it (KTO)
     if isinstance(label, bool | int) and label == 0 and {"prompt", "messages"} & columns:
         raise UnusableRow(f"{where}: found label {label}, an answer that people rejected; expected a demonstration")
     if {"real", "generated"} <= columns:

@@ -30,7 +30,7 @@ def calibration(margins: np.ndarray, bins: int = 10) -> tuple[float, list[tuple[
 
 
 def calibrated_range(margins: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Where 95% of the calibration errors of pairs with these |margins| (n,) lie if the reward is calibrated.
+    """Return the range of 95% of the calibration errors of pairs with these |margins| (n,) if the reward is calibrated.
 
     In place of a bootstrap interval: the error is a sum of absolute values, which resampling makes larger.
     """

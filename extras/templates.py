@@ -1,4 +1,4 @@
-"""What a chat template writes around a prompt and a response, and what of it stands in the texts of a data set already."""
+"""Read what a chat template writes around a prompt and a response, and remove it from texts that hold it already."""
 
 import re
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def read_frame(tokenizer) -> Frame:
         asked = render_prompt(tokenizer, prompt)
         bare = tokenizer.apply_chat_template(question, tokenize=False)
         whole = tokenizer.apply_chat_template(question + answer, tokenize=False)
-    except Exception:  # what the template refuses is said of the rows
+    except Exception:  # the rows that the template refuses are named later
         return Frame(end=eos)
     before, _, after = asked.partition(prompt)
     bare = bare.partition(prompt)[2]
@@ -79,7 +79,7 @@ def control_tokens(tokenizer) -> re.Pattern:
 
 
 def end_texts(tokenizer) -> list[str]:
-    """How the end of a response is written out in some data sets: the template's token and the tokenizer's EOS."""
+    """Texts that some data sets write at the end of a response: the template's token and the tokenizer's EOS."""
     return [tokenizer.convert_ids_to_tokens(read_frame(tokenizer).end), tokenizer.eos_token]
 
 

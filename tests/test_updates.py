@@ -154,7 +154,9 @@ def test_a_run_in_one_process_needs_nothing_of_the_engines_that_cut_weights_up(m
     with evaluating(run.unwrap(policy)), whole(policy) as same:
         assert same is policy and not policy.training and zero_of(policy).item() == 0.0
     trained = copy.deepcopy(policy.state_dict())
-    checkpoint.save_checkpoint(run, {**run.position, "step": 1})
+    run.position["step"] = 1
+    checkpoint.save_checkpoint(run)
+    run.position["step"] = 0
     run.load_weights(policy, start)
     assert torch.equal(policy.weight, start.weight) and not torch.equal(policy.weight, trained["weight"])
     assert resume.load_checkpoint(run)["step"] == run.position["step"] == 1
