@@ -41,12 +41,15 @@ from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pair_length, pair_rows, row_length
 from common.engine import evaluating
-from common.generation import check_first_step, make_generator
+from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
 from extras import gold, preference_data, records
+from extras.agreement import check_first_step
+from extras.metrics import EVAL_METRICS, REWARD_METRICS
+from extras.tokenizers import check_same_tokenizer
 
 
 # ---- the maths: SFT, and the reward ----
@@ -469,7 +472,7 @@ def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: 
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
-        rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
+        check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
         n, tokens = args.select_top_k or len(demonstrations), args.max_new_tokens
@@ -628,8 +631,8 @@ METRICS = {  # name -> meaning, unit, range
     "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
     "grad_norm": "before clipping",
     "learning_rate": "of this update",
-    **evals.EVAL_METRICS,
-    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+    **EVAL_METRICS,
+    **{k: v for k, v in REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
 }
 
 

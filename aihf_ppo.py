@@ -39,13 +39,16 @@ from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pad_right, pair_length, pair_rows, row_length
 from common.engine import evaluating
-from common.generation import check_first_step, make_generator
+from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum
 from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
 from extras import gold, preference_data, records
+from extras.agreement import check_first_step
+from extras.metrics import EVAL_METRICS, PPO_METRICS, REWARD_METRICS
+from extras.tokenizers import check_same_tokenizer
 
 
 # ---- the maths: SFT, and the reward ----
@@ -491,7 +494,7 @@ def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: 
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
-        rewards.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
+        check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
         n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
@@ -644,9 +647,9 @@ METRICS = {  # name -> meaning, unit, range
     "reward/demonstrations": "mean reward of the demonstrations in the batch",
     "reward/answers": "mean reward of the policy's answers in the batch",
     "eval/reward/center": "what was subtracted so that held-out chosen responses average 0",
-    **evals.PPO_METRICS,
-    **evals.EVAL_METRICS,
-    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+    **PPO_METRICS,
+    **EVAL_METRICS,
+    **{k: v for k, v in REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
 }
 
 

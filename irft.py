@@ -44,6 +44,7 @@ from common.run import Run
 from common.store import read_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
 from extras import records
+from extras.metrics import EVAL_METRICS
 
 
 # ---- the maths ----
@@ -328,7 +329,7 @@ METRICS = {  # name -> meaning, unit, range
     "epoch": "passes over the demonstrations so far",
     "completions/mean_length": "tokens of the answers of this outer iteration, EOS included",
     "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    **evals.EVAL_METRICS,
+    **EVAL_METRICS,
 }
 
 

@@ -45,12 +45,15 @@ from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import collate, pair_length, pair_rows, row_length
 from common.engine import evaluating
-from common.generation import check_first_step, make_generator
+from common.generation import make_generator
 from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
 from extras import gold, preference_data, records
+from extras.agreement import check_first_step
+from extras.cache import weights_digest
+from extras.metrics import EVAL_METRICS, REWARD_METRICS
 
 
 # ---- the maths: SFT, and the reward ----
@@ -431,7 +434,7 @@ class IRL:
     def collect(self, t: int, u: int, rows: list[dict], reference) -> list[dict]:
         """choose_pairs for the prompts of update u, block by block. Candidates are kept on disk, and none is scored twice."""
         run, pairs, seed = self.run, [], stream_seed(self.args.seed, t, PROMPTS)
-        weights = [models.weights_digest(run, m) for m in (self.policy, self.reward_model)]
+        weights = [weights_digest(run, m) for m in (self.policy, self.reward_model)]
         for begin in range(0, len(rows), BLOCK):
             block, first = rows[begin : begin + BLOCK], u * self.args.rollout_batch_size + begin
             key = candidate_key(run, weights, self.generator, block, first, seed)
@@ -691,8 +694,8 @@ METRICS = {  # name -> meaning, unit, range
     "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
     "grad_norm": "before clipping",
     "learning_rate": "of this update",
-    **evals.EVAL_METRICS,
-    **{k: v for k, v in evals.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+    **EVAL_METRICS,
+    **{k: v for k, v in REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
     **preference_data.PREFERENCE_METRICS,
 }
 

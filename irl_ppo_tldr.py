@@ -40,13 +40,15 @@ from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import Frame, collate, encode, end_of_turn, pad_right, pair_length, pair_rows, row_length, tokenise
 from common.engine import evaluating, whole
-from common.generation import check_first_step, make_generator
+from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum
 from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
 from extras import gold, preference_data, records
+from extras.agreement import check_first_step
+from extras.metrics import EVAL_METRICS, PPO_METRICS, REWARD_METRICS
 
 
 # ---- the maths: SFT, and the reward ----
@@ -706,13 +708,13 @@ METRICS = {  # name -> meaning, unit, range
     "reward/answers": "mean reward of the policy's answers in the batch",
     "eval/reward/center": "what was subtracted so that the demonstrations average 0",
     "eval/reward/scale": "standard deviation of the demonstrations' scores; 1 after --reward-normalisation mean_std",
-    **evals.PPO_METRICS,
+    **PPO_METRICS,
     "objective/scores": "mean score of the answers, --missing-eos-score for those without EOS; what PPO raises",
     "loss/value_avg": "clipped value loss, mean over response tokens and the step after EOS",
     "val/clipfrac_avg": "share of values that are clipped",
     "val/explained_variance": "1 - Var(return - value) / Var(return) over all steps; at most 1",
-    **evals.EVAL_METRICS,
-    **evals.REWARD_METRICS,
+    **EVAL_METRICS,
+    **REWARD_METRICS,
     **preference_data.PREFERENCE_METRICS,
 }
 

@@ -37,6 +37,7 @@ from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.streams import learning_rate_at, make_optimizer
 from extras import records
+from extras.metrics import EVAL_METRICS
 
 
 # ---- the maths ----
@@ -171,7 +172,7 @@ METRICS = {  # name -> meaning, unit, range
     "grad_norm": "before clipping",
     "learning_rate": "of this update",
     "epoch": "passes over the demonstrations so far",
-    **evals.EVAL_METRICS,
+    **EVAL_METRICS,
 }
 
 

@@ -2,8 +2,6 @@
 
 import warnings
 
-import numpy as np
-
 from common import models
 from common.args import require
 from common.data import encode
@@ -79,30 +77,9 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
 
 
 def select_demonstrations(run, demonstrations: list[dict]) -> list[dict]:
-    """The --select-top-k demonstrations that the gold reward scores highest, in their old order; all without the flag.
-
-    RFT paper, Sec. 5.2. Ties go to the earlier row. Their ids and scores are kept in generations/selected.parquet, with
-    prompt and completion columns that any script here reads as --dataset.
-    """
-    from extras import gold
-
-    k = run.args.select_top_k
-    if not k:
+    """The --select-top-k demonstrations that the gold reward scores highest, in their old order; all without the flag."""
+    if not run.args.select_top_k:
         return demonstrations
+    from extras.gold import select_top
 
-    def make() -> list[dict]:
-        scores = gold.cached_gold_scores(run, demonstrations, [d["response_text"] for d in demonstrations])
-        best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
-        mean = sum(scores[i] for i in best) / len(best)
-        found = f"mean gold score {mean:.3f} against {np.mean(scores):.3f} of all"
-        run.say(f"kept {len(best)} of {len(scores)} demonstrations, {found}")
-        return [
-            {
-                "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],
-                "finished": d.get("response_finished", True), "gold_score": scores[i],
-            }
-            for i, d in ((i, demonstrations[i]) for i in best)
-        ]  # fmt: skip
-
-    kept = {row["row"] for row in run.stored(run.dir / "generations" / "selected.parquet", make)}
-    return [d for d in demonstrations if d["row"] in kept]
+    return select_top(run, demonstrations)

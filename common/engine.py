@@ -94,11 +94,6 @@ def mixes_bf16(args) -> bool:
     return args.mixed_precision == "bf16" or (args.mixed_precision == "auto" and native_bf16())
 
 
-def uses_bf16(args) -> bool:
-    """True if models compute in bf16: stored so, or under mixed precision."""
-    return args.dtype == "bfloat16" or mixes_bf16(args)
-
-
 # ---- models under any engine ----
 def whole(module: nn.Module, cast: bool = True) -> AbstractContextManager[nn.Module]:
     """Context of a view with all its weights, which are gathered on all processes where an engine has cut them up.

@@ -16,61 +16,6 @@ from common.logprobs import masked_sum, response_logprobs
 from common.store import write_pairs
 
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
-JUDGE_METRICS = {  # with --judge-model, each pair asked in both orders
-    "eval/judge/win_rate_demonstrations": "share of prompts whose sample the judge prefers, ties half (IRL Fig. 2c)",
-    "eval/judge/win_rate_low": "lower end of its 95% bootstrap interval over prompts",
-    "eval/judge/win_rate_high": "upper end",
-    "eval/judge/first_position": "share of replies that prefer what is shown first, ties half; 0.5 without position bias",
-    "eval/judge/ties": "replies that call a tie, of two for each prompt",
-    "eval/judge/unparsable": "replies without a verdict; their prompts are in no share above",
-}
-EVAL_METRICS = {  # name -> meaning, unit, range
-    "eval/nll": "-log pi of the demonstration, nats per response; lower is better",
-    "eval/logps/gap": "log pi(chosen) - log pi(rejected), nats per pair (RFT Example 2, Fig. 1 right)",
-    "eval/rewards/margins": "mean of r(chosen) - r(rejected), r = beta log pi/pi_ref; 0 at the start",
-    "eval/rewards/accuracies": "share of pairs with r(chosen) > r(rejected), ties half (RFT Table 8); 0.5 at the start",
-    "eval/rewards/accuracies_shuffled": "the same with another row's demonstration as rejected; 0.5 at the start",
-    "eval/rouge_l": "ROUGE-L F1 of one sample with the demonstration; in [0, 1]",
-    "eval/completions/mean_length": "tokens of that sample, EOS included",
-    "eval/completions/clipped_ratio": "share of samples cut at --max-new-tokens",
-    "eval/kl_k1": "mean of log pi/pi_ref over samples at temperature 1: KL(pi || pi_ref), nats per response; >= 0 in expectation",
-    "eval/kl_k3": "sum over tokens of exp(-u) - 1 + u, u = log pi/pi_ref: the same in expectation, never negative",
-    "eval/lengths/demonstrations": "tokens of the demonstrations, EOS included",
-    "eval/gold/score": "mean gold reward of the samples (RFT Fig. 2a); with --gold-reward-model",
-    "eval/gold/demonstrations": "mean gold reward of the demonstrations",
-    "eval/gold/win_rate_base": "share of prompts whose sample has more gold reward than the reference's, ties half (Fig. 2b)",
-    "eval/gold/win_rate_baseline": "the same against --baseline's sample",
-    "eval/gold/win_rate_demonstrations": "the same against the demonstration",
-    **JUDGE_METRICS,
-}
-REWARD_METRICS = {  # a learned reward model on the same rows
-    "eval/reward/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; 0.5 is chance",
-    "eval/reward/accuracy_shuffled": "the same with another row's demonstration as rejected",
-    "eval/reward/margin": "mean of r(chosen) - r(rejected), reward units",
-    "eval/reward/calibration_error": "mean gap of sigmoid(|margin|) and the rate at which the higher one is chosen; in [0, 1]",
-    "eval/reward/demonstrations": "mean reward of the demonstrations; 0 once centred",
-    "eval/reward/samples": "mean reward of the policy's samples",
-}
-PPO_METRICS = {  # an update of PPO
-    "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
-    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
-    "objective/non_score_reward": "-beta objective/kl",
-    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
-    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
-    "loss/value_avg": "clipped value loss, the same mean",
-    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
-    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
-    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
-    "val/ratio": "mean probability ratio; 1 at the first step of an update",
-    "val/clipfrac_avg": "share of tokens whose value is clipped",
-    "val/explained_variance": "1 - Var(return - value) / Var(return) over response tokens; at most 1",
-    "val/num_eos_tokens": "answers that ended in EOS",
-    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
-    "completions/mean_length": "tokens of the answers, EOS included",
-    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    "grad_norm": "before clipping",
-    "learning_rate": "of this update",
-}
 
 
 @dataclass
@@ -320,38 +265,9 @@ def rouge_l(candidate: str, reference: str) -> float:
     return RougeScorer(["rougeL"]).score(reference, candidate)["rougeL"].fmeasure
 
 
-TABLE = {  # column of the printed table -> metric, digits
-    "NLL": ("eval/nll", 2),
-    "logp gap": ("eval/logps/gap", 2),
-    "accuracy": ("eval/rewards/accuracies", 3),
-    "acc. shuffled": ("eval/rewards/accuracies_shuffled", 3),
-    "ROUGE-L": ("eval/rouge_l", 3),
-    "length": ("eval/completions/mean_length", 1),
-    "KL k1": ("eval/kl_k1", 3),
-    "KL k3": ("eval/kl_k3", 3),
-}
-GOLD_TABLE = {
-    "reward": ("eval/reward/samples", 3),
-    "gold": ("eval/gold/score", 3),
-    "win base": ("eval/gold/win_rate_base", 3),
-    "win baseline": ("eval/gold/win_rate_baseline", 3),
-    "win judge": ("eval/judge/win_rate_demonstrations", 3),
-}
-
-
 def print_table(run, start: str, method: str) -> None:
     """Print one line for each evaluation of the run: the policy it started from, then the method's policies."""
-    if not run.is_main:
-        return
-    from rich.console import Console
-    from rich.table import Table
+    if run.is_main:
+        from extras.table import print_evaluations
 
-    rows = [r for r in run.logged() if "eval/nll" in r]
-    shown = {c: v for c, v in (TABLE | GOLD_TABLE).items() if any(v[0] in r for r in rows)}
-    table = Table(title=f"held-out measures, {run.dir}")
-    for column in ("policy", "iteration", "step", *shown):
-        table.add_column(column, justify="right")
-    for i, row in enumerate(rows):
-        cells = [f"{row[name]:.{digits}f}" if name in row else "" for name, digits in shown.values()]
-        table.add_row(method if i else start, str(row["outer_iteration"]), str(row["step"]), *cells)
-    Console(width=140).print(table)
+        print_evaluations(run, start, method)

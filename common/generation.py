@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 
-from common import UserError
 from common.data import end_of_turn
 from common.engine import evaluating
 from common.logprobs import temper
@@ -56,19 +55,6 @@ def make_generator(run, model, tokenizer) -> Sampler:
     generator = Generator(model, tokenizer, run.args.per_device_eval_batch_size, run.args.max_new_tokens)
     generator.check = lambda rollout, temperature: check_agreement(run, model, rollout, temperature)
     return generator
-
-
-def check_first_step(kind: str, row: dict[str, float], temperature: float) -> None:
-    """UserError if the log-probs in the policy's first step on its answers are not those at sampling.
-
-    row: metrics of the step, of a kind such as PPO, with sampling/logp_difference in nats per token.
-    """
-    difference = row["sampling/logp_difference"]
-    if not difference * temperature < 0.05:  # rounding of the logits is divided by the temperature
-        raise UserError(
-            f"first {kind} step: found log-probs that differ by {difference:.4f} nats per token from those at sampling,"
-            " expected rounding: the policy that is trained is not the one that answered"
-        )
 
 
 def stop_tokens(model, tokenizer) -> set[int]:

@@ -2,13 +2,10 @@
 
 import contextlib
 import functools
-import hashlib
 import weakref
 from collections.abc import Callable, Iterator
 
 import torch
-
-from common.engine import whole
 
 
 def load_tokenizer(args, name: str = "", flag: str = "--model"):
@@ -121,18 +118,6 @@ def make_trainable(model, args, task_type: str = "CAUSAL_LM"):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-def weights_digest(run, model) -> str:
-    """Return the SHA-256 of names, types and values of a prepared model's weights and buffers. All ranks get rank 0's."""
-    from accelerate.utils import broadcast_object_list
-
-    digest = hashlib.sha256()
-    with whole(run.unwrap(model), cast=False) as view:
-        for name, tensor in sorted(view.state_dict().items()) if run.is_main else ():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return broadcast_object_list([digest.hexdigest()])[0]
 
 
 @contextlib.contextmanager

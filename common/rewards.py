@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, logprobs, models
+from common import logprobs, models
 from common.data import Batch
 from common.engine import zero_of
 
@@ -127,19 +127,6 @@ def prepare_scalar(args, name: str, flag: str) -> ScalarModel:
     scalar = load_scalar_model(args, name, flag, head_seed=args.seed)
     scalar.model = models.make_trainable(scalar.model, args, "SEQ_CLS")
     return scalar
-
-
-def check_same_tokenizer(args, tokenizer, name: str, flag: str) -> None:
-    """UserError unless the model `name` has the policy's tokenizer, since both read the same token ids.
-
-    It may have one token more, a PAD token, which no text contains. `save_reward` adds such a token.
-    """
-    other, mine = models.load_tokenizer(args, name, flag), tokenizer.get_vocab()
-    if {k: v for k, v in other.get_vocab().items() if k in mine or k != other.pad_token} != mine:
-        raise UserError(
-            f"{flag} {name}: found a tokenizer of {len(other)} tokens that differs from that of --model {args.model}"
-            f" ({len(tokenizer)}); expected the same one, since both read the same token ids"
-        )
 
 
 def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> Path:

@@ -6,8 +6,6 @@ import functools
 import json
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,26 +20,7 @@ from common.engine import Engine, mixes_bf16, open_engine, whole
 from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
 from extras import terminal
-from extras.terminal import progress
-
-
-def names_flag_when_out_of_memory(name: str):
-    """Decorate a method of Run: an allocator's error becomes one line that names the flag to lower, with an estimate."""
-
-    def decorate(method):
-        @functools.wraps(method)
-        def wrapped(self, *args, **kwargs):
-            try:
-                return method(self, *args, **kwargs)
-            except (RuntimeError, MemoryError) as error:
-                from extras.memory import explain_out_of_memory
-
-                explain_out_of_memory(error, self.args, name)
-                raise
-
-        return wrapped
-
-    return decorate
+from extras.terminal import names_flag_when_out_of_memory, progress
 
 
 class Run:
@@ -68,11 +47,8 @@ class Run:
         project = ProjectConfiguration(logging_dir=str(self.dir))  # rank 0 settles the directory below
         self.engine = open_engine(mixed_precision=precision, log_with=log_with, project_config=project)
         self.accelerator, self.views = self.engine.accelerator, {}
-        self.rank, self.world, self.is_main = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.accelerator.is_main_process,
-        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
         check_engine(args, self.engine.name, self.world, script)
         if args.lora_r:
             from extras.adapters import leave_out_loaded
@@ -84,7 +60,7 @@ class Run:
         self.stop_requested, self.stop_signal = 0.0, 0  # time at which a stop was asked for, and by which signal
         self.in_updates = False  # True in a phase that changes weights
         self.probe: tuple | None = None  # model, loss_fn, rows and rate of the last update (checkpoint.refuse_diverged)
-        terminal.catch(self._on_signal)
+        terminal.catch(functools.partial(terminal.on_signal, self))
         open_directory(self)
         if log_with:
             from extras.trackers import open_tracker
@@ -105,30 +81,13 @@ class Run:
         print_memory_plan(args)
 
     # ---- signals ----
-    def _on_signal(self, number: int, _=None) -> None:
-        """Leave the stop to stop_if_asked in a phase that changes weights; elsewhere stop at once.
-
-        A launcher passes a signal on to its processes, which have had it already: a second one within 10 s is the same.
-        """
-        if not self.in_updates or (self.stop_requested and time.time() - self.stop_requested > 10):
-            self._stop(number)
-        if not self.stop_requested and self.is_main and sys.stderr.isatty():
-            terminal.tell(f"{signal.Signals(number).name}: stopping after this update", 2)
-        self.stop_requested, self.stop_signal = self.stop_requested or time.time(), self.stop_signal or number
-        terminal.asked = number
-
-    def _stop(self, number: int) -> None:
-        if self.is_main:
-            terminal.tell(f"{signal.Signals(number).name}: stopped{terminal.hint and f';{terminal.hint}'}", 1)
-        terminal.leave(number)
-
     def stop_if_asked(self) -> None:
         """After a signal on any rank: write a checkpoint and exit on all ranks, with status 128 + its number."""
         asked = torch.tensor([float(self.stop_signal == n) for n in terminal.SIGNALS], device=self.accelerator.device)
         asked = self.accelerator.reduce(asked).tolist()
         if any(asked):
             self.save_checkpoint()
-            self._stop(next(n for n, found in zip(terminal.SIGNALS, asked, strict=True) if found))
+            terminal.stop(self, next(n for n, found in zip(terminal.SIGNALS, asked, strict=True) if found))
 
     def finished(self) -> bool:
         """True if --resume names a run that has its final model; it prints so."""

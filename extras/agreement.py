@@ -7,9 +7,9 @@ import torch
 
 from common import UserError
 from common.data import collate
-from common.engine import uses_bf16
 from common.generation import Rollout
 from common.logprobs import language_model, response_logprobs
+from extras.loading import uses_bf16
 from extras.memory import ran_out_of_memory
 
 LIMITS = {  # sampler -> mean |log pi (scorer) - log pi (sampler)| per token, nats at temperature 1, that rounding can explain
@@ -72,3 +72,16 @@ def one_line_error(model, first: bool) -> Iterator[None]:
             f"--model: found {type(inner).__name__} ({inner.name_or_path}), which the sampler cannot run"
             f" ({type(error).__name__}: {reason}), expected an architecture that passes in docs/models.md"
         ) from error
+
+
+def check_first_step(kind: str, row: dict[str, float], temperature: float) -> None:
+    """UserError if the log-probs in the policy's first step on its answers are not those at sampling.
+
+    row: metrics of the step, of a kind such as PPO, with sampling/logp_difference in nats per token.
+    """
+    difference = row["sampling/logp_difference"]
+    if not difference * temperature < 0.05:  # rounding of the logits is divided by the temperature
+        raise UserError(
+            f"first {kind} step: found log-probs that differ by {difference:.4f} nats per token from those at sampling,"
+            " expected rounding: the policy that is trained is not the one that answered"
+        )

@@ -1,9 +1,13 @@
-"""What is computed once for all runs of this machine: values by key in Parquet files of the user's cache folder."""
+"""Values that are computed once for all runs of this machine: Parquet files by key in the user's cache folder."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from common.engine import whole
 from common.store import read_pairs, write_pairs
 
 
@@ -32,3 +36,15 @@ def cached(run, path: Path, keys: list[str], work: Callable, name: str, block: i
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_pairs(path, [{"key": k, "value": v} for k, v in known.items()])
     return [known[key] for key in keys]
+
+
+def weights_digest(run, model) -> str:
+    """Return the SHA-256 of names, types and values of a prepared model's weights and buffers. All ranks get rank 0's."""
+    from accelerate.utils import broadcast_object_list
+
+    digest = hashlib.sha256()
+    with whole(run.unwrap(model), cast=False) as view:
+        for name, tensor in sorted(view.state_dict().items()) if run.is_main else ():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return broadcast_object_list([digest.hexdigest()])[0]

@@ -244,3 +244,30 @@ def expert_rows(
     if len(kept) < len(rows):
         warnings.warn(f"{found}: left out", stacklevel=2)
     return kept
+
+
+# ---- the best demonstrations ----
+def select_top(run, demonstrations: list[dict]) -> list[dict]:
+    """The --select-top-k demonstrations that the gold reward scores highest, in their old order.
+
+    RFT paper, Sec. 5.2. Ties go to the earlier row. Their ids and scores are kept in generations/selected.parquet, with
+    prompt and completion columns that any script here reads as --dataset.
+    """
+    k = run.args.select_top_k
+
+    def make() -> list[dict]:
+        scores = cached_gold_scores(run, demonstrations, [d["response_text"] for d in demonstrations])
+        best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
+        mean = sum(scores[i] for i in best) / len(best)
+        found = f"mean gold score {mean:.3f} against {np.mean(scores):.3f} of all"
+        run.say(f"kept {len(best)} of {len(scores)} demonstrations, {found}")
+        return [
+            {
+                "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],
+                "finished": d.get("response_finished", True), "gold_score": scores[i],
+            }
+            for i, d in ((i, demonstrations[i]) for i in best)
+        ]  # fmt: skip
+
+    kept = {row["row"] for row in run.stored(run.dir / "generations" / "selected.parquet", make)}
+    return [d for d in demonstrations if d["row"] in kept]

@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from common import UserError
-from common.engine import not_finite, uses_bf16
+from common.engine import mixes_bf16, not_finite
 from common.models import text_config
 
 MODELS = {  # short name -> hub id; a local folder of the same name wins
@@ -277,3 +277,8 @@ def probe_hub() -> None:
     except Exception:  # no name, no route, no answer, no certificate: the model cannot be had in any case
         print(f"{constants.ENDPOINT} does not answer: only what is in its cache can be used", file=sys.stderr)
         constants.HF_HUB_OFFLINE = True
+
+
+def uses_bf16(args) -> bool:
+    """True if models compute in bf16: stored so, or under mixed precision."""
+    return args.dtype == "bfloat16" or mixes_bf16(args)

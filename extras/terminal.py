@@ -5,6 +5,7 @@ Scripts import it before torch, so that a signal during the imports ends in one 
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import signal
@@ -145,7 +146,7 @@ def report_failure(error: Exception) -> int:
 def run(script_main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit status 2, a warning one line of rank 0.
 
-    A signal ends it with one line and status 128 + its number (Run._on_signal). If an output stream is closed, or its disk
+    A signal ends it with one line and status 128 + its number (on_signal). If an output stream is closed, or its disk
     is full, the script goes on and only what is printed is lost; a full disk gives status 1 at the end.
     """
     catch()
@@ -197,3 +198,44 @@ def progress(phase: str, total: int, show: bool = True) -> Iterator[Callable[[in
                 print(f"  {phase}: {task.completed:.0f}/{total}, ETA {eta:.0f} s", file=sys.stderr, flush=True)
 
         yield advance
+
+
+# ---- a run that is told to stop ----
+def on_signal(run, number: int, _=None) -> None:
+    """Leave the stop to run.stop_if_asked in a phase that changes weights; elsewhere stop at once.
+
+    A launcher passes a signal on to its processes, which have had it already: a second one within 10 s is the same.
+    """
+    global asked
+    if not run.in_updates or (run.stop_requested and time.time() - run.stop_requested > 10):
+        stop(run, number)
+    if not run.stop_requested and run.is_main and sys.stderr.isatty():
+        tell(f"{signal.Signals(number).name}: stopping after this update", 2)
+    run.stop_requested, run.stop_signal = run.stop_requested or time.time(), run.stop_signal or number
+    asked = number
+
+
+def stop(run, number: int) -> None:
+    """Say on rank 0 how to continue the run, and end the process with status 128 + the signal's number."""
+    if run.is_main:
+        tell(f"{signal.Signals(number).name}: stopped{hint and f';{hint}'}", 1)
+    leave(number)
+
+
+def names_flag_when_out_of_memory(name: str):
+    """Decorate a method of Run: an allocator's error becomes one line that names the flag to lower, with an estimate."""
+
+    def decorate(method):
+        @functools.wraps(method)
+        def wrapped(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                from extras.memory import explain_out_of_memory
+
+                explain_out_of_memory(error, self.args, name)
+                raise
+
+        return wrapped
+
+    return decorate

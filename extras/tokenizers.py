@@ -1,6 +1,6 @@
 """Tokenizers: one line for each that does not fit its model, and a PAD token for readers of a saved reward model."""
 
-from common import UserError
+from common import UserError, models
 from common.data import end_of_turn
 from common.models import text_config
 from extras.templates import check_template
@@ -65,3 +65,16 @@ def pad_for_readers(config, tokenizer) -> str:
         tokenizer.add_special_tokens({"pad_token": free})
     config.pad_token_id = tokenizer.pad_token_id
     return ""
+
+
+def check_same_tokenizer(args, tokenizer, name: str, flag: str) -> None:
+    """UserError unless the model `name` has the policy's tokenizer, since both read the same token ids.
+
+    It may have one token more, a PAD token, which no text contains. `save_reward` adds such a token.
+    """
+    other, mine = models.load_tokenizer(args, name, flag), tokenizer.get_vocab()
+    if {k: v for k, v in other.get_vocab().items() if k in mine or k != other.pad_token} != mine:
+        raise UserError(
+            f"{flag} {name}: found a tokenizer of {len(other)} tokens that differs from that of --model {args.model}"
+            f" ({len(tokenizer)}); expected the same one, since both read the same token ids"
+        )

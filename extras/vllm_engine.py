@@ -21,12 +21,13 @@ from torch import Tensor
 from common import UserError
 from common.args import require
 from common.data import collate
-from common.engine import evaluating, uses_bf16
+from common.engine import evaluating
 from common.generation import Rollout, stop_tokens
 from common.logprobs import language_model, response_logprobs
 from extras import sharding
 from extras.adapters import fingerprint
 from extras.agreement import CHECKED, LIMITS
+from extras.loading import uses_bf16
 
 VLLM_METRICS = {  # name -> meaning, unit, range; logged after every phase of generation
     "sampling/vllm_logp_difference": "mean |log pi (trainer) - log pi (vLLM)| per token of answers just sampled; rounding",

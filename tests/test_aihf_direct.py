@@ -39,10 +39,10 @@ from common import UserError
 from common.args import resolve_auto
 from common.data import collate
 from common.engine import Engine
-from common.evals import JUDGE_METRICS
 from common.run import Run
 from common.store import read_pairs
 from common.streams import data_order, learning_rate_at
+from extras.metrics import JUDGE_METRICS
 
 BETA, EOS = 0.3, exact.EOS
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}

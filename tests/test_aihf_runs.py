@@ -28,10 +28,11 @@ from helpers import (
 
 import aihf
 import aihf_ppo
-from common import UserError, demos, evals
+from common import UserError, demos
 from common.store import read_pairs
 from common.streams import learning_rate_at
 from extras import preference_data
+from extras.metrics import JUDGE_METRICS
 from extras.sources import load_rows
 
 SCRIPTS = {"aihf.py": aihf, "aihf_ppo.py": aihf_ppo}
@@ -191,7 +192,7 @@ def test_a_run_leaves_what_it_promises(finished, place, script):
     out, printed = finished[0][script], finished[1][script]
     rows, module = metrics(out), SCRIPTS[script]
     names = set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"}
-    assert names == set(module.METRICS) - set(evals.JUDGE_METRICS)
+    assert names == set(module.METRICS) - set(JUDGE_METRICS)
     per_update = {"aihf.py": 1, "aihf_ppo.py": 2}[script]
     steps = module.Steps(sft=3, K=5, updates=2, per_update=per_update)
     assert "12 demonstrations, 20 preferences, 3 SFT steps, T = 2, K = 5" in printed

@@ -14,13 +14,15 @@ import torch
 from helpers import jsonl, make_classifier, make_data, make_model, make_tokenizer, run
 
 import evaluate
-from common import UserError, demos, evals, models, rewards
+from common import UserError, demos, evals, models
 from common.args import RunArgs, main, parse_args, resolve_auto
 from common.data import encode
 from common.run import Run
 from common.store import read_pairs
 from extras import gold, records, statistics, tokenizers
+from extras.metrics import JUDGE_METRICS
 from extras.sources import load_rows
+from extras.tokenizers import check_same_tokenizer
 
 N = 12  # held-out rows of every run here
 
@@ -104,7 +106,7 @@ def half_ties(a, b) -> float:
 def test_the_json_agrees_with_the_rows(full):
     result, tables = full
     measures, rows, reference = result["measures"], tables["0000"], tables["reference"]
-    assert set(measures) == set(evaluate.METRICS) - set(evals.JUDGE_METRICS) and result["rows"] == len(rows) == N
+    assert set(measures) == set(evaluate.METRICS) - set(JUDGE_METRICS) and result["rows"] == len(rows) == N
     per_row = {f"eval/{k}": column(rows, k) for k in rows[0] if k not in ("row", "sample")}
     scores = tables["reward_0000"]
     chosen, rejected, shuffled = (column(scores, k) for k in ("chosen", "rejected", "shuffled"))
@@ -368,9 +370,9 @@ def test_a_pad_token_more_is_the_same_tokenizer_and_anything_else_is_not(tmp_pat
         grow(AutoConfig.from_pretrained(tmp_path / name), changed)
         changed.save_pretrained(tmp_path / name)
         assert len(changed) == len(tokenizer) + 1
-    rewards.check_same_tokenizer(args, tokenizer, str(tmp_path / "reward"), "--reward-model")
+    check_same_tokenizer(args, tokenizer, str(tmp_path / "reward"), "--reward-model")
     with pytest.raises(UserError, match="--reward-model .*more: found a tokenizer"):
-        rewards.check_same_tokenizer(args, tokenizer, str(tmp_path / "more"), "--reward-model")
+        check_same_tokenizer(args, tokenizer, str(tmp_path / "more"), "--reward-model")
 
 
 # ---- statistics ----

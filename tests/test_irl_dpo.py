@@ -39,6 +39,7 @@ from common.generation import Generator
 from common.run import Run
 from common.store import read_pairs
 from common.streams import data_order
+from extras.cache import weights_digest
 
 
 def arguments(**given):
@@ -306,16 +307,16 @@ def test_no_model_sees_a_sequence_twice_and_batches_are_sorted_by_length(make_ru
 # ---- the key of candidates, and where they are kept ----
 def test_the_digest_of_weights_changes_with_every_weight_buffer_type_and_name(make_run):  # noqa: F811
     run, scalar = make_run(irl, **ONLINE, **EVERY), scalar_model()
-    known = {models.weights_digest(run, scalar)}
-    assert models.weights_digest(run, copy.deepcopy(scalar)) in known
+    known = {weights_digest(run, scalar)}
+    assert weights_digest(run, copy.deepcopy(scalar)) in known
     count = 1
     for name, tensor in scalar.state_dict().items():  # the centre of the reward is among them
         changed = copy.deepcopy(scalar)
         value = changed.state_dict()[name].view(-1)
         value[len(value) // 2] += 1e-6 if tensor.is_floating_point() else 1
-        known.add(models.weights_digest(run, changed))
+        known.add(weights_digest(run, changed))
         count += 1
-    known |= {models.weights_digest(run, copy.deepcopy(scalar).float()), models.weights_digest(run, scalar.model)}
+    known |= {weights_digest(run, copy.deepcopy(scalar).float()), weights_digest(run, scalar.model)}
     assert len(known) == count + 2 and "center" in scalar.state_dict()
 
 

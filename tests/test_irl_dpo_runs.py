@@ -23,9 +23,9 @@ from helpers import (
 )
 
 import irl_dpo_ultrachat as irl
-from common import evals
 from common.store import read_pairs
 from common.streams import learning_rate_at
+from extras.metrics import JUDGE_METRICS
 from extras.sources import load_rows
 
 SCRIPT = "irl_dpo_ultrachat.py"
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(finished, place):
     out, printed = finished
     rows = metrics(out)
     assert set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"} == set(irl.METRICS) - set(
-        evals.JUDGE_METRICS
+        JUDGE_METRICS
     )
     steps = irl.Steps(sft=3, K=[3, 6], updates=2, per_update=1)
     assert "12 demonstrations, 3 SFT steps, T = 2, K = 3" in printed and "dpo on 8 prompts x 3 candidates" in printed

@@ -24,8 +24,8 @@ from helpers import (
 )
 
 import irl_ppo_tldr as irl
-from common import evals
 from common.store import read_pairs
+from extras.metrics import JUDGE_METRICS
 
 SMALL = "--sft-epochs 1 --total-episodes 8 --rollout-batch-size 4 --eval-updates 1 --num-ppo-epochs 2".split()
 SMALL += "--reward-learning-rate 1e-3 --sft-learning-rate 1e-3 --prompts demonstrations --max-length 72".split()
@@ -69,7 +69,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
     assert_data_can_be_given_back(finished, make_tokenizer().eos_token_id)
     rows = metrics(finished)
-    unseen = {"eval/kl_k1", "eval/kl_k3", *evals.JUDGE_METRICS}  # KL is of samples at temperature 1; there is no judge
+    unseen = {"eval/kl_k1", "eval/kl_k3", *JUDGE_METRICS}  # KL is of samples at temperature 1; there is no judge
     assert set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"} == set(irl.METRICS) - unseen
     assert sum("sft/loss" in r for r in rows) == 3
     reward_steps = [sum("reward/loss" in r and r["outer_iteration"] == t for r in rows) for t in range(3)]

@@ -24,10 +24,10 @@ import evaluate
 import sft
 from common import UserError
 from common.args import main, parse_args
-from common.evals import JUDGE_METRICS
 from common.store import read_pairs
 from extras import judge
 from extras.judge import Judge, parse_reply
+from extras.metrics import JUDGE_METRICS
 from extras.statistics import bootstrap_interval
 
 SECRET = "sk-not-to-be-written-4711"

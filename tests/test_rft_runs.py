@@ -22,8 +22,8 @@ from helpers import (
 )
 
 import rft
-from common.evals import JUDGE_METRICS
 from common.store import read_pairs
+from extras.metrics import JUDGE_METRICS
 
 SMALL = [
     "--sft-epochs", "1", "--num-train-epochs", "2", "--total-episodes", "8", "--rollout-batch-size", "4", "--eval-updates", "1",

@@ -25,7 +25,7 @@ from helpers import (
 import irft
 import sft
 from common import UserError
-from common.evals import JUDGE_METRICS
+from extras.metrics import JUDGE_METRICS
 
 
 @pytest.fixture(scope="module")

@@ -174,15 +174,14 @@ def test_a_signal_that_comes_again_is_the_same_one_for_ten_seconds(monkeypatch, 
     monkeypatch.setattr(terminal, "asked", 0)
     monkeypatch.setattr(terminal, "hint", " continue with --resume x")
     run_ = types.SimpleNamespace(in_updates=True, stop_requested=0.0, stop_signal=0, is_main=True)
-    run_._stop = types.MethodType(Run._stop, run_)
-    Run._on_signal(run_, signal.SIGINT)
-    Run._on_signal(run_, signal.SIGTERM)
+    terminal.on_signal(run_, signal.SIGINT)
+    terminal.on_signal(run_, signal.SIGTERM)
     assert not left and run_.stop_signal == signal.SIGINT
     run_.stop_requested -= 11
-    Run._on_signal(run_, signal.SIGINT)
+    terminal.on_signal(run_, signal.SIGINT)
     assert left == [signal.SIGINT]
     run_.in_updates, run_.stop_requested = False, 0.0
-    Run._on_signal(run_, signal.SIGHUP)
+    terminal.on_signal(run_, signal.SIGHUP)
     assert left == [signal.SIGINT, signal.SIGHUP]
     said = [line for line in capfd.readouterr().out.splitlines() if ": stopped" in line]
     assert said == [f"{name}: stopped; continue with --resume x" for name in ("SIGINT", "SIGHUP")]

@@ -1,0 +1,57 @@
+"""What the metrics are that several scripts log: name -> meaning, unit, range."""
+
+JUDGE_METRICS = {  # with --judge-model, each pair asked in both orders
+    "eval/judge/win_rate_demonstrations": "share of prompts whose sample the judge prefers, ties half (IRL Fig. 2c)",
+    "eval/judge/win_rate_low": "lower end of its 95% bootstrap interval over prompts",
+    "eval/judge/win_rate_high": "upper end",
+    "eval/judge/first_position": "share of replies that prefer what is shown first, ties half; 0.5 without position bias",
+    "eval/judge/ties": "replies that call a tie, of two for each prompt",
+    "eval/judge/unparsable": "replies without a verdict; their prompts are in no share above",
+}
+EVAL_METRICS = {  # name -> meaning, unit, range
+    "eval/nll": "-log pi of the demonstration, nats per response; lower is better",
+    "eval/logps/gap": "log pi(chosen) - log pi(rejected), nats per pair (RFT Example 2, Fig. 1 right)",
+    "eval/rewards/margins": "mean of r(chosen) - r(rejected), r = beta log pi/pi_ref; 0 at the start",
+    "eval/rewards/accuracies": "share of pairs with r(chosen) > r(rejected), ties half (RFT Table 8); 0.5 at the start",
+    "eval/rewards/accuracies_shuffled": "the same with another row's demonstration as rejected; 0.5 at the start",
+    "eval/rouge_l": "ROUGE-L F1 of one sample with the demonstration; in [0, 1]",
+    "eval/completions/mean_length": "tokens of that sample, EOS included",
+    "eval/completions/clipped_ratio": "share of samples cut at --max-new-tokens",
+    "eval/kl_k1": "mean of log pi/pi_ref over samples at temperature 1: KL(pi || pi_ref), nats per response; >= 0 in expectation",
+    "eval/kl_k3": "sum over tokens of exp(-u) - 1 + u, u = log pi/pi_ref: the same in expectation, never negative",
+    "eval/lengths/demonstrations": "tokens of the demonstrations, EOS included",
+    "eval/gold/score": "mean gold reward of the samples (RFT Fig. 2a); with --gold-reward-model",
+    "eval/gold/demonstrations": "mean gold reward of the demonstrations",
+    "eval/gold/win_rate_base": "share of prompts whose sample has more gold reward than the reference's, ties half (Fig. 2b)",
+    "eval/gold/win_rate_baseline": "the same against --baseline's sample",
+    "eval/gold/win_rate_demonstrations": "the same against the demonstration",
+    **JUDGE_METRICS,
+}
+REWARD_METRICS = {  # a learned reward model on the same rows
+    "eval/reward/accuracy": "share of pairs with r(chosen) > r(rejected), ties half; 0.5 is chance",
+    "eval/reward/accuracy_shuffled": "the same with another row's demonstration as rejected",
+    "eval/reward/margin": "mean of r(chosen) - r(rejected), reward units",
+    "eval/reward/calibration_error": "mean gap of sigmoid(|margin|) and the rate at which the higher one is chosen; in [0, 1]",
+    "eval/reward/demonstrations": "mean reward of the demonstrations; 0 once centred",
+    "eval/reward/samples": "mean reward of the policy's samples",
+}
+PPO_METRICS = {  # an update of PPO
+    "objective/scores": "mean score of the answers, missing-EOS penalty taken off; what PPO raises",
+    "objective/kl": "k1 estimate of KL(pi || pi_ref), nats per answer; 0 at the start, rises with the score",
+    "objective/non_score_reward": "-beta objective/kl",
+    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: the objective itself; should rise",
+    "loss/policy_avg": "PPO's clipped loss, mean over response tokens and the steps of an update; 0 at its first step",
+    "loss/value_avg": "clipped value loss, the same mean",
+    "policy/approxkl_avg": "half the mean squared log-ratio to the policy that answered; 0 at the first step of an update",
+    "policy/clipfrac_avg": "share of tokens whose ratio is clipped",
+    "policy/entropy_avg": "of the next-token distribution, exact, nats per response token",
+    "val/ratio": "mean probability ratio; 1 at the first step of an update",
+    "val/clipfrac_avg": "share of tokens whose value is clipped",
+    "val/explained_variance": "1 - Var(return - value) / Var(return) over response tokens; at most 1",
+    "val/num_eos_tokens": "answers that ended in EOS",
+    "sampling/logp_difference": "mean |log pi (training) - log pi (sampling)| per token at the first step; rounding only",
+    "completions/mean_length": "tokens of the answers, EOS included",
+    "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
+    "grad_norm": "before clipping",
+    "learning_rate": "of this update",
+}
