@@ -28,7 +28,7 @@ from benchmark.tables import (  # noqa: E402
 )
 from common import UserError  # noqa: E402
 from common.args import main
-from common.evals import TABLE
+from extras.table import TABLE
 
 COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee"]
 BETTER = {"eval/nll": "lower is better", "eval/rouge_l": "higher is better", "eval/logps/gap": "higher is better"}
