@@ -46,10 +46,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, preference_data, records
-from extras.agreement import check_first_step
-from extras.metrics import EVAL_METRICS, REWARD_METRICS
-from extras.tokenizers import check_same_tokenizer
+from extras import agreement, gold, metrics, preference_data, records, tokenizers
 
 
 # ---- the maths: SFT, and the reward ----
@@ -250,7 +247,7 @@ def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *k
             rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
             loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
             steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
-            check_first_step("DPO", steps[0], args.temperature)
+            agreement.check_first_step("DPO", steps[0], args.temperature)
     if not steps:
         return {}
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
@@ -472,7 +469,7 @@ def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: 
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
-        check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
+        tokenizers.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
         n, tokens = args.select_top_k or len(demonstrations), args.max_new_tokens
@@ -631,8 +628,8 @@ METRICS = {  # name -> meaning, unit, range
     "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
     "grad_norm": "before clipping",
     "learning_rate": "of this update",
-    **EVAL_METRICS,
-    **{k: v for k, v in REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+    **metrics.EVAL_METRICS,
+    **{k: v for k, v in metrics.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
 }
 
 

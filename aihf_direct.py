@@ -43,8 +43,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import preference_data, records
-from extras.metrics import EVAL_METRICS
+from extras import metrics, preference_data, records
 
 
 # ---- the maths ----
@@ -468,7 +467,7 @@ METRICS = {  # name -> meaning, unit, range
     "epoch": "passes over demonstrations and preferences so far",
     "completions/mean_length": "tokens of the answers of this outer iteration, EOS included",
     "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    **EVAL_METRICS,
+    **metrics.EVAL_METRICS,
 }
 
 

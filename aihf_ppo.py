@@ -45,10 +45,7 @@ from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, 
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, preference_data, records
-from extras.agreement import check_first_step
-from extras.metrics import EVAL_METRICS, PPO_METRICS, REWARD_METRICS
-from extras.tokenizers import check_same_tokenizer
+from extras import agreement, gold, metrics, preference_data, records, tokenizers
 
 
 # ---- the maths: SFT, and the reward ----
@@ -279,7 +276,7 @@ def ppo_update(
             )
             rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
             steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            check_first_step("PPO", steps[0], args.temperature)
+            agreement.check_first_step("PPO", steps[0], args.temperature)
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
     return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
@@ -494,7 +491,7 @@ def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: 
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.reward_model:
-        check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
+        tokenizers.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
         n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
@@ -647,9 +644,9 @@ METRICS = {  # name -> meaning, unit, range
     "reward/demonstrations": "mean reward of the demonstrations in the batch",
     "reward/answers": "mean reward of the policy's answers in the batch",
     "eval/reward/center": "what was subtracted so that held-out chosen responses average 0",
-    **PPO_METRICS,
-    **EVAL_METRICS,
-    **{k: v for k, v in REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+    **metrics.PPO_METRICS,
+    **metrics.EVAL_METRICS,
+    **{k: v for k, v in metrics.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
 }
 
 

@@ -32,10 +32,8 @@ from common.generation import Rollout, make_generator
 from common.ranges import NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.store import without_nan, write_json, write_pairs
-from extras import statistics
+from extras import metrics, statistics, tokenizers
 from extras.gold import gold_columns
-from extras.metrics import EVAL_METRICS, REWARD_METRICS
-from extras.tokenizers import check_same_tokenizer
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(dataset="pydoc", eval_samples=200, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
@@ -60,7 +58,7 @@ class Args(BaseArgs):
     """of all samples, > 0; other than 1 there is no KL. irl_ppo_tldr.py measures at 0.01."""
 
 
-METRICS = {**EVAL_METRICS, **REWARD_METRICS}  # name -> meaning, unit, range
+METRICS = {**metrics.EVAL_METRICS, **metrics.REWARD_METRICS}  # name -> meaning, unit, range
 
 
 # ---- what is measured against what ----
@@ -86,9 +84,9 @@ def hold_out(run, reference, samples: Rollout, rows: list[dict], tokenizer) -> e
 def evaluate(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     if args.ref_model:
-        check_same_tokenizer(args, tokenizer, args.ref_model, "--ref-model")
+        tokenizers.check_same_tokenizer(args, tokenizer, args.ref_model, "--ref-model")
     if args.reward_model:
-        check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
+        tokenizers.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     rows = demos.load_held_out(args, tokenizer, [])
     if args.reward_model:
         scalar = rewards.load_scalar_model(args, args.reward_model, "--reward-model").eval()

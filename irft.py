@@ -43,8 +43,7 @@ from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.store import read_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import records
-from extras.metrics import EVAL_METRICS
+from extras import metrics, records
 
 
 # ---- the maths ----
@@ -329,7 +328,7 @@ METRICS = {  # name -> meaning, unit, range
     "epoch": "passes over the demonstrations so far",
     "completions/mean_length": "tokens of the answers of this outer iteration, EOS included",
     "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
-    **EVAL_METRICS,
+    **metrics.EVAL_METRICS,
 }
 
 

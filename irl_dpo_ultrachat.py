@@ -50,10 +50,8 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, preference_data, records
-from extras.agreement import check_first_step
+from extras import agreement, gold, metrics, preference_data, records
 from extras.cache import weights_digest
-from extras.metrics import EVAL_METRICS, REWARD_METRICS
 
 
 # ---- the maths: SFT, and the reward ----
@@ -306,7 +304,7 @@ def policy_update(run, policy, optimizer, pairs: list[dict], rates: list[float],
                 return losses * scale, stats
 
             steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
-            check_first_step("policy", steps[0], args.temperature)
+            agreement.check_first_step("policy", steps[0], args.temperature)
     if not steps:
         return {}
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
@@ -694,8 +692,8 @@ METRICS = {  # name -> meaning, unit, range
     "completions/clipped_ratio": "share of answers cut at --max-new-tokens",
     "grad_norm": "before clipping",
     "learning_rate": "of this update",
-    **EVAL_METRICS,
-    **{k: v for k, v in REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
+    **metrics.EVAL_METRICS,
+    **{k: v for k, v in metrics.REWARD_METRICS.items() if k != "eval/reward/demonstrations"},
     **preference_data.PREFERENCE_METRICS,
 }
 

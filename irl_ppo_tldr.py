@@ -7,9 +7,8 @@ Maximum-likelihood inverse RL (Eq. 5): the expert's summaries are answers of the
 each of T outer iterations the policy summarises the posts of the demonstrations, a reward made from the SFT model learns to
 score the expert's summaries above these (Eq. 11), and PPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 9).
 
-Not the papers: D1 whitening, and means over tokens, are of the whole batch, where N+ has those of a rank's micro-batch: the
-number of devices changes nothing. D2 with --value-warmup-ratio the value model learns alone at first. D3 the PPO optimizer's
-state and its schedule start anew in every outer iteration (the released code starts a new process).
+Not the papers: D1 whitening and means over tokens take the whole batch, where N+ takes a rank's micro-batch. D2 with
+--value-warmup-ratio the value model learns alone at first. D3 PPO's optimizer and schedule start anew in every iteration.
 
 Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer iterations), S = T or T + 1 steps of PPO.
 
@@ -46,9 +45,7 @@ from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIV
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import gold, preference_data, records
-from extras.agreement import check_first_step
-from extras.metrics import EVAL_METRICS, PPO_METRICS, REWARD_METRICS
+from extras import agreement, gold, metrics, preference_data, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -280,7 +277,7 @@ def ppo_update(
             )
             rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
             steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            check_first_step("PPO", steps[0], args.temperature)
+            agreement.check_first_step("PPO", steps[0], args.temperature)
     row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
     return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
@@ -708,13 +705,13 @@ METRICS = {  # name -> meaning, unit, range
     "reward/answers": "mean reward of the policy's answers in the batch",
     "eval/reward/center": "what was subtracted so that the demonstrations average 0",
     "eval/reward/scale": "standard deviation of the demonstrations' scores; 1 after --reward-normalisation mean_std",
-    **PPO_METRICS,
+    **metrics.PPO_METRICS,
     "objective/scores": "mean score of the answers, --missing-eos-score for those without EOS; what PPO raises",
     "loss/value_avg": "clipped value loss, mean over response tokens and the step after EOS",
     "val/clipfrac_avg": "share of values that are clipped",
     "val/explained_variance": "1 - Var(return - value) / Var(return) over all steps; at most 1",
-    **EVAL_METRICS,
-    **REWARD_METRICS,
+    **metrics.EVAL_METRICS,
+    **metrics.REWARD_METRICS,
     **preference_data.PREFERENCE_METRICS,
 }
 

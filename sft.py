@@ -36,8 +36,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.streams import learning_rate_at, make_optimizer
-from extras import records
-from extras.metrics import EVAL_METRICS
+from extras import metrics, records
 
 
 # ---- the maths ----
@@ -172,7 +171,7 @@ METRICS = {  # name -> meaning, unit, range
     "grad_norm": "before clipping",
     "learning_rate": "of this update",
     "epoch": "passes over the demonstrations so far",
-    **EVAL_METRICS,
+    **metrics.EVAL_METRICS,
 }
 
 

@@ -15,6 +15,7 @@ from common.generation import Generator, Rollout
 from common.logprobs import masked_sum, response_logprobs
 from common.store import write_pairs
 
+KINDS = ("chosen", "rejected", "shuffled")
 SHOWN = 8  # prompts sampled in samples/ at every evaluation
 
 
@@ -64,9 +65,6 @@ def sample_rows(run, generator: Generator, rows, seed: int, temperature: float, 
     results = run.map_rows(len(rows), work)
     ids, finished, logprobs = (list(column) for column in zip(*results, strict=True))
     return Rollout([r["prompt_ids"] for r in rows], ids, finished, logprobs)
-
-
-KINDS = ("chosen", "rejected", "shuffled")
 
 
 def prepare_held_out(

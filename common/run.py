@@ -20,7 +20,8 @@ from common.engine import Engine, mixes_bf16, open_engine, whole
 from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
 from extras import terminal
-from extras.terminal import names_flag_when_out_of_memory, progress
+from extras.out_of_memory import names_flag_when_out_of_memory
+from extras.terminal import progress
 
 
 class Run:

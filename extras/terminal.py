@@ -5,7 +5,6 @@ Scripts import it before torch, so that a signal during the imports ends in one 
 
 import contextlib
 import errno
-import functools
 import io
 import os
 import signal
@@ -220,22 +219,3 @@ def stop(run, number: int) -> None:
     if run.is_main:
         tell(f"{signal.Signals(number).name}: stopped{hint and f';{hint}'}", 1)
     leave(number)
-
-
-def names_flag_when_out_of_memory(name: str):
-    """Decorate a method of Run: an allocator's error becomes one line that names the flag to lower, with an estimate."""
-
-    def decorate(method):
-        @functools.wraps(method)
-        def wrapped(self, *args, **kwargs):
-            try:
-                return method(self, *args, **kwargs)
-            except (RuntimeError, MemoryError) as error:
-                from extras.memory import explain_out_of_memory
-
-                explain_out_of_memory(error, self.args, name)
-                raise
-
-        return wrapped
-
-    return decorate
