@@ -284,8 +284,8 @@ class AIHF:
             policy, make_optimizer(args.optimizer, policy.parameters()),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
-        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
-        self.generator = make_generator(run, self.bare, tokenizer)
+        self.raw, self.raw_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
+        self.generator = make_generator(run, self.raw, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
 
     def learn(self) -> None:
@@ -295,7 +295,7 @@ class AIHF:
         if args.gold_reward_model and run.position["step"] < self.steps.sft:
             gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
-        self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
+        self.held = evals.prepare_held_out(run, self.raw, self.generator, self.held_rows, self.tokenizer)
         for t in range(run.position["outer_iteration"], args.T):
             self.reward_step(t)
             self.policy_step(t)
@@ -328,7 +328,7 @@ class AIHF:
                 rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
             return pair_rows(self.tokenizer, rows, rollout, t)
 
-        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.before(t))
 
     def start_reward(self, t: int) -> None:
         """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
@@ -342,7 +342,7 @@ class AIHF:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, reward step: K gradient steps on pairs and preferences; then the reward is centred and measured."""
-        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
+        run, args, first, end = self.run, self.args, self.steps.before(t), self.steps.before_policy(t)
         pairs = self.sample_pairs(t)
         if run.position["step"] <= first:
             self.optimizer.state.clear()  # D3; and its memory, until online DPO
@@ -360,16 +360,16 @@ class AIHF:
             row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
             run.log_update({"reward/loss": row.pop("loss"), **row})
         if run.position["step"] == end:
-            row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
+            row = evals.evaluate_reward(run, self.raw_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
-            self.bare_reward.center += center  # D2
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
+            self.raw_reward.center += center  # D2
+            run.log({**row, "eval/reward/center": self.raw_reward.center.item()}, step=end, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
         """Before online DPO: policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
         previous = args.ref == "previous" and t > 0
-        if run.position["step"] <= self.steps.policy(t):  # else online DPO has begun already
+        if run.position["step"] <= self.steps.before_policy(t):  # else online DPO has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
                 run.save_final(self.policy, self.tokenizer, card, f"policy_{t}")
@@ -381,18 +381,18 @@ class AIHF:
     def policy_step(self, t: int) -> None:
         """Alg. 1, policy alignment: online DPO against the reward, with an evaluation every --eval-updates updates."""
         run, args, steps = self.run, self.args, self.steps
-        reference = models.open_reference(run, self.bare, source := self.start_policy(t))
+        reference = models.open_reference(run, self.raw, source := self.start_policy(t))
         initial = reference if source == self.sft_policy else None
         total = args.total_prompts or len(self.prompts)
         batches = run.prompt_batches(len(self.prompts), total, t, PROMPTS)
         self.policy.train()
         for u, batch in run.updates(
-            f"iteration {t}: online DPO", batches, t, steps.policy(t), steps.per_update,
+            f"iteration {t}: online DPO", batches, t, steps.before_policy(t), steps.per_update,
             evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
         ):  # fmt: skip
             rows = [self.prompts[i] for i in batch]
             seed = stream_seed(args.seed, t, PROMPTS, u)
-            pairs = collect(run, self.bare_reward, self.generator, reference, rows, seed)
+            pairs = collect(run, self.raw_reward, self.generator, reference, rows, seed)
             run.stop_if_asked()
             row = measure_candidates(pairs)
             with run.timed("update"):
@@ -407,10 +407,10 @@ class AIHF:
     def measure(self, t: int, updates: int, reference=None) -> None:
         """Evaluation of the policy after so many policy updates, against the initial policy, loaded unless it is given."""
         run = self.run
-        reference = (reference or models.open_reference(run, self.bare, self.sft_policy))()
+        reference = (reference or models.open_reference(run, self.raw, self.sft_policy))()
         row = evals.evaluate(
-            run, self.bare, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
-            self.bare_reward,
+            run, self.raw, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
+            self.raw_reward,
         )  # fmt: skip
         episodes = self.episodes(t, updates - t * self.steps.updates)
         run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
@@ -424,13 +424,13 @@ class Steps:
     updates: int  # policy updates in one outer iteration
     per_update: int  # optimizer steps of one policy update, at most
 
-    def first(self, t: int) -> int:
+    def before(self, t: int) -> int:
         """Optimizer steps before outer iteration t."""
         return self.sft + t * (self.K + self.updates * self.per_update)
 
-    def policy(self, t: int) -> int:
+    def before_policy(self, t: int) -> int:
         """Optimizer steps before the policy step of outer iteration t."""
-        return self.first(t) + self.K
+        return self.before(t) + self.K
 
 
 def count_steps(n: int, m: int, args: Args) -> Steps:
@@ -482,7 +482,7 @@ def train(args: Args) -> None:
             f"{answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,",
             f"{steps.updates} policy updates of {steps.per_update} optimizer steps, each after",
             f"up to {size} answers ({size * tokens} tokens at most)",
-            f"in all {steps.first(args.T)} optimizer steps",
+            f"in all {steps.before(args.T)} optimizer steps",
         )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)
 
@@ -491,7 +491,7 @@ def train(args: Args) -> None:
         return
     aihf = AIHF(run, tokenizer, demos.select_demonstrations(run, demonstrations), preferences, held_rows)
     records.record_prompts(run, aihf.demonstrations, preferences)
-    run.say(
+    run.print(
         f"aihf: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {aihf.steps.sft} SFT steps,"
         f" T = {args.T}, K = {aihf.steps.K}, {aihf.steps.updates} policy updates on {args.rollout_batch_size} prompts x"
         f" {args.num_generations} answers, {run.world} process(es), {run.dir}"
@@ -502,7 +502,7 @@ def train(args: Args) -> None:
     card = run.model_card(aihf.method, aihf.paper)
     path = run.save_final(aihf.policy, tokenizer, card)
     evals.print_table(run, "SFT" if args.sft_epochs else "start", aihf.method)
-    run.say(f"model: {path}   reward model: {reward_path}")
+    run.print(f"model: {path}   reward model: {reward_path}")
     run.end()
 
 

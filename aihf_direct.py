@@ -185,29 +185,29 @@ def train(args: Args) -> None:
     records.record_prompts(run, demonstrations, preferences)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
-    bare = run.unwrap(policy)
-    generator = make_generator(run, bare, tokenizer)
+    raw = run.unwrap(policy)
+    generator = make_generator(run, raw, tokenizer)
     method, asked = method_name(args), len(demonstrations) if args.objective == "self_play" else 0
-    run.say(
+    run.print(
         f"aihf_direct, {method}: {len(demonstrations)} demonstrations, {len(preferences)} preferences, T = {args.T}, K = {K},"
         f" {run.world} process(es), {run.dir}"
     )
 
     run.position["num_tokens"] = 0
     resumed = run.load_checkpoint()
-    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
+    held = evals.prepare_held_out(run, raw, generator, held_rows, tokenizer)
 
     def measure(iteration: int) -> None:
         reference = models.reference_policy(run, policy, is_initial=iteration == 0)
-        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
+        row = evals.evaluate(run, raw, generator, held, tokenizer, args.beta, reference, iteration)
         run.log(row, step=run.position["step"], outer_iteration=iteration, episodes=iteration * asked)
 
     if not resumed:
         measure(0)
     for t in range(run.position["outer_iteration"], args.T):
         # ---- answers of the current policy (Eq. 11); all pairs scored once under the reference ----
-        pairs = demonstration_rows(run, t, K, demonstrations, bare, generator, tokenizer)
-        compared = preference_rows(run, t, K, preferences, bare, tokenizer)
+        pairs = demonstration_rows(run, t, K, demonstrations, raw, generator, tokenizer)
+        compared = preference_rows(run, t, K, preferences, raw, tokenizer)
         # ---- K updates on both sets ----
         policy.train()
         answers = {}
@@ -233,7 +233,7 @@ def train(args: Args) -> None:
     equation = "Eq. 10" if args.objective == "direct" else "Eq. 11"
     path = run.save_final(policy, tokenizer, run.model_card(method, f"arXiv:2406.06874, {equation}"))
     evals.print_table(run, "start", method)
-    run.say(f"model: {path}")
+    run.print(f"model: {path}")
     run.end()
 
 

@@ -92,7 +92,7 @@ def evaluate(args: Args) -> None:
         scalar = rewards.load_scalar_model(args, args.reward_model, "--reward-model").eval()
 
     run = Run(args, "evaluate", METRICS)
-    run.say(f"evaluate: {args.model} on {len(rows)} held-out rows, {run.world} process(es), {run.dir}")
+    run.print(f"evaluate: {args.model} on {len(rows)} held-out rows, {run.world} process(es), {run.dir}")
     policy = models.for_inference(run, models.load_model(args))
     reference = None
     if args.ref_model:
@@ -141,7 +141,7 @@ def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
     write_json(run.dir / "evaluation.json", {**{name: getattr(args, name) for name in names}, **result})
     draw_figure(run.dir / "figure.png", held, columns, reward, result)
     show_measures(run, result)
-    run.say(f"values: {run.dir / 'evaluation.json'}   figure: {run.dir / 'figure.png'}   rows: {folder}")
+    run.print(f"values: {run.dir / 'evaluation.json'}   figure: {run.dir / 'figure.png'}   rows: {folder}")
 
 
 def show_measures(run, result: dict) -> None:
@@ -229,7 +229,7 @@ def draw_rewards(ax, x: np.ndarray, y: np.ndarray) -> None:
     ax.plot(ends, ends, color=GREY, ls="--", lw=1)
     ax.scatter(x, y, s=8, color=BLUE, alpha=0.5, lw=0)
     ax.set(xlabel="demonstration, reward units", ylabel="model's sample, reward units")
-    ax.set_title(f"reward: demonstration higher in {evals.wins(x, y).mean():.0%} of rows")
+    ax.set_title(f"reward: demonstration higher in {evals.pairwise_wins(x, y).mean():.0%} of rows")
 
 
 def draw_gold(ax, scores: dict[str, np.ndarray]) -> None:

@@ -113,26 +113,26 @@ def train(args: Args) -> None:
     records.record_prompts(run, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
-    bare = run.unwrap(policy)
-    generator = make_generator(run, bare, tokenizer)
-    run.say(
+    raw = run.unwrap(policy)
+    generator = make_generator(run, raw, tokenizer)
+    run.print(
         f"irft: {len(demonstrations)} demonstrations, T = {args.T}, K = {plan.K}, {run.world} process(es), {run.dir}"
     )
 
     run.position["num_tokens"] = 0
     resumed = run.load_checkpoint()
-    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
+    held = evals.prepare_held_out(run, raw, generator, held_rows, tokenizer)
 
     def measure(iteration: int) -> None:
         reference = models.reference_policy(run, policy, is_initial=iteration == 0)
-        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
+        row = evals.evaluate(run, raw, generator, held, tokenizer, args.beta, reference, iteration)
         run.log(row, step=run.position["step"], outer_iteration=iteration, episodes=sum(plan.pairs[:iteration]))
 
     if not resumed:
         measure(0)
     for t in range(run.position["outer_iteration"], args.T):  # Alg. 2, l.3
         # ---- l.5: answers of the current policy, scored once under the reference ----
-        pairs = make_pairs(run, t, plan, demonstrations, bare, generator, tokenizer)
+        pairs = make_pairs(run, t, plan, demonstrations, raw, generator, tokenizer)
         first = sum(plan.K[:t])
         if run.position["step"] == first and args.optimizer_state == "restart":
             optimizer.state.clear()
@@ -162,7 +162,7 @@ def train(args: Args) -> None:
     method = "SPIN" if args.T == 1 else "IRFT"
     path = run.save_final(policy, tokenizer, run.model_card(method, "arXiv:2405.17888"))
     evals.print_table(run, "start", method)
-    run.say(f"model: {path}")
+    run.print(f"model: {path}")
     run.end()
 
 

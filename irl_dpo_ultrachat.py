@@ -340,8 +340,8 @@ class IRL:
             policy, make_optimizer(args.optimizer, policy.parameters()),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
-        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
-        self.generator = make_generator(run, self.bare, tokenizer)
+        self.raw, self.raw_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
+        self.generator = make_generator(run, self.raw, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
 
     def learn(self) -> None:
@@ -351,7 +351,7 @@ class IRL:
         if args.gold_reward_model and run.position["step"] < self.steps.sft:
             gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
-        self.held = evals.prepare_held_out(run, self.bare, self.generator, self.held_rows, self.tokenizer)
+        self.held = evals.prepare_held_out(run, self.raw, self.generator, self.held_rows, self.tokenizer)
         for t in range(run.position["outer_iteration"], args.T):
             self.reward_step(t)
             self.policy_step(t)
@@ -383,7 +383,7 @@ class IRL:
                 rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
             return pair_rows(self.tokenizer, rows, rollout, t)
 
-        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.before(t))
 
     def start_reward(self, t: int) -> None:
         """theta_{t,0}: made anew from the SFT policy, or carried over."""
@@ -396,7 +396,7 @@ class IRL:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, reward optimization: gradient steps on the pairs; then the reward is centred and measured."""
-        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
+        run, args, first, end = self.run, self.args, self.steps.before(t), self.steps.before_policy(t)
         pairs = self.sample_pairs(t)
         if args.pairs == "accumulated":
             pairs = [p for i in range(t) for p in self.sample_pairs(i)] + pairs
@@ -413,17 +413,17 @@ class IRL:
             row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
             run.log_update({"reward/loss": row.pop("loss"), **row})
         if run.position["step"] == end:
-            row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
+            row = evals.evaluate_reward(run, self.raw_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
-            self.bare_reward.center += center  # D1
-            row |= preference_data.evaluate_preferences(run, self.bare_reward, self.preferences, t)
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
+            self.raw_reward.center += center  # D1
+            row |= preference_data.evaluate_preferences(run, self.raw_reward, self.preferences, t)
+            run.log({**row, "eval/reward/center": self.raw_reward.center.item()}, step=end, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
         """Before the policy step. Returns the reference's model or folder."""
         run, args = self.run, self.args
         previous = args.ref == "previous" and t > 0
-        if run.position["step"] <= self.steps.policy(t):  # else the policy step has begun already
+        if run.position["step"] <= self.steps.before_policy(t):  # else the policy step has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
                 run.save_final(self.policy, self.tokenizer, card, f"policy_{t}")
@@ -436,7 +436,7 @@ class IRL:
         for begin in range(0, len(rows), BLOCK):
             block, first = rows[begin : begin + BLOCK], u * self.args.rollout_batch_size + begin
             key = candidate_key(run, weights, self.generator, block, first, seed)
-            make = functools.partial(score_candidates, run, self.bare_reward, self.generator, block, first, seed)
+            make = functools.partial(score_candidates, run, self.raw_reward, self.generator, block, first, seed)
             candidates, folder = kept_candidates(run, f"iter_{t}_{first:07d}_{key}.parquet", make)
             self.reused[folder] = self.reused.get(folder, 0) + len(block)
             pairs += choose_pairs(run, block, candidates, reference)
@@ -447,10 +447,10 @@ class IRL:
         """Print where the candidates of the iteration come from, unless all of them were made here and now."""
         given, made = self.args.candidates_from, self.reused.pop("", 0)
         for folder, count in self.reused.items():
-            self.run.say(f"iteration {t}: candidates of {count} prompts taken from {folder}")
+            self.run.print(f"iteration {t}: candidates of {count} prompts taken from {folder}")
         if given and made:
             reason = "those come from other weights, prompts or settings"
-            self.run.say(f"iteration {t}: candidates of {made} prompts made anew, none in {given} match: {reason}")
+            self.run.print(f"iteration {t}: candidates of {made} prompts made anew, none in {given} match: {reason}")
         self.reused = {}
 
     def policy_step(self, t: int) -> None:
@@ -458,13 +458,13 @@ class IRL:
         run, args, steps = self.run, self.args, self.steps
         source, reference, name = self.start_policy(t), None, "best of N"
         if args.policy_objective == "dpo":
-            reference, name = models.open_reference(run, self.bare, source), "online DPO"
+            reference, name = models.open_reference(run, self.raw, source), "online DPO"
         initial = reference if source == self.sft_policy else None
         total = args.total_prompts or len(self.prompts)
         batches = run.prompt_batches(len(self.prompts), total, t, PROMPTS)
         self.policy.train()
         for u, batch in run.updates(
-            f"iteration {t}: {name}", batches, t, steps.policy(t), steps.per_update,
+            f"iteration {t}: {name}", batches, t, steps.before_policy(t), steps.per_update,
             evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
         ):  # fmt: skip
             pairs = self.collect(t, u, [self.prompts[i] for i in batch], reference)
@@ -482,10 +482,10 @@ class IRL:
     def measure(self, t: int, updates: int, reference=None) -> None:
         """Evaluation of the policy after so many policy updates, against the initial policy, loaded unless it is given."""
         run = self.run
-        reference = (reference or models.open_reference(run, self.bare, self.sft_policy))()
+        reference = (reference or models.open_reference(run, self.raw, self.sft_policy))()
         row = evals.evaluate(
-            run, self.bare, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
-            self.bare_reward,
+            run, self.raw, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
+            self.raw_reward,
         )  # fmt: skip
         episodes = self.episodes(t, updates - t * self.steps.updates)
         run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
@@ -499,13 +499,13 @@ class Steps:
     updates: int  # policy updates in one outer iteration
     per_update: int  # optimizer steps of one policy update, at most
 
-    def first(self, t: int) -> int:
+    def before(self, t: int) -> int:
         """Optimizer steps before outer iteration t."""
         return self.sft + sum(self.K[:t]) + t * self.updates * self.per_update
 
-    def policy(self, t: int) -> int:
+    def before_policy(self, t: int) -> int:
         """Optimizer steps before the policy step of outer iteration t."""
-        return self.first(t) + self.K[t]
+        return self.before(t) + self.K[t]
 
 
 def count_steps(n: int, args: Args) -> Steps:
@@ -545,7 +545,7 @@ def train(args: Args) -> None:
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",
             f"{candidates} candidates of {prompts} prompts ({candidates * tokens} tokens at most), each scored once,",
             f"{steps.updates} policy updates of {steps.per_update} optimizer steps: {kind}",
-            f"in all {steps.first(args.T)} optimizer steps",
+            f"in all {steps.before(args.T)} optimizer steps",
         )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations)
     preferences = preference_data.load_eval_preferences(args, tokenizer)
@@ -557,7 +557,7 @@ def train(args: Args) -> None:
     irl = IRL(run, tokenizer, demonstrations, expert_rows(run, tokenizer, held_rows), preferences)
     records.record_prompts(run, demonstrations)
     steps, prompts = irl.steps, args.total_prompts or len(irl.prompts)
-    run.say(
+    run.print(
         f"irl_dpo_ultrachat: {len(demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K[0]},"
         f" {steps.updates} policy updates, {args.policy_objective} on {prompts} prompts x {args.num_generations}"
         f" candidates, {run.world} process(es), {run.dir}"
@@ -566,7 +566,7 @@ def train(args: Args) -> None:
     reward_path = rewards.save_reward(run, irl.reward_model, irl.method, irl.paper, "demonstrations")
     path = run.save_final(irl.policy, tokenizer, run.model_card(irl.method, irl.paper))
     evals.print_table(run, "SFT" if args.sft_epochs else "start", irl.method)
-    run.say(f"model: {path}   reward model: {reward_path}")
+    run.print(f"model: {path}   reward model: {reward_path}")
     run.end()
 
 

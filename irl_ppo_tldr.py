@@ -38,7 +38,7 @@ from torch import Tensor
 from common import demos, evals, models, rewards
 from common.args import Auto, RunArgs, main, parse_args, require
 from common.data import Frame, collate, encode, end_of_turn, pad_right, pair_length, pair_rows, row_length, tokenise
-from common.engine import evaluating, whole
+from common.engine import all_weights, evaluating
 from common.generation import make_generator
 from common.logprobs import masked_mean, masked_sum
 from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, ZERO_TO_1
@@ -305,8 +305,8 @@ class IRL:
             ActorCritic(policy, value), make_optimizer(args.optimizer, policy.parameters(), value.parameters(), **adam),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters(), **adam),
         )  # fmt: skip
-        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
-        self.generator = make_generator(run, self.bare.policy, tokenizer)
+        self.raw, self.raw_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
+        self.generator = make_generator(run, self.raw.policy, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
 
     def learn(self) -> None:
@@ -317,7 +317,7 @@ class IRL:
             gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
         self.held = evals.prepare_held_out(
-            run, self.bare.policy, self.generator, self.held_rows, self.tokenizer, args.eval_temperature
+            run, self.raw.policy, self.generator, self.held_rows, self.tokenizer, args.eval_temperature
         )
         for t in range(run.position["outer_iteration"], args.T):
             self.reward_step(t)
@@ -351,7 +351,7 @@ class IRL:
                 rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
             return pair_rows(self.tokenizer, rows, rollout, t)
 
-        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.before(t))
 
     def start_reward(self, t: int) -> None:
         """theta_{t,0}: made anew from the SFT policy, or carried over."""
@@ -364,7 +364,7 @@ class IRL:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, reward optimization: gradient steps on the pairs; then the reward is normalised and measured."""
-        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
+        run, args, first, end = self.run, self.args, self.steps.before(t), self.steps.before_policy(t)
         pairs = self.sample_pairs(t)
         if args.pairs == "accumulated":
             pairs = [p for i in range(t) for p in self.sample_pairs(i)] + pairs
@@ -382,8 +382,8 @@ class IRL:
             run.log_update({"reward/loss": row.pop("loss"), **row})
         if run.position["step"] == end:
             row = self.normalise(t)
-            row |= evals.evaluate_reward(run, self.bare_reward, self.held, t)
-            row |= preference_data.evaluate_preferences(run, self.bare_reward, self.preferences, t)
+            row |= evals.evaluate_reward(run, self.raw_reward, self.held, t)
+            row |= preference_data.evaluate_preferences(run, self.raw_reward, self.preferences, t)
             run.log(row, step=end, outer_iteration=t)
 
     def normalise(self, t: int) -> dict[str, float]:
@@ -391,41 +391,41 @@ class IRL:
         run, kind = self.run, self.args.reward_normalisation
         sequences = [(d["prompt_ids"], d["response_ids"]) for d in self.demonstrations]
         with run.phase(f"reward {t} on demonstrations", len(sequences), outer_iteration=t) as advance:
-            scores = torch.tensor(evals.sequence_scores(run, self.bare_reward, sequences, advance), dtype=torch.float64)
+            scores = torch.tensor(evals.sequence_scores(run, self.raw_reward, sequences, advance), dtype=torch.float64)
         std = scores.std(correction=0).item()
         if kind != "none":
-            with whole(self.bare_reward, cast=False):
-                self.bare_reward.normalise(scores.mean().item(), std if kind == "mean_std" else 1.0)
-                run.load_weights(self.reward_model, self.bare_reward)
-        center = self.bare_reward.center.item()
+            with all_weights(self.raw_reward, cast=False):
+                self.raw_reward.normalise(scores.mean().item(), std if kind == "mean_std" else 1.0)
+                run.load_weights(self.reward_model, self.raw_reward)
+        center = self.raw_reward.center.item()
         return {"eval/reward/center": center, "eval/reward/scale": 1.0 if kind == "mean_std" else std}
 
     def start_policy(self, t: int) -> str:
         """Before PPO: value from reward (N+ 12). Returns the reference's model or folder."""
         run, args = self.run, self.args
         previous = args.ref == "previous" and t > 0
-        if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
+        if run.position["step"] <= self.steps.before_policy(t):  # else PPO has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
                 run.save_final(self.actor_critic, self.tokenizer, card, f"policy_{t}", "policy")
-            run.load_weights(self.actor_critic, self.bare_reward, "value")
+            run.load_weights(self.actor_critic, self.raw_reward, "value")
         return str(run.dir / f"policy_{t}") if previous else self.sft_policy
 
     def policy_step(self, t: int) -> None:
         """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
         run, args, steps = self.run, self.args, self.steps
-        reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
+        reference = models.open_reference(run, self.raw.policy, source := self.start_policy(t))
         initial = reference if source == self.sft_policy else None
         warmup = int(steps.updates * args.value_warmup_ratio)  # D2
         batches = run.prompt_batches(len(self.prompts), steps.updates * args.rollout_batch_size, t, PPO)
         self.actor_critic.train()
         for u, batch in run.updates(
-            f"iteration {t}: PPO", batches, t, steps.policy(t), steps.per_update,
+            f"iteration {t}: PPO", batches, t, steps.before_policy(t), steps.per_update,
             evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
         ):  # fmt: skip
             rows = [self.prompts[i] for i in batch]
             seed = stream_seed(args.seed, t, PPO, u)
-            rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+            rollouts = collect(run, self.raw, self.raw_reward, self.generator, reference, rows, seed)
             run.stop_if_asked()
             row = add_advantages(rollouts, args)
             with run.timed("update"):
@@ -442,10 +442,10 @@ class IRL:
         """Evaluation of the policy after so many PPO updates; for a KL against the initial policy, loaded unless it is given."""
         run, initial = self.run, None
         if self.args.eval_temperature == 1.0:
-            initial = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
+            initial = (reference or models.open_reference(run, self.raw.policy, self.sft_policy))()
         row = evals.evaluate(
-            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, initial, updates,
-            self.bare_reward, temperature=self.args.eval_temperature,
+            run, self.raw.policy, self.generator, self.held, self.tokenizer, self.args.beta, initial, updates,
+            self.raw_reward, temperature=self.args.eval_temperature,
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size
         run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
@@ -459,13 +459,13 @@ class Steps:
     updates: int  # PPO updates in one outer iteration
     per_update: int  # optimizer steps of one PPO update
 
-    def first(self, t: int) -> int:
+    def before(self, t: int) -> int:
         """Optimizer steps before outer iteration t."""
         return self.sft + sum(self.K[:t]) + t * self.updates * self.per_update
 
-    def policy(self, t: int) -> int:
+    def before_policy(self, t: int) -> int:
         """Optimizer steps before the policy step of outer iteration t."""
-        return self.first(t) + self.K[t]
+        return self.before(t) + self.K[t]
 
 
 def count_steps(n: int, args: Args) -> Steps:
@@ -556,7 +556,7 @@ def train(args: Args) -> None:
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",
             f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
             f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
-            f"in all {steps.first(args.T)} optimizer steps",
+            f"in all {steps.before(args.T)} optimizer steps",
         )  # fmt: skip
     if args.prompts == "all":
         prompts = demos.load_demonstrations(dataclasses.replace(args, max_samples=0), tokenizer, encode_tldr)
@@ -571,7 +571,7 @@ def train(args: Args) -> None:
     posts = demonstrations if args.prompts == "demonstrations" else prompts
     irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
     records.record_prompts(run, demonstrations, posts)
-    run.say(
+    run.print(
         f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {irl.steps.sft} SFT steps,"
         f" T = {args.T}, K = {irl.steps.K[0]}, {irl.steps.updates} PPO updates of {args.rollout_batch_size} answers,"
         f" {run.world} process(es), {run.dir}"
@@ -580,7 +580,7 @@ def train(args: Args) -> None:
     reward_path = rewards.save_reward(run, irl.reward_model, irl.method, irl.paper, "demonstrations")
     path = run.save_final(irl.actor_critic, tokenizer, run.model_card(irl.method, irl.paper), part="policy")
     evals.print_table(run, "SFT" if args.sft_epochs else "start", irl.method)
-    run.say(f"model: {path}   reward model: {reward_path}")
+    run.print(f"model: {path}   reward model: {reward_path}")
     run.end()
 
 

@@ -280,8 +280,8 @@ class RFT:
             ActorCritic(policy, value), make_optimizer(args.optimizer, policy.parameters(), value.parameters()),
             reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
         )  # fmt: skip
-        self.bare, self.bare_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
-        self.generator = make_generator(run, self.bare.policy, tokenizer)
+        self.raw, self.raw_reward = (run.unwrap(m) for m in (self.actor_critic, self.reward_model))
+        self.generator = make_generator(run, self.raw.policy, tokenizer)
         self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
 
     def learn(self) -> None:
@@ -291,7 +291,7 @@ class RFT:
         if args.gold_reward_model and run.position["step"] < self.steps.sft:
             gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
         self.warm_start()
-        self.held = evals.prepare_held_out(run, self.bare.policy, self.generator, self.held_rows, self.tokenizer)
+        self.held = evals.prepare_held_out(run, self.raw.policy, self.generator, self.held_rows, self.tokenizer)
         for t in range(run.position["outer_iteration"], args.T):
             self.reward_step(t)
             self.policy_step(t)
@@ -323,7 +323,7 @@ class RFT:
                 rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
             return pair_rows(self.tokenizer, rows, rollout, t)
 
-        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.first(t))
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.before(t))
 
     def start_reward(self, t: int) -> None:
         """theta_{t,0}: carried over (Alg. 1), or made anew from the SFT policy or a base model."""
@@ -337,7 +337,7 @@ class RFT:
 
     def reward_step(self, t: int) -> None:
         """Alg. 1, inner loop: K gradient steps on the pairs; then the reward is centred and measured."""
-        run, args, first, end = self.run, self.args, self.steps.first(t), self.steps.policy(t)
+        run, args, first, end = self.run, self.args, self.steps.before(t), self.steps.before_policy(t)
         pairs = self.sample_pairs(t)
         if run.position["step"] <= first:
             self.optimizer.state.clear()  # D3; and its memory, until PPO
@@ -352,20 +352,20 @@ class RFT:
             row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
             run.log_update({"reward/loss": row.pop("loss"), **row})
         if run.position["step"] == end:
-            row = evals.evaluate_reward(run, self.bare_reward, self.held, t)
+            row = evals.evaluate_reward(run, self.raw_reward, self.held, t)
             center = row.pop("eval/reward/demonstrations")
-            self.bare_reward.center += center  # D2
-            run.log({**row, "eval/reward/center": self.bare_reward.center.item()}, step=end, outer_iteration=t)
+            self.raw_reward.center += center  # D2
+            run.log({**row, "eval/reward/center": self.raw_reward.center.item()}, step=end, outer_iteration=t)
 
     def start_policy(self, t: int) -> str:
         """Before PPO: value from reward, policy as --init says. Returns the reference's model or folder."""
         run, args = self.run, self.args
         previous = args.ref == "previous" and t > 0
-        if run.position["step"] <= self.steps.policy(t):  # else PPO has begun already
+        if run.position["step"] <= self.steps.before_policy(t):  # else PPO has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
                 run.save_final(self.actor_critic, self.tokenizer, card, f"policy_{t}", "policy")
-            run.load_weights(self.actor_critic, self.bare_reward, "value")
+            run.load_weights(self.actor_critic, self.raw_reward, "value")
             if args.init == "initial" and t > 0:
                 torch.manual_seed(args.seed)
                 run.load_weights(self.actor_critic, models.prepare_policy(args, self.sft_policy), "policy")
@@ -374,18 +374,18 @@ class RFT:
     def policy_step(self, t: int) -> None:
         """Alg. 1, policy alignment: PPO on r - beta log pi/pi_ref, with an evaluation every --eval-updates updates."""
         run, args, steps = self.run, self.args, self.steps
-        reference = models.open_reference(run, self.bare.policy, source := self.start_policy(t))
+        reference = models.open_reference(run, self.raw.policy, source := self.start_policy(t))
         initial = reference if source == self.sft_policy else None
         warmup = int(steps.updates * args.value_warmup_ratio)  # D5
         batches = run.prompt_batches(len(self.prompts), steps.updates * args.rollout_batch_size, t, PPO)
         self.actor_critic.train()
         for u, batch in run.updates(
-            f"iteration {t}: PPO", batches, t, steps.policy(t), steps.per_update,
+            f"iteration {t}: PPO", batches, t, steps.before_policy(t), steps.per_update,
             evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
         ):  # fmt: skip
             rows = [self.prompts[i] for i in batch]
             seed = stream_seed(args.seed, t, PPO, u)
-            rollouts = collect(run, self.bare, self.bare_reward, self.generator, reference, rows, seed)
+            rollouts = collect(run, self.raw, self.raw_reward, self.generator, reference, rows, seed)
             run.stop_if_asked()
             row = add_advantages(rollouts, args)
             with run.timed("update"):
@@ -401,10 +401,10 @@ class RFT:
     def measure(self, t: int, updates: int, reference=None) -> None:
         """Evaluation of the policy after so many PPO updates, against the initial policy, loaded unless it is given."""
         run = self.run
-        reference = (reference or models.open_reference(run, self.bare.policy, self.sft_policy))()
+        reference = (reference or models.open_reference(run, self.raw.policy, self.sft_policy))()
         row = evals.evaluate(
-            run, self.bare.policy, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
-            self.bare_reward,
+            run, self.raw.policy, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
+            self.raw_reward,
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size
         run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
@@ -418,13 +418,13 @@ class Steps:
     updates: int  # PPO updates in one outer iteration
     per_update: int  # optimizer steps of one PPO update
 
-    def first(self, t: int) -> int:
+    def before(self, t: int) -> int:
         """Optimizer steps before outer iteration t."""
         return self.sft + t * (self.K + self.updates * self.per_update)
 
-    def policy(self, t: int) -> int:
+    def before_policy(self, t: int) -> int:
         """Optimizer steps before the policy step of outer iteration t."""
-        return self.first(t) + self.K
+        return self.before(t) + self.K
 
 
 def count_steps(n: int, args: Args) -> Steps:
@@ -450,7 +450,7 @@ def train(args: Args) -> None:
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {steps.K} reward steps,",
             f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
             f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
-            f"in all {steps.first(args.T)} optimizer steps",
+            f"in all {steps.before(args.T)} optimizer steps",
         )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations)
 
@@ -459,7 +459,7 @@ def train(args: Args) -> None:
         return
     rft = RFT(run, tokenizer, demos.select_demonstrations(run, demonstrations), held_rows)
     records.record_prompts(run, rft.demonstrations)
-    run.say(
+    run.print(
         f"rft: {len(rft.demonstrations)} demonstrations, {rft.steps.sft} SFT steps, T = {args.T}, K = {rft.steps.K},"
         f" {rft.steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"
     )
@@ -467,7 +467,7 @@ def train(args: Args) -> None:
     reward_path = rewards.save_reward(run, rft.reward_model, rft.method, rft.paper, "demonstrations")
     path = run.save_final(rft.actor_critic, tokenizer, run.model_card(rft.method, rft.paper), part="policy")
     evals.print_table(run, "SFT" if args.sft_epochs else "start", rft.method)
-    run.say(f"model: {path}   reward model: {reward_path}")
+    run.print(f"model: {path}   reward model: {reward_path}")
     run.end()
 
 

@@ -87,17 +87,17 @@ def train(args: Args) -> None:
     records.record_prompts(run, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
-    bare = run.unwrap(policy)
-    generator = make_generator(run, bare, tokenizer)
-    run.say(f"sft: {len(demonstrations)} demonstrations, {total} updates, {run.world} process(es), {run.dir}")
+    raw = run.unwrap(policy)
+    generator = make_generator(run, raw, tokenizer)
+    run.print(f"sft: {len(demonstrations)} demonstrations, {total} updates, {run.world} process(es), {run.dir}")
 
     run.position["num_tokens"] = 0
     resumed = run.load_checkpoint()
-    held = evals.prepare_held_out(run, bare, generator, held_rows, tokenizer)
+    held = evals.prepare_held_out(run, raw, generator, held_rows, tokenizer)
 
     def measure(iteration: int) -> None:
         reference = models.reference_policy(run, policy, is_initial=iteration == 0)
-        row = evals.evaluate(run, bare, generator, held, tokenizer, args.beta, reference, iteration)
+        row = evals.evaluate(run, raw, generator, held, tokenizer, args.beta, reference, iteration)
         run.log(row, step=run.position["step"], outer_iteration=iteration)
         if args.keep_best and iteration and row["eval/nll"] < run.position.get("best_nll", math.inf):
             run.save_final(policy, tokenizer, card(), name="best")
@@ -128,7 +128,7 @@ def train(args: Args) -> None:
         measure(epoch + 1)
     path = run.rename("best", "final") if args.keep_best else run.save_final(policy, tokenizer, card())
     evals.print_table(run, "start", "SFT")
-    run.say(f"model: {path}" + (f", of epoch {run.position['best_epoch']}" if args.keep_best else ""))
+    run.print(f"model: {path}" + (f", of epoch {run.position['best_epoch']}" if args.keep_best else ""))
     run.end()
 
 

@@ -25,7 +25,7 @@ from benchmark.tables import (  # noqa: E402
 )
 from common import UserError  # noqa: E402
 from common.args import main
-from common.evals import wins
+from common.evals import pairwise_wins
 
 METHODS = {  # folder -> label
     "sft": "SFT", "dpo": "DPO", "ipo": "IPO", "spin": "SPIN", "rlhf": "RLHF (online DPO)", "rlhf_ppo": "RLHF (PPO)",
@@ -101,7 +101,7 @@ def method_table(runs: dict[str, list[Run]]) -> str:
     lines.append(f"| demonstrations | {cell(start[:1], 'gold/demonstrations', 2)} |" + " |" * (len(COLUMNS) - 1))
     for label, found in [("base", start), *((METHODS[m], at(r, -1)) for m, r in runs.items())]:
         for own, other in zip(found, sft, strict=True):
-            own["gold/win_rate_sft"] = wins(own["gold/score"], other["gold/score"])
+            own["gold/win_rate_sft"] = pairwise_wins(own["gold/score"], other["gold/score"])
         lines.append(f"| {label} | " + " | ".join(cell(found, *c) for c in COLUMNS.values()) + " |")
     return "\n".join(lines) + "\n"
 
@@ -166,7 +166,7 @@ def last_logged(directory: Path, name: str) -> float:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's: of the ranks, how many values lie below each, equal ones counted half."""
-    first, second = (wins(v[:, None], v).sum(1) for v in (a, b))
+    first, second = (pairwise_wins(v[:, None], v).sum(1) for v in (a, b))
     return np.corrcoef(first, second)[0, 1]
 
 

@@ -26,7 +26,7 @@ from benchmark.tables import (  # noqa: E402
 )
 from common import UserError  # noqa: E402
 from common.args import main
-from common.evals import wins
+from common.evals import pairwise_wins
 
 MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
     "gold score": ("gold/score", 2),
@@ -85,7 +85,7 @@ def summarise(runs: list[dict], levels: list[dict]) -> dict[str, dict]:
         gain = [level[name] - level["base"] for level in levels]
         table[label]["gold/gain"] = with_seeds(gain)
         if name == "baseline":
-            over = [wins(level["baseline"], level["base"]) for level in levels]
+            over = [pairwise_wins(level["baseline"], level["base"]) for level in levels]
             table[label]["gold/win_rate_base"] = with_seeds(over)
     for updates in runs[0]:
         rows = [

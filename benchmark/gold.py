@@ -140,7 +140,7 @@ def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     run = Run(args, "gold", METRICS)
     train_rows, test_rows, dropped = split_rows(args)
-    run.say(
+    run.print(
         f"gold: {len(train_rows)} training and {len(test_rows)} held-out rows of --dataset; {dropped} left out, whose family"
         " is on the other side"
     )
@@ -161,7 +161,7 @@ def train(args: Args) -> None:
     model = rewards.prepare_scalar(args, args.model, "--model")
     model, optimizer = run.prepare(model, make_optimizer("adamw", model.parameters()))
     total, step = args.num_train_epochs * -(-len(rows) // args.batch_size), 0
-    run.say(f"gold: {len(rows)} preferences, {len(lines['demonstrations'])} demonstrations, {total} updates")
+    run.print(f"gold: {len(rows)} preferences, {len(lines['demonstrations'])} demonstrations, {total} updates")
     for epoch in range(args.num_train_epochs):
         pairs = with_others(rows, args.seed, epoch)
         if args.sampler:
@@ -179,7 +179,7 @@ def train(args: Args) -> None:
         unseen = {name: accuracy(run, model, held_pairs) for name, held_pairs in held.items()}
         run.log(unseen, step=step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in unseen.items())
-        run.say(f"epoch {epoch}: accuracy {row['reward/accuracy']:.3f} on the last batch; {shown}")
+        run.print(f"epoch {epoch}: accuracy {row['reward/accuracy']:.3f} on the last batch; {shown}")
     tokenizers.pad_for_readers(run.unwrap(model).model.config, tokenizer)
     run.save_final(
         model, tokenizer, f"Gold reward model of CleanIRL's benchmark, made from {args.dataset}.\n", part="model"

@@ -25,7 +25,7 @@ from benchmark.tables import (  # noqa: E402
 )
 from common import UserError  # noqa: E402
 from common.args import main
-from common.evals import wins
+from common.evals import pairwise_wins
 
 COLUMNS = {  # column -> measure, digits
     "(a) accuracy, labelled pairs": ("accuracy", 3),
@@ -68,9 +68,9 @@ def load_irl(folder: Path) -> list[Point]:
         pairs, held = (
             columns_of(folder / "evals" / f"{k}_{t:04d}.parquet", "--runs") for k in ("preferences", "reward")
         )
-        point["pair"], point["accuracy"] = pairs["row"], wins(pairs["chosen"], pairs["rejected"])
-        point["accuracy_sft"] = wins(held["chosen"], held["rejected"])
-        point["accuracy_shuffled"] = wins(held["chosen"], held["shuffled"])
+        point["pair"], point["accuracy"] = pairs["row"], pairwise_wins(pairs["chosen"], pairs["rejected"])
+        point["accuracy_sft"] = pairwise_wins(held["chosen"], held["rejected"])
+        point["accuracy_shuffled"] = pairwise_wins(held["chosen"], held["shuffled"])
     return evaluations
 
 

@@ -73,7 +73,7 @@ def make(args: Args) -> None:
         )  # one that is cut gets no EOS
     write_jsonl(run.dir / "preferences.jsonl", pairs)
     agree = np.mean(first == (a > b))
-    run.say(
+    run.print(
         f"{len(pairs)} preferences, {len(given)} demonstrations; gold {np.mean([a, b]):.2f} +- {np.std([a, b]):.2f},"
         f" mean |difference| {np.abs(a - b).mean():.2f}, the label is the higher one in {agree:.0%}"
     )

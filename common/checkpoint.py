@@ -14,8 +14,8 @@ import torch
 
 from common import UserError
 from common.data import stop_at_end_of_turn
-from common.engine import not_finite, whole
-from common.store import seal, sync_path, write_json
+from common.engine import all_weights, not_finite
+from common.store import sync_path, write_json, write_manifest
 from extras import terminal
 
 
@@ -65,7 +65,7 @@ def save_checkpoint(run) -> None:
             size = metrics.stat().st_size if metrics.exists() else 0
             made_by = {"engine": run.engine.name, "processes": run.world, "fresh_optimizers": fresh}
             write_json(partial / "position.json", {**position, "metrics_bytes": size, **made_by})
-            seal(partial)
+            write_manifest(partial)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             sync_path(folder)
@@ -132,7 +132,7 @@ def save_model(run, model, tokenizer, card: str, name: str, part: str) -> Path:
     path, partial = run.dir / name, run.dir / f".partial_{name}"
     model = run.unwrap(model)  # with its mixed precision: training may go on
     model = model.get_submodule(part) if part else model
-    with nothing_half_written(run), whole(model, cast=False):
+    with nothing_half_written(run), all_weights(model, cast=False):
         if run.is_main:
             if run.args.lora_r:
                 from extras.adapters import merged
@@ -143,7 +143,7 @@ def save_model(run, model, tokenizer, card: str, name: str, part: str) -> Path:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(card)
-            seal(partial)
+            write_manifest(partial)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
     run.accelerator.wait_for_everyone()

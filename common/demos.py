@@ -10,7 +10,7 @@ from common.streams import data_order
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
 
 
-def draw(args, tokenizer, rows: list[dict], n: int, *key: int, encode=encode, **how) -> list[dict]:
+def encode_subset(args, tokenizer, rows: list[dict], n: int, *key: int, encode=encode, **how) -> list[dict]:
     """Draw n of the rows that can be used (all if n is 0) and encode them. The key decides which; their order stays.
 
     Rows are drawn until n are kept, so prompts that are too long do not make them fewer. how: more arguments of encode.
@@ -34,7 +34,7 @@ def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
 
     rows = load_rows(args.dataset, "train", turns=args.turns)
     longest = longest_response(args)
-    encoded = draw(args, tokenizer, rows, args.max_samples, args.seed, encode=encode, longest_response=longest)
+    encoded = encode_subset(args, tokenizer, rows, args.max_samples, args.seed, encode=encode, longest_response=longest)
     long = [d for d in encoded if len(d["response_ids"]) > args.max_new_tokens]
     if long:
         found = f"found {len(long)} of {len(encoded)} demonstrations longer than --max-new-tokens {args.max_new_tokens}"
@@ -67,7 +67,7 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     else:
         rows = load_rows(args.dataset, "test", turns=args.turns)
     how = dict(flag="--eval-dataset", encode=encode, longest_response=longest_response(args))
-    rows = draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, **how)
+    rows = encode_subset(args, tokenizer, rows, args.eval_samples, EVAL_SEED, **how)
     prompts = {r["prompt_text"] for r in training}
     if known := sum(r["prompt_text"] in prompts for r in rows):
         found = f"found {known} of {len(rows)} held-out prompts among those trained on"

@@ -95,16 +95,16 @@ def mixes_bf16(args) -> bool:
 
 
 # ---- models under any engine ----
-def whole(module: nn.Module, cast: bool = True) -> AbstractContextManager[nn.Module]:
+def all_weights(module: nn.Module, cast: bool = True) -> AbstractContextManager[nn.Module]:
     """Context of a view with all its weights, which are gathered on all processes where an engine has cut them up.
 
     All processes enter it together. cast: in the type that training computes in, else as stored.
     """
     if "shards" not in module.__dict__:
         return contextlib.nullcontext(module)
-    from extras.sharding import whole_twin
+    from extras.sharding import gathered_copy
 
-    return whole_twin(module, cast)
+    return gathered_copy(module, cast)
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def evaluating(model: nn.Module):
     was_training = model.training
     model.eval()
     try:
-        with whole(model):
+        with all_weights(model):
             yield
     finally:
         model.train(was_training)

@@ -161,8 +161,8 @@ def evaluate(
         reward = {kind: beta * (logp[kind] - np.array(held.ref[kind])) for kind in logp}
         implicit = {
             "rewards/margins": reward["chosen"] - reward["rejected"],
-            "rewards/accuracies": wins(reward["chosen"], reward["rejected"]),
-            "rewards/accuracies_shuffled": wins(reward["chosen"], reward["shuffled"]),
+            "rewards/accuracies": pairwise_wins(reward["chosen"], reward["rejected"]),
+            "rewards/accuracies_shuffled": pairwise_wins(reward["chosen"], reward["shuffled"]),
         }
     texts = sampled_texts(tokenizer, rollout)
     table = {
@@ -218,8 +218,8 @@ def evaluate_reward(
 def reward_columns(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """{name: (rows,)} of those REWARD_METRICS that are means over rows, from the scores of chosen, rejected, ... (rows,)."""
     columns = {
-        "eval/reward/accuracy": wins(scores["chosen"], scores["rejected"]),
-        "eval/reward/accuracy_shuffled": wins(scores["chosen"], scores["shuffled"]),
+        "eval/reward/accuracy": pairwise_wins(scores["chosen"], scores["rejected"]),
+        "eval/reward/accuracy_shuffled": pairwise_wins(scores["chosen"], scores["shuffled"]),
         "eval/reward/margin": scores["chosen"] - scores["rejected"],
         "eval/reward/demonstrations": scores["chosen"],
     }
@@ -251,7 +251,7 @@ def save_evaluation(folder: Path, iteration: int, rows, texts, table) -> None:
     (folder / "samples" / f"{iteration:04d}.md").write_text("\n".join(lines))
 
 
-def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def pairwise_wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """1 where a > b, 1/2 where equal, else 0."""
     return (a > b) + 0.5 * (a == b)
 

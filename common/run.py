@@ -16,7 +16,7 @@ import torch
 from common import UserError, checkpoint
 from common.args import BaseArgs
 from common.data import collate
-from common.engine import Engine, mixes_bf16, open_engine, whole
+from common.engine import Engine, all_weights, mixes_bf16, open_engine
 from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
 from extras import terminal
@@ -29,7 +29,7 @@ class Run:
 
     engine: Engine
     args: Any  # of a script: BaseArgs or RunArgs, with flags of its own
-    views: dict[torch.nn.Module, torch.nn.Module]  # prepared model -> its view
+    unwrapped: dict[torch.nn.Module, torch.nn.Module]  # prepared model -> its view
 
     def __init__(self, args: BaseArgs, script: str, metrics: dict[str, str]):
         from accelerate.utils import ProjectConfiguration, set_seed
@@ -47,7 +47,7 @@ class Run:
         self.dir = Path(args.resume or args.output_dir)
         project = ProjectConfiguration(logging_dir=str(self.dir))  # rank 0 settles the directory below
         self.engine = open_engine(mixed_precision=precision, log_with=log_with, project_config=project)
-        self.accelerator, self.views = self.engine.accelerator, {}
+        self.accelerator, self.unwrapped = self.engine.accelerator, {}
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         check_engine(args, self.engine.name, self.world, script)
@@ -94,10 +94,10 @@ class Run:
         """True if --resume names a run that has its final model; it prints so."""
         done = bool(self.args.resume) and (self.dir / "final").is_dir()
         if done:
-            self.say(f"{self.dir} is finished: its model is in {self.dir / 'final'}")
+            self.print(f"{self.dir} is finished: its model is in {self.dir / 'final'}")
         return done
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
@@ -197,16 +197,16 @@ class Run:
     def prepare(self, *objects) -> list:
         """model, optimizer, model, optimizer, ... made ready to be trained by this launch."""
         prepared, views = self.engine.prepare(self.args, *objects)
-        self.views |= views
+        self.unwrapped |= views
         return prepared
 
     def unwrap(self, model):
         """The view of a prepared model, to generate, score and save with (common/engine.py); any other model itself."""
-        return self.views.get(model, model)
+        return self.unwrapped.get(model, model)
 
     def load_weights(self, model, source, part: str = "") -> None:
         """Give a prepared model, or the part of it at an attribute path, the weights of another model."""
-        with whole(source, cast=False):
+        with all_weights(source, cast=False):
             self.engine.load_weights(model, source.state_dict(), part)
 
     # ---- sharing work ----

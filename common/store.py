@@ -52,7 +52,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Write manifest.json: size and SHA-256 of every file below, all synced to disk."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
     for path in files:

@@ -52,7 +52,7 @@ def check_agreement(run, model, rollout: Rollout, temperature: float) -> None:
             f" first answers (largest difference {gaps.max().item():.2g}), expected at most {limit:g} ({kind}):"
             f" {cause if not noise <= limit else 'what would be trained is not the policy that answers'}; see docs/models.md"
         )
-    run.say(
+    run.print(
         f"sampled and scored log-probs agree on the first answers: largest difference {gaps.max().item():.1e} nats per token,"
         f" mean {found:.1e}"
     )

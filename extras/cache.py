@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.engine import whole
+from common.engine import all_weights
 from common.store import read_pairs, write_pairs
 
 
@@ -43,7 +43,7 @@ def weights_digest(run, model) -> str:
     from accelerate.utils import broadcast_object_list
 
     digest = hashlib.sha256()
-    with whole(run.unwrap(model), cast=False) as view:
+    with all_weights(run.unwrap(model), cast=False) as view:
         for name, tensor in sorted(view.state_dict().items()) if run.is_main else ():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -12,7 +12,7 @@ import numpy as np
 from common import UserError, models
 from common.data import Frame, render_prompt, respond, tokenise, tokenise_prompts
 from common.demos import EVAL_SEED
-from common.evals import sample_rows, sampled_texts, wins
+from common.evals import pairwise_wins, sample_rows, sampled_texts
 from common.generation import make_generator
 from common.rewards import load_scalar_model
 from extras import loading
@@ -158,7 +158,9 @@ def gold_measures(run, held, texts: list[str], finished: list[bool]) -> dict[str
         return {}
     score = np.array(GoldReward(run).score(held.rows, texts, finished))
     columns = {"gold/score": score, "gold/demonstrations": np.array(held.gold["demonstrations"])}
-    return columns | {f"gold/win_rate_{name}": wins(score, np.array(values)) for name, values in held.gold.items()}
+    return columns | {
+        f"gold/win_rate_{name}": pairwise_wins(score, np.array(values)) for name, values in held.gold.items()
+    }
 
 
 def baseline_samples(run, rows: list[dict], temperature: float) -> list[tuple[str, bool]]:
@@ -260,7 +262,7 @@ def select_top(run, demonstrations: list[dict]) -> list[dict]:
         best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:k])
         mean = sum(scores[i] for i in best) / len(best)
         found = f"mean gold score {mean:.3f} against {np.mean(scores):.3f} of all"
-        run.say(f"kept {len(best)} of {len(scores)} demonstrations, {found}")
+        run.print(f"kept {len(best)} of {len(scores)} demonstrations, {found}")
         return [
             {
                 "row": d["row"], "prompt": d["prompt"], "completion": d["response_text"],

@@ -364,7 +364,7 @@ class Plan:
         )
         if args.generation == "vllm":  # the trainer makes no batches, but it scores some of vLLM's answers
             made = scored
-        if self.level == 3:  # engine.whole gathers one model at a time
+        if self.level == 3:  # engine.all_weights gathers one model at a time
             sizes = [weights(self.computed, self.config)["all"]]
             sizes += [weights(self.computed, self.scalar_config, scalar=True)["all"]] if self.scalars else []
             made, scored = (parts | {"gathered": max(sizes)} for parts in (made, scored))

@@ -6,8 +6,8 @@ import numpy as np
 
 from common.args import require
 from common.data import encode
-from common.demos import EVAL_SEED, draw, load_demonstrations
-from common.evals import sequence_scores, wins
+from common.demos import EVAL_SEED, encode_subset, load_demonstrations
+from common.evals import pairwise_wins, sequence_scores
 from common.store import write_pairs
 from extras.sources import load_rows, source_id
 
@@ -45,7 +45,7 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
         require(bool(rows), "preference_dataset", f"none of {name}", expected)
     kept = [
         {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
-        for r in draw(args, tokenizer, rows, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
+        for r in encode_subset(args, tokenizer, rows, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
     ]
     prompts = {d["prompt_text"] for d in demonstrations}
     if shared := sum(p["prompt_text"] in prompts for p in kept):
@@ -59,7 +59,7 @@ def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
     if name == "none":
         return []
     rows = load_rows(name, "all", "preferences", flag)
-    return draw(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
+    return encode_subset(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
 
 
 def evaluate_preferences(run, reward_model, pairs: list[dict], iteration: int) -> dict[str, float]:
@@ -77,6 +77,6 @@ def evaluate_preferences(run, reward_model, pairs: list[dict], iteration: int) -
         columns = [{"row": p["row"], "chosen": c, "rejected": r} for p, c, r in rows]
         write_pairs(run.dir / "evals" / f"preferences_{iteration:04d}.parquet", columns)
     return {
-        "eval/reward/accuracy_preferences": float(wins(chosen, rejected).mean()),
+        "eval/reward/accuracy_preferences": float(pairwise_wins(chosen, rejected).mean()),
         "eval/reward/margin_preferences": float((chosen - rejected).mean()),
     }

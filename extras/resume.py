@@ -18,11 +18,11 @@ def load_checkpoint(run) -> dict | None:
     run.accelerator.wait_for_everyone()
     found = checkpoints(run)
     for path in reversed(found):
-        if problem := broken_seal(path):
-            run.say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
+        if problem := manifest_problem(path):
+            run.print(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
             continue
         run.position = read_checkpoint(run, path)
-        run.say(f"resumed from {path}")
+        run.print(f"resumed from {path}")
         run.saved, run.last_step = str(run.position), run.position["step"]
         return run.position
     if found:
@@ -65,8 +65,8 @@ def read_checkpoint(run, path: Path) -> dict:
     return position
 
 
-def broken_seal(folder: Path) -> str | None:
-    """The fault of a folder that store.seal has listed, or None: a file is missing, cut short, or changed."""
+def manifest_problem(folder: Path) -> str | None:
+    """The fault of a folder that store.write_manifest has listed, or None: a file is missing, cut short, or changed."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in manifest.items()}

@@ -1,7 +1,7 @@
 """Engines that cut a model up: DeepSpeed ZeRO-2 and ZeRO-3, and FSDP2. Each overrides what common/engine.py does.
 
 ZeRO-3 and FSDP2 leave each process a part of the weights. The view of such a model is a twin without hooks. It has weights
-only inside `common.engine.whole`, which gathers them once, so that processes may then do unequal numbers of forward passes.
+only inside `common.engine.all_weights`, which gathers them once, so that processes may then do unequal numbers of forward passes.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Sharded(Engine):
         """One model and its optimizer at a time: each has settings of its own."""
         prepared, views = [], {}
         for model, optimizer in zip(objects[::2], objects[1::2], strict=True):
-            twin = weightless_twin(model) if self.cuts_weights else None
+            twin = empty_copy(model) if self.cuts_weights else None
             self.set_up(args, model)
             model, optimizer = self.accelerator.prepare(model, optimizer)
             prepared += [model, optimizer]
@@ -122,14 +122,14 @@ class Sharded(Engine):
         except CheckpointException as error:  # FSDP2's; it is no Exception, but a BaseException
             reason = next(iter(error.failures.values()))[0] if error.failures else error
             raise OSError(f"{reason}") from error
-        self.forget(fresh)
+        self.clear_optimizer_states(fresh)
         return fresh
 
     def load_state(self, folder: str, fresh: list[int], **options) -> None:
         super().load_state(folder, fresh, **options)
-        self.forget(fresh)
+        self.clear_optimizer_states(fresh)
 
-    def forget(self, optimizers: list[int]) -> None:
+    def clear_optimizer_states(self, optimizers: list[int]) -> None:
         """Empty the state of these optimizers."""
         for i in optimizers:
             self.accelerator._optimizers[i].state.clear()
@@ -189,7 +189,7 @@ class FSDP2(Sharded):
         )
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        return full(super().clip(model, max_norm))
+        return full_tensor_of(super().clip(model, max_norm))
 
     def probe(self, model: nn.Module, loss_fn, rows: list) -> float:
         loss = super().probe(model, loss_fn, rows)
@@ -200,7 +200,7 @@ class FSDP2(Sharded):
         return loss
 
 
-def weightless_twin(model: nn.Module) -> nn.Module:
+def empty_copy(model: nn.Module) -> nn.Module:
     """A copy of the model whose weights are on the meta device; buffers are shared, and no forward is wrapped."""
     memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
     twin = copy.deepcopy(model, memo | {id(b): b for b in model.buffers()})
@@ -211,8 +211,8 @@ def weightless_twin(model: nn.Module) -> nn.Module:
 
 # ---- whole weights ----
 @contextlib.contextmanager
-def whole_twin(module: nn.Module, cast: bool) -> Iterator[nn.Module]:
-    """common.engine.whole for a twin. A twin, or a part of one, that is whole already stays as it is."""
+def gathered_copy(module: nn.Module, cast: bool) -> Iterator[nn.Module]:
+    """common.engine.all_weights for a twin. A twin, or a part of one, that is whole already stays as it is."""
     if not any(p.is_meta for p in module.parameters()):
         yield module
         return
@@ -225,7 +225,7 @@ def whole_twin(module: nn.Module, cast: bool) -> Iterator[nn.Module]:
             if meta is not None and meta.is_meta:
                 shard = shards._parameters[name]
                 if shard not in made:  # tied weights once
-                    value = gather(shard)
+                    value = gather_parameter(shard)
                     value = value.to(dtype) if cast and dtype and value.is_floating_point() else value
                     made[shard] = nn.Parameter(value, requires_grad=False)
                 part._parameters[name] = made[shard]
@@ -242,14 +242,14 @@ def trained(view: nn.Module) -> nn.Module:
     return view.__dict__["shards"][0]() if "shards" in view.__dict__ else view
 
 
-def gather(parameter: Tensor) -> Tensor:
+def gather_parameter(parameter: Tensor) -> Tensor:
     """The whole of a parameter, on all processes, each of which has a part."""
-    with gathered([parameter]):
-        return full(parameter).clone() if hasattr(parameter, "ds_id") else full(parameter)
+    with gathered_parameters([parameter]):
+        return full_tensor_of(parameter).clone() if hasattr(parameter, "ds_id") else full_tensor_of(parameter)
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[Tensor]) -> Iterator[None]:
+def gathered_parameters(parameters: list[Tensor]) -> Iterator[None]:
     """Context in which ZeRO-3's parameters among these have all their numbers."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
@@ -261,7 +261,7 @@ def gathered(parameters: list[Tensor]) -> Iterator[None]:
         yield
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor_of(tensor: Tensor) -> Tensor:
     """The tensor with all its numbers if FSDP2 has cut it up, or what it was made from; else itself. Without gradient."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_dtensor(tensor) else tensor

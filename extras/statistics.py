@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.evals import wins
+from common.evals import pairwise_wins
 from common.store import read_pairs
 
 
@@ -20,7 +20,7 @@ def calibration(margins: np.ndarray, bins: int = 10) -> tuple[float, list[tuple[
     The model's confidence that the response it scores higher is the chosen one is sigmoid(|margin|), in [1/2, 1].
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    correct = wins(margins, np.zeros_like(margins))
+    correct = pairwise_wins(margins, np.zeros_like(margins))
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     table = [
         (float(confidence[which == b].mean()), float(correct[which == b].mean()), int((which == b).sum()))

@@ -171,7 +171,7 @@ class Engine:
         length = args.max_prompt_length + args.max_new_tokens
         check_fits(model_config, length, current_platform.is_cpu())
         Path(self.folder.name, "config.json").write_text(json.dumps(config))
-        run.say(f"vllm: starting an engine ({self.dtype}, {'in the trainer' if inside else 'a process of its own'})")
+        run.print(f"vllm: starting an engine ({self.dtype}, {'in the trainer' if inside else 'a process of its own'})")
         envs.disable_envs_cache()
         # vLLM seeds the global random numbers, which are put back afterwards
         own = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
@@ -370,10 +370,10 @@ def full_weights(model) -> Iterator[tuple[str, Tensor]]:
             continue
         if in_lora and leaf == "weight":
             layer = base.get_submodule(layer_name)
-            with sharding.gathered(list(layer.parameters())):
+            with sharding.gathered_parameters(list(layer.parameters())):
                 tensor = merged_weight(layer)
         else:
-            tensor = sharding.gather(parameter)
+            tensor = sharding.gather_parameter(parameter)
         yield (f"{layer_name}.{leaf}" if in_lora else name), tensor
 
 
@@ -382,9 +382,9 @@ def merged_weight(layer) -> Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
     with torch.no_grad():
-        weight = sharding.full(dequantize_module_weight(layer.base_layer))
+        weight = sharding.full_tensor_of(dequantize_module_weight(layer.base_layer))
         for adapter in () if layer.disable_adapters else layer.active_adapters:
-            weight = weight + sharding.full(layer.get_delta_weight(adapter)).to(weight.dtype)
+            weight = weight + sharding.full_tensor_of(layer.get_delta_weight(adapter)).to(weight.dtype)
     return weight
 
 

@@ -207,7 +207,7 @@ def examine(name: str, folder: Path) -> dict[str, float]:
     generator = Generator(model, own, 3, STEPS)
     generator.eos_ids = set(range(5, VOCABULARY, 6))  # rows end at different steps
     said = []
-    run = type("Run", (), {"args": args, "say": staticmethod(said.append)})
+    run = type("Run", (), {"args": args, "print": staticmethod(said.append)})
     generator.check = functools.partial(check_agreement, run, model)
     rollout = generator.sample(asked, list(range(len(asked))), 7)
     alone = Generator(model, own, 1, STEPS)

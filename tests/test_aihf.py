@@ -535,10 +535,10 @@ def test_without_demonstrations_the_reward_step_is_that_of_rlhf(make_run, langua
     held = [row(i, exact.PROMPTS[i % 3], response_ids=y[2 + i], rejected_ids=y[50 + i]) for i in range(6)]
     demonstrations = [row(i, exact.PROMPTS[i % 3], response_ids=y[4 + i]) for i in range(5)]
     aligner = script.AIHF(run, tokenizer, demonstrations, preferences, held)
-    policy = getattr(aligner.bare, "policy", aligner.bare)
+    policy = getattr(aligner.raw, "policy", aligner.raw)
     aligner.held = script.evals.prepare_held_out(run, policy, aligner.generator, held, tokenizer)
-    aligner.bare_reward.double()
-    plain = copy.deepcopy(aligner.bare_reward)
+    aligner.raw_reward.double()
+    plain = copy.deepcopy(aligner.raw_reward)
     assert aligner.sample_pairs(0) == []
     aligner.reward_step(0)
 
@@ -567,7 +567,7 @@ def test_without_demonstrations_the_reward_step_is_that_of_rlhf(make_run, langua
     start = script.rewards.prepare_scalar(run.args, model, "--reward-model")
     moved = [(a - b).abs().max() for a, b in zip(plain.parameters(), start.parameters(), strict=True)]
     assert max(moved) > 1e-3 and losses[-1] != losses[0]
-    for a, b in zip(aligner.bare_reward.parameters(), plain.parameters(), strict=True):
+    for a, b in zip(aligner.raw_reward.parameters(), plain.parameters(), strict=True):
         assert close(a.detach(), b.detach(), 1e-10)
     assert not (run.dir / "generations" / "iter_0.parquet").exists()
 
@@ -911,7 +911,7 @@ def test_count_steps():
     assert count(10, 3000, total_prompts=300).updates == 2 and count(10, 3000, total_prompts=300).K == 2 * 47
     assert count(10, 100, **whole).per_update == 4  # 100 prompts at most, in 2 batches, twice
     steps = aihf.Steps(sft=5, K=7, updates=3, per_update=4)
-    assert [steps.first(t) for t in range(3)] == [5, 5 + 19, 5 + 2 * 19]
+    assert [steps.before(t) for t in range(3)] == [5, 5 + 19, 5 + 2 * 19]
     ppo = dict(total_episodes=1000, rollout_batch_size=256, num_ppo_epochs=4, num_mini_batches=2)
     args = arguments(aihf_ppo, **given, **ppo)
     assert aihf_ppo.count_steps(10_000, 3000, args) == aihf_ppo.Steps(sft=3 * 157, K=2 * 157, updates=4, per_update=8)
@@ -1040,7 +1040,7 @@ def test_two_outer_iterations_fit_both_sources(make_run, language, monkeypatch, 
         save_steps=100_000, max_grad_norm=1.0, **given,
     )  # fmt: skip
     aligner = script.AIHF(run, tokenizer, demonstrations, preferences, held_rows)
-    policy = getattr(aligner.bare, "policy", aligner.bare)
+    policy = getattr(aligner.raw, "policy", aligner.raw)
 
     def measure() -> tuple[float, float]:
         found = all_logprobs(policy)

@@ -198,7 +198,7 @@ def test_a_run_leaves_what_it_promises(finished, place, script):
     assert "12 demonstrations, 20 preferences, 3 SFT steps, T = 2, K = 5" in printed
     assert sum("sft/loss" in r for r in rows) == steps.sft and sum("reward/loss" in r for r in rows) == 2 * steps.K
     updates = [r for r in rows if "objective/scores" in r]
-    first = [steps.first(t) + steps.K for t in range(2)]
+    first = [steps.before(t) + steps.K for t in range(2)]
     assert [r["step"] for r in updates] == [f + u * per_update for f in first for u in (1, 2)]
     answers = {"aihf.py": 12, "aihf_ppo.py": 4}[script]
     assert [r["episodes"] for r in updates] == [answers * u for u in (1, 2, 3, 4)]

@@ -86,7 +86,9 @@ def engine(request, place):
     expected.append(0)
     sharded = name != "zero2"
     for n in (phases * parameters, phases * parameters + 1):
-        scenarios.append({"argv": argv("sft.py", place, f"{name}_gather{n}"), "at": "extras.sharding.gather", "n": n})
+        scenarios.append(
+            {"argv": argv("sft.py", place, f"{name}_gather{n}"), "at": "extras.sharding.gather_parameter", "n": n}
+        )
     expected += [-signal.SIGKILL if sharded else 0, 0]
     scenarios.append({"argv": argv("sft.py", place, f"{name}_moved"), "at": "common.run.Run.step", "n": 3})
     resume = ["sft.py", "--resume", str(place / f"{name}_moved_sft.py")]

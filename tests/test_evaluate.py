@@ -90,7 +90,7 @@ def everything(place: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def full(place):
+def full_tensor_of(place):
     return measure(place, "full", *everything(place))
 
 
@@ -425,7 +425,12 @@ def test_bootstrap_intervals_have_the_width_of_the_standard_error():
 
 
 def test_ties_are_half_a_win():
-    assert evals.wins(np.array([1.0, 2.0, 2.0, -1.0]), np.array([0.0, 2.0, 3.0, -1.0])).tolist() == [1, 0.5, 0, 0.5]
+    assert evals.pairwise_wins(np.array([1.0, 2.0, 2.0, -1.0]), np.array([0.0, 2.0, 3.0, -1.0])).tolist() == [
+        1,
+        0.5,
+        0,
+        0.5,
+    ]
 
 
 # ---- gold rewards ----

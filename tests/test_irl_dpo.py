@@ -601,7 +601,7 @@ def test_the_reward_is_made_anew_or_carried_over(loop, monkeypatch, start):
     seen, left = watch_reward_steps(monkeypatch), []
     learner, _ = loop(reward_init=start)
     policy_step = learner.policy_step
-    note = lambda t: (left.append(copy.deepcopy(learner.bare_reward.state_dict())), policy_step(t))  # noqa: E731
+    note = lambda t: (left.append(copy.deepcopy(learner.raw_reward.state_dict())), policy_step(t))  # noqa: E731
     monkeypatch.setattr(learner, "policy_step", note)
     learner.learn()
     fresh = irl.rewards.prepare_scalar(learner.args, learner.args.model, "--model").state_dict()
@@ -686,7 +686,7 @@ def test_a_resumed_run_scores_nothing_twice(loop, monkeypatch, capsys):
     resumed.learn()
     assert calls == expected  # in both runs together
     assert f"iteration 0: candidates of 6 prompts taken from {cut.dir / 'candidates'}" in capsys.readouterr().out
-    for a, b in zip(whole.bare.parameters(), resumed.bare.parameters(), strict=True):
+    for a, b in zip(whole.raw.parameters(), resumed.raw.parameters(), strict=True):
         assert torch.equal(a, b)
     assert (run.dir / "metrics.jsonl").read_bytes() == (cut.dir / "metrics.jsonl").read_bytes()
 
@@ -709,7 +709,7 @@ def test_another_pair_choice_scores_nothing_twice_and_a_mismatch_is_made_anew(lo
     assert f"iteration 0: candidates of 3 prompts taken from {first / 'candidates'}" in printed
     assert f"candidates of 3 prompts made anew, none in {first} match: those come from other weights" in printed
     assert len(list((run.dir / "candidates").iterdir())) == 1
-    for a, b in zip(alone.bare.parameters(), other.bare.parameters(), strict=True):
+    for a, b in zip(alone.raw.parameters(), other.raw.parameters(), strict=True):
         assert torch.equal(a, b)  # as if it had made them itself
     calls.clear()
     changed, _ = loop("changed", **given, candidates_from=str(first), reward_learning_rate=2e-2)  # another reward
@@ -758,7 +758,7 @@ def test_two_outer_iterations_learn_from_demonstrations_alone(make_run, language
     learner = irl.IRL(run, tokenizer, answered_by(shown, 0), answered_by(held, 1000), [])
 
     def measure() -> tuple[float, float]:
-        found = all_logprobs(learner.bare)
+        found = all_logprobs(learner.raw)
         return found.gather(1, shown).mean().item(), (found.exp() * truth).sum(1).mean().item()
 
     path, policy_step = [measure()], learner.policy_step

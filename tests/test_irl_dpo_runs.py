@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(finished, place):
     assert "12 demonstrations, 3 SFT steps, T = 2, K = 3" in printed and "dpo on 8 prompts x 3 candidates" in printed
     assert sum("sft/loss" in r for r in rows) == 3 and sum("reward/loss" in r for r in rows) == 3 + 6
     updates = [r for r in rows if "objective/scores" in r]
-    first = [steps.policy(t) for t in range(2)]
+    first = [steps.before_policy(t) for t in range(2)]
     assert [r["step"] for r in updates] == [f + u for f in first for u in (1, 2)]
     assert [r["episodes"] for r in updates] == [12, 24, 36, 48]
     measured = [(r["outer_iteration"], r["updates"], r["episodes"]) for r in rows if "eval/nll" in r]

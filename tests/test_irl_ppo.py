@@ -477,7 +477,7 @@ def test_count_steps():
     given = dict(batch_size=64, num_train_epochs=2, sft_epochs=3, total_episodes=1000, rollout_batch_size=256, T=3)
     steps = irl.count_steps(129, arguments(**given))
     assert steps == irl.Steps(sft=9, K=[6, 6, 6], updates=4, per_update=4)
-    assert [steps.first(t) for t in range(3)] == [9, 31, 53]
+    assert [steps.before(t) for t in range(3)] == [9, 31, 53]
     more = irl.count_steps(129, arguments(**given, pairs="accumulated"))
     assert more.K == [6, 10, 14] and [more.first(t) for t in range(3)] == [9, 31, 57]  # 258 / 64 and 387 / 64
 

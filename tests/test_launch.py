@@ -29,7 +29,7 @@ from helpers import (
     weights,
 )
 
-from common.engine import whole
+from common.engine import all_weights
 from common.store import read_pairs
 from extras import sharding
 
@@ -221,17 +221,17 @@ def test_a_twin_has_weights_inside_whole_alone():
     model.b.weight = model.a.weight
     model.register_buffer("center", torch.zeros(()))
     model.a.forward = lambda x: x
-    twin = sharding.weightless_twin(model)
+    twin = sharding.empty_copy(model)
     assert all(p.is_meta and not p.requires_grad for p in twin.parameters())
     assert twin.b.weight is twin.a.weight and "forward" not in vars(twin.a)
     for path, part in twin.named_modules():
         part.__dict__["shards"] = weakref.ref(model.get_submodule(path)), torch.bfloat16
-    with whole(twin.a) as a, whole(twin):
+    with all_weights(twin.a) as a, all_weights(twin):
         assert a.weight.dtype == torch.bfloat16 and torch.equal(a.weight, model.a.weight.bfloat16())
         assert not twin.b.bias.is_meta
-    with whole(twin, cast=False):
+    with all_weights(twin, cast=False):
         assert torch.equal(twin.b.weight, model.a.weight) and twin.b.weight is twin.a.weight
         twin.center += 2.0
     assert all(p.is_meta for p in twin.parameters()) and model.center == 2.0
-    with whole(model) as same:
+    with all_weights(model) as same:
         assert same is model

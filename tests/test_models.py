@@ -361,7 +361,7 @@ def test_an_invalid_generation_config_can_be_saved(tmp_path, good):
 def answers(folder, said, **given):
     args = arguments(folder, **given)
     model = models.load_model(args)
-    run = SimpleNamespace(args=args, metrics={}, say=said.append)
+    run = SimpleNamespace(args=args, metrics={}, print=said.append)
     generator = make_generator(run, model, models.load_tokenizer(args))
     return lambda seed=0: generator.sample([x for x, _ in SEQUENCES], [0, 1], seed)
 

@@ -169,17 +169,17 @@ def test_the_policys_first_steps_after_the_value_warm_up_are_no_longer_than_the_
         "aihf_ppo": lambda: aihf_ppo.AIHF(run, tokenizer, rows, rows, []),
         "irl_ppo_tldr": lambda: irl_ppo_tldr.IRL(run, tokenizer, rows, rows, [], []),
     }[name]()
-    run.position["step"] = aligner.steps.policy(0)  # as if the reward had been learned
+    run.position["step"] = aligner.steps.before_policy(0)  # as if the reward had been learned
     monkeypatch.setattr(aligner, "measure", lambda *_: None)
-    start, moves, real = bytes_of(aligner.bare.policy), [], script.ppo_update
+    start, moves, real = bytes_of(aligner.raw.policy), [], script.ppo_update
 
     def watched(run, actor_critic, optimizer, rollouts, lr, *key, **given):
         step, seen = Run.step, []
 
         def measured(self, *rest):
-            before = bytes_of(aligner.bare.policy)
+            before = bytes_of(aligner.raw.policy)
             row = step(self, *rest)
-            pairs = zip(bytes_of(aligner.bare.policy), before, strict=True)
+            pairs = zip(bytes_of(aligner.raw.policy), before, strict=True)
             seen.append(max((a - b).abs().max().item() for a, b in pairs) / lr)
             return row
 
@@ -192,7 +192,7 @@ def test_the_policys_first_steps_after_the_value_warm_up_are_no_longer_than_the_
     monkeypatch.setattr(script, "ppo_update", watched)
     aligner.policy_step(0)
     assert len(moves) == 8 and all(length == 0.0 for seen in moves[:4] for length in seen)
-    assert not same(bytes_of(aligner.bare.policy), start)
+    assert not same(bytes_of(aligner.raw.policy), start)
     decayed = decay.get("weight_decay", 0.0) * max(p.abs().max().item() for p in start)
     assert moves[4][0] == pytest.approx(1.0, abs=1e-2 + decayed)
     assert moves[4][1] < math.sqrt(2) + 1e-2 + decayed

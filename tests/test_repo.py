@@ -281,8 +281,8 @@ SHARED = {  # of these, what two scripts have in common all the same: proved for
         "loop.start_reward",
         "weighted_rows",
         "mixed_batches",
-        "Steps.first",
-        "Steps.policy",
+        "Steps.before",
+        "Steps.before_policy",
         "Args.needs_demonstrations",
     ),
     ("rft.py", "aihf_ppo.py"): (
@@ -300,8 +300,8 @@ SHARED = {  # of these, what two scripts have in common all the same: proved for
         "reward_batch_loss",
         "loop.sample_pairs",
         "loop.start_reward",
-        "Steps.first",
-        "Steps.policy",
+        "Steps.before",
+        "Steps.before_policy",
     ),
     ("aihf.py", "irl_dpo_ultrachat.py"): (
         "sft_batch_loss",

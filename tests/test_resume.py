@@ -16,8 +16,8 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("irft.py", "irft.write_pairs", 1),  # pairs scored, not yet on disk
     ("irft.py", "common.run.Run.step", 1),
     ("irft.py", "common.run.Run.step", 4),  # between checkpoints
-    ("irft.py", "common.checkpoint.seal", 1),  # first checkpoint written but not sealed
-    ("irft.py", "common.checkpoint.seal", 3),
+    ("irft.py", "common.checkpoint.write_manifest", 1),  # first checkpoint written but not sealed
+    ("irft.py", "common.checkpoint.write_manifest", 3),
     ("irft.py", "common.evals.evaluate", 2),  # after iteration 0
     ("irft.py", "common.models.reference_policy", 4),  # iteration 1, the reference is another model now
     ("irft.py", "common.run.Run.step", 8),  # iteration 1

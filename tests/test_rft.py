@@ -753,7 +753,7 @@ def test_count_steps():
     assert rft.count_steps(10_000, args) == rft.Steps(sft=3 * 157, K=2 * 157, updates=4, per_update=8)
     assert rft.count_steps(128, args).K == 4 and rft.count_steps(129, args).K == 6
     steps = rft.Steps(sft=5, K=7, updates=3, per_update=4)
-    assert [steps.first(t) for t in range(3)] == [5, 5 + 19, 5 + 2 * 19]
+    assert [steps.before(t) for t in range(3)] == [5, 5 + 19, 5 + 2 * 19]
 
 
 # ---- where it ends up ----
@@ -832,24 +832,24 @@ def test_two_outer_iterations_raise_the_likelihood_of_the_demonstrations(make_ru
     trained = [
         {id(p) for g in o.param_groups for p in g["params"]} for o in (script.optimizer, script.reward_optimizer)
     ]
-    assert trained[0] == {id(p) for m in (script.bare.policy, script.bare.value) for p in m.parameters()}
-    assert trained[1] == {id(p) for p in script.bare_reward.parameters()}
+    assert trained[0] == {id(p) for m in (script.raw.policy, script.raw.value) for p in m.parameters()}
+    assert trained[1] == {id(p) for p in script.raw_reward.parameters()}
 
     def likelihood() -> float:
-        return all_logprobs(script.bare.policy).gather(1, picked).mean().item()
+        return all_logprobs(script.raw.policy).gather(1, picked).mean().item()
 
     path, policy_step, start_policy, starts = [likelihood()], script.policy_step, script.start_policy, []
 
     def value_starts_as_the_reward(t):
-        source, value = start_policy(t), script.bare.value.state_dict()
-        starts.append(all(torch.equal(value[k], v) for k, v in script.bare_reward.state_dict().items()))
+        source, value = start_policy(t), script.raw.value.state_dict()
+        starts.append(all(torch.equal(value[k], v) for k, v in script.raw_reward.state_dict().items()))
         return source
 
     monkeypatch.setattr(script, "start_policy", value_starts_as_the_reward)
     monkeypatch.setattr(script, "policy_step", lambda t: (policy_step(t), path.append(likelihood())))
     script.learn()
     best = expert.gather(1, picked).mean().item()
-    assert starts == [True, True] and script.bare.value.center != 0
+    assert starts == [True, True] and script.raw.value.center != 0
     assert len(path) == 3 and path[0] == pytest.approx(ref.gather(1, picked).mean().item(), abs=1e-5)
     assert path[1] > path[0] + 0.1 and path[2] > path[1] + 0.05
     assert path[2] - path[0] > 0.3 * (best - path[0])

@@ -21,7 +21,7 @@ from common.engine import Engine, not_finite
 from common.run import Run
 from common.store import read_metrics, without_nan
 from extras import provenance, terminal
-from extras.resume import broken_seal
+from extras.resume import manifest_problem
 from extras.run_directory import lock, new_directory, untouched
 from extras.terminal import report_failure
 
@@ -515,7 +515,7 @@ def test_a_stored_file_that_is_not_whole_or_gone_is_named(place):
 @pytest.mark.parametrize("text", ["", "null", "[]", '{"model.safetensors": 3}', '{"x": {}}'])
 def test_a_manifest_of_anything_else_is_damage(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
-    assert "manifest.json" in broken_seal(tmp_path)
+    assert "manifest.json" in manifest_problem(tmp_path)
 
 
 def test_answers_that_no_update_was_made_on_are_made_again(place):

@@ -349,7 +349,7 @@ def exact_loop(tmp_path, language, monkeypatch, setting):  # noqa: F811
             start = ref if source == learner.sft_policy else path[int(source.rpartition("_")[2])]
             path.append(best_response(script, start, table["r"], beta))
             events.clear()
-            run.position.update(outer_iteration=t + 1, step=learner.steps.first(t + 1))
+            run.position.update(outer_iteration=t + 1, step=learner.steps.before(t + 1))
 
         monkeypatch.setattr(Run, "step", step)
         monkeypatch.setattr(Run, "load_weights", load_weights)

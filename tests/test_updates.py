@@ -12,11 +12,11 @@ import torch
 import sft
 from common import UserError, checkpoint
 from common.args import resolve_auto
-from common.engine import evaluating, whole, zero_of
+from common.engine import all_weights, evaluating, zero_of
 from common.run import Run
 from common.store import read_pairs
 from common.streams import make_optimizer
-from extras import resume
+from extras import resume, terminal
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_evaluations_come_before_the_first_update_every_few_and_at_the_end(make_
 
 def test_a_stop_that_was_asked_for_comes_after_the_update(make_run, monkeypatch):
     run, seen = make_run(save_steps=100), []
-    monkeypatch.setattr(run, "_stop", lambda number: (_ for _ in ()).throw(SystemExit(128 + number)))
+    monkeypatch.setattr(terminal, "leave", lambda number: (_ for _ in ()).throw(SystemExit(128 + number)))
     with pytest.raises(SystemExit) as stop:
         for k, _ in run.updates("p", range(5)):
             seen.append(k)
@@ -151,7 +151,7 @@ def test_a_run_in_one_process_needs_nothing_of_the_engines_that_cut_weights_up(m
     policy, optimizer = run.prepare(model, make_optimizer("adamw", model.parameters()))
     rows = [[1.0, 2.0], [3.0, 4.0]]
     run.step(policy, optimizer, rows, lambda part: (policy(torch.tensor(part)).squeeze(-1), {}), len, 0.1)
-    with evaluating(run.unwrap(policy)), whole(policy) as same:
+    with evaluating(run.unwrap(policy)), all_weights(policy) as same:
         assert same is policy and not policy.training and zero_of(policy).item() == 0.0
     trained = copy.deepcopy(policy.state_dict())
     run.position["step"] = 1
