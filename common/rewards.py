@@ -107,7 +107,7 @@ def load_scalar_model(
 
     from extras import loading, noise
 
-    options = {"device_map": "meta"} if only_check else {}
+    options: dict = {"device_map": "meta"} if only_check else {}
     if head_seed is not None:
         config = models.load_config(name, args.trust_remote_code, flag)
         options = {"attn_implementation": loading.attention(args, config)}

@@ -11,7 +11,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +189,7 @@ class FSDP2(Sharded):
         )
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        return full_tensor_of(super().clip(model, max_norm))
+        return full_tensor_of(cast(Tensor, super().clip(model, max_norm)))
 
     def probe(self, model: nn.Module, loss_fn, rows: list) -> float:
         loss = super().probe(model, loss_fn, rows)

@@ -193,7 +193,7 @@ def progress(phase: str, total: int, show: bool = True) -> Iterator[Callable[[in
             bars.advance(task.id, n)
             if show and bars.disable and time.time() - spoken > SECONDS_BETWEEN_LINES:
                 spoken = time.time()
-                eta = task.elapsed * (total - task.completed) / max(task.completed, 1)
+                eta = (task.elapsed or 0.0) * (total - task.completed) / max(task.completed, 1)
                 print(f"  {phase}: {task.completed:.0f}/{total}, ETA {eta:.0f} s", file=sys.stderr, flush=True)
 
         yield advance
