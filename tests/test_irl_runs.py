@@ -314,7 +314,7 @@ POINTS = [  # (function, n-th call): in every phase of both iterations
     ("common.run.Run.step", 2),  # SFT: steps 1 to 5
     ("common.run.Run.save_final", 1),
     ("common.evals.sample_rows", 1),
-    ("common.run.write_pairs", 1),
+    ("common.run.write_pairs", 2),
     ("common.run.Run.step", 7),  # reward step: 6 to 10
     ("irl_ppo_tldr.IRL.normalise", 1),
     ("extras.preference_data.evaluate_preferences", 1),
@@ -322,7 +322,7 @@ POINTS = [  # (function, n-th call): in every phase of both iterations
     ("irl_ppo_tldr.collect", 2),
     ("common.run.Run.step", 13),  # inside a PPO update
     ("common.evals.evaluate", 3),
-    ("common.run.write_pairs", 2),
+    ("common.run.write_pairs", 3),
     ("common.run.Run.step", 20),  # reward step of iteration 1
     ("irl_ppo_tldr.IRL.normalise", 2),
     ("irl_ppo_tldr.IRL.start_policy", 2),

@@ -13,7 +13,7 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("irft.py", "common.evals.sequence_logprobs", 2),  # reference on held-out rows
     ("irft.py", "common.evals.evaluate", 1),
     ("irft.py", "common.evals.sample_rows", 3),  # answers of iteration 0
-    ("irft.py", "irft.write_pairs", 1),  # pairs scored, not yet on disk
+    ("irft.py", "common.run.write_pairs", 2),  # pairs scored, not yet on disk
     ("irft.py", "common.run.Run.step", 1),
     ("irft.py", "common.run.Run.step", 4),  # between checkpoints
     ("irft.py", "common.checkpoint.write_manifest", 1),  # first checkpoint written but not sealed
@@ -30,7 +30,7 @@ POINTS = [  # (script, function, n-th call): one or more in every phase
     ("rft.py", "common.run.Run.save_final", 1),  # sft/ not yet kept
     ("rft.py", "common.evals.evaluate", 1),
     ("rft.py", "common.evals.sample_rows", 2),  # held-out samples of the reference
-    ("rft.py", "common.run.write_pairs", 1),  # answers sampled, not yet on disk
+    ("rft.py", "common.run.write_pairs", 2),  # answers sampled, not yet on disk
     ("rft.py", "common.run.Run.step", 8),  # reward step: 6 to 10
     ("rft.py", "common.evals.evaluate_reward", 1),
     ("rft.py", "rft.collect", 1),  # first rollout of PPO
