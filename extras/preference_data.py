@@ -4,9 +4,10 @@ import warnings
 
 import numpy as np
 
+from common import demos
 from common.args import require
 from common.data import encode
-from common.demos import EVAL_SEED, encode_subset, load_demonstrations
+from common.demos import EVAL_SEED, encode_subset
 from common.evals import pairwise_wins, sequence_scores
 from common.store import write_pairs
 from extras.sources import load_rows, source_id
@@ -24,7 +25,7 @@ def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """
     demonstrations, preferences = [], []
     if args.needs_demonstrations() or source_id(args.preference_dataset) == source_id(args.dataset):
-        demonstrations = load_demonstrations(args, tokenizer)
+        demonstrations = demos.load_demonstrations(args, tokenizer)
     if args.preference_dataset != "none":
         preferences = load_preferences(args, tokenizer, demonstrations)
     return demonstrations if args.needs_demonstrations() else [], preferences
