@@ -113,156 +113,6 @@ def dpo_loss(
     return -F.logsigmoid(beta * d)
 
 
-# ---- what is scored, by which model ----
-def sft_batch_loss(policy, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations, times scale -> ((B,), {})."""
-    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    return nll_loss(response_logprobs(policy, batch).logprobs, batch.response_mask) * scale, {}
-
-
-def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """Weighted losses of pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences.
-
-    A pair has chosen_ids, rejected_ids, weight, and is a demonstration with the policy's answer, or a preference.
-    """
-    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
-    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
-    demonstrated = torch.tensor([p["demonstrated"] for p in pairs], device=chosen.device)
-    losses = torch.where(
-        demonstrated,
-        reward_loss(chosen, rejected, args.beta, args.reward_loss),
-        preference_loss(chosen, rejected, args.beta, args.reward_loss),
-    )
-    with torch.no_grad():
-        won = (chosen > rejected) + 0.5 * (chosen == rejected)
-        stats = {}
-        for name, mask in (("demonstrations", demonstrated), ("preferences", ~demonstrated)):
-            stats |= {
-                f"{name}/loss": (losses[mask].sum(), mask.sum()),
-                f"{name}/accuracy": (won[mask].sum(), mask.sum()),
-                f"{name}/margin": ((chosen - rejected)[mask].sum(), mask.sum()),
-            }
-        stats["reward/demonstrations"] = (chosen[demonstrated].sum(), demonstrated.sum())
-        stats["reward/answers"] = (rejected[demonstrated].sum(), demonstrated.sum())
-    return losses * losses.new_tensor([p["weight"] for p in pairs]), stats
-
-
-def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """dpo_loss of scored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
-    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
-    batch = collate(sequences, pad_token_id=0).to(device)
-    scores = response_logprobs(policy, batch, args.temperature)
-    logps = masked_sum(scores.logprobs, batch.response_mask)
-    chosen, rejected = logps.chunk(2)
-    ref_chosen, ref_rejected = (chosen.new_tensor([p[f"ref_{kind}"] for p in pairs]) for kind in ("chosen", "rejected"))
-    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
-    with torch.no_grad():
-        sampled = [logps.new_tensor(p[f"sampled_{kind}"]) for kind in ("chosen", "rejected") for p in pairs]
-        off = sum((now[: len(old)] - old).abs().sum() for now, old in zip(scores.logprobs, sampled, strict=True))
-        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
-        count, tokens = chosen.new_tensor(len(pairs)), batch.response_mask.sum()
-        stats = {
-            "rewards/chosen": (r_chosen.sum(), count),
-            "rewards/rejected": (r_rejected.sum(), count),
-            "rewards/margins": ((r_chosen - r_rejected).sum(), count),
-            "rewards/accuracies": (((r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)).sum(), count),
-            "logps/chosen": (chosen.sum(), count),
-            "logps/rejected": (rejected.sum(), count),
-            "entropy": (scores.entropy.sum(), tokens),
-            "sampling/logp_difference": (off, tokens),
-        }
-    return losses, stats
-
-
-# ---- an update of online DPO: answers, the best and the worst, optimizer steps ----
-def collect(run, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
-    """Sample N answers to every prompt and return the best and the worst, with the log-probs of policy and reference.
-
-    The policy's log-probs are those the answers were sampled with. The reference scores only the two answers that are kept.
-    No model scores an answer twice. reference() is a context that yields the reference policy.
-    """
-    args = run.args
-
-    def work(indices: list[int]) -> list[dict]:
-        n = args.num_generations
-        with run.timed("sample"):
-            asked = [(rows[i]["prompt_ids"], i * n + j) for i in indices for j in range(n)]
-            rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
-        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evaluating(reward_model):
-            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-            scores = torch.tensor(scores, dtype=torch.float64).view(len(indices), n)
-            scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool).view(len(indices), n)
-        best, worst = (index + torch.arange(len(scores)) * n for index in max_min(scores))
-        kept = [*best.tolist(), *worst.tolist()]
-        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
-            ref = run.score_batches(
-                [sequences[k] for k in kept], lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature)
-            )
-        pairs = []
-        for i, (b, w) in enumerate(zip(best.tolist(), worst.tolist(), strict=True)):
-            own = range(i * n, (i + 1) * n)
-            pairs.append({
-                "prompt_ids": sequences[b][0], "chosen_ids": sequences[b][1], "rejected_ids": sequences[w][1],
-                "sampled_chosen": rollout.logprobs[b], "sampled_rejected": rollout.logprobs[w],
-                "ref_chosen": ref[i][0], "ref_rejected": ref[len(best) + i][0], "scores": scores[i].tolist(),
-                "score_chosen": scores[i].max().item(), "score_rejected": scores[i].min().item(),
-                "lengths": [len(rollout.response_ids[k]) for k in own], "finished": [rollout.finished[k] for k in own],
-            })  # fmt: skip
-        return pairs
-
-    return run.map_rows(len(rows), work)
-
-
-def makes_pair(pair: dict) -> bool:
-    """True if one answer is preferred to another. (Equal answers can differ in score: padding changes the rounding.)"""
-    return pair["score_chosen"] > pair["score_rejected"] and pair["chosen_ids"] != pair["rejected_ids"]
-
-
-def measure_candidates(pairs: list[dict]) -> dict[str, float]:
-    """Metrics of all N answers to the prompts of an update."""
-    scores = torch.tensor([p["scores"] for p in pairs], dtype=torch.float64)
-    best, worst = scores.amax(-1), scores.amin(-1)
-    return {
-        "objective/scores": scores.mean().item(),
-        "objective/scores_best": best.mean().item(),
-        "objective/scores_margin": (best - worst).mean().item(),
-        "objective/pairs": sum(map(makes_pair, pairs)) / len(pairs),
-        "completions/mean_length": torch.tensor([p["lengths"] for p in pairs], dtype=torch.float64).mean().item(),
-        "completions/clipped_ratio": 1
-        - torch.tensor([p["finished"] for p in pairs], dtype=torch.float64).mean().item(),
-    }
-
-
-def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *key: int) -> dict[str, float]:
-    """--num-policy-epochs passes of DPO over the prompts that make a pair -> metrics, means over the steps.
-
-    rates: learning rate of each step. The last ones stay unused if some prompts make no pair.
-    """
-    args, steps = run.args, []
-    pairs = [p for p in pairs if makes_pair(p)]
-    for epoch in range(args.num_policy_epochs):
-        order = data_order(len(pairs), args.seed, *key, epoch)
-        for begin in range(0, len(order), args.batch_size):
-            rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
-            loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
-            steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
-            agreement.check_first_step("DPO", steps[0], args.temperature)
-    if not steps:
-        return {}
-    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
-
-
-def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
-    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
-    total = steps.updates * steps.per_update
-    return [
-        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
-    ]
-
-
 # ---- the loop: Algorithm 1 ----
 SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
 
@@ -414,6 +264,156 @@ class AIHF:
         )  # fmt: skip
         episodes = self.episodes(t, updates - t * self.steps.updates)
         run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+
+
+# ---- what is scored, by which model ----
+def sft_batch_loss(policy, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, times scale -> ((B,), {})."""
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    return nll_loss(response_logprobs(policy, batch).logprobs, batch.response_mask) * scale, {}
+
+
+def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """Weighted losses of pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences.
+
+    A pair has chosen_ids, rejected_ids, weight, and is a demonstration with the policy's answer, or a preference.
+    """
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
+    demonstrated = torch.tensor([p["demonstrated"] for p in pairs], device=chosen.device)
+    losses = torch.where(
+        demonstrated,
+        reward_loss(chosen, rejected, args.beta, args.reward_loss),
+        preference_loss(chosen, rejected, args.beta, args.reward_loss),
+    )
+    with torch.no_grad():
+        won = (chosen > rejected) + 0.5 * (chosen == rejected)
+        stats = {}
+        for name, mask in (("demonstrations", demonstrated), ("preferences", ~demonstrated)):
+            stats |= {
+                f"{name}/loss": (losses[mask].sum(), mask.sum()),
+                f"{name}/accuracy": (won[mask].sum(), mask.sum()),
+                f"{name}/margin": ((chosen - rejected)[mask].sum(), mask.sum()),
+            }
+        stats["reward/demonstrations"] = (chosen[demonstrated].sum(), demonstrated.sum())
+        stats["reward/answers"] = (rejected[demonstrated].sum(), demonstrated.sum())
+    return losses * losses.new_tensor([p["weight"] for p in pairs]), stats
+
+
+def dpo_batch_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """dpo_loss of scored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    batch = collate(sequences, pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch, args.temperature)
+    logps = masked_sum(scores.logprobs, batch.response_mask)
+    chosen, rejected = logps.chunk(2)
+    ref_chosen, ref_rejected = (chosen.new_tensor([p[f"ref_{kind}"] for p in pairs]) for kind in ("chosen", "rejected"))
+    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
+    with torch.no_grad():
+        sampled = [logps.new_tensor(p[f"sampled_{kind}"]) for kind in ("chosen", "rejected") for p in pairs]
+        off = sum((now[: len(old)] - old).abs().sum() for now, old in zip(scores.logprobs, sampled, strict=True))
+        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
+        count, tokens = chosen.new_tensor(len(pairs)), batch.response_mask.sum()
+        stats = {
+            "rewards/chosen": (r_chosen.sum(), count),
+            "rewards/rejected": (r_rejected.sum(), count),
+            "rewards/margins": ((r_chosen - r_rejected).sum(), count),
+            "rewards/accuracies": (((r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)).sum(), count),
+            "logps/chosen": (chosen.sum(), count),
+            "logps/rejected": (rejected.sum(), count),
+            "entropy": (scores.entropy.sum(), tokens),
+            "sampling/logp_difference": (off, tokens),
+        }
+    return losses, stats
+
+
+# ---- an update of online DPO: answers, the best and the worst, optimizer steps ----
+def collect(run, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
+    """Sample N answers to every prompt and return the best and the worst, with the log-probs of policy and reference.
+
+    The policy's log-probs are those the answers were sampled with. The reference scores only the two answers that are kept.
+    No model scores an answer twice. reference() is a context that yields the reference policy.
+    """
+    args = run.args
+
+    def work(indices: list[int]) -> list[dict]:
+        n = args.num_generations
+        with run.timed("sample"):
+            asked = [(rows[i]["prompt_ids"], i * n + j) for i in indices for j in range(n)]
+            rollout = generator.sample([x for x, _ in asked], [k for _, k in asked], seed, args.temperature)
+        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
+        with run.timed("score"), evaluating(reward_model):
+            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
+            scores = torch.tensor(scores, dtype=torch.float64).view(len(indices), n)
+            scores -= args.missing_eos_penalty * ~torch.tensor(rollout.finished, dtype=torch.bool).view(len(indices), n)
+        best, worst = (index + torch.arange(len(scores)) * n for index in max_min(scores))
+        kept = [*best.tolist(), *worst.tolist()]
+        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
+            ref = run.score_batches(
+                [sequences[k] for k in kept], lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature)
+            )
+        pairs = []
+        for i, (b, w) in enumerate(zip(best.tolist(), worst.tolist(), strict=True)):
+            own = range(i * n, (i + 1) * n)
+            pairs.append({
+                "prompt_ids": sequences[b][0], "chosen_ids": sequences[b][1], "rejected_ids": sequences[w][1],
+                "sampled_chosen": rollout.logprobs[b], "sampled_rejected": rollout.logprobs[w],
+                "ref_chosen": ref[i][0], "ref_rejected": ref[len(best) + i][0], "scores": scores[i].tolist(),
+                "score_chosen": scores[i].max().item(), "score_rejected": scores[i].min().item(),
+                "lengths": [len(rollout.response_ids[k]) for k in own], "finished": [rollout.finished[k] for k in own],
+            })  # fmt: skip
+        return pairs
+
+    return run.map_rows(len(rows), work)
+
+
+def makes_pair(pair: dict) -> bool:
+    """True if one answer is preferred to another. (Equal answers can differ in score: padding changes the rounding.)"""
+    return pair["score_chosen"] > pair["score_rejected"] and pair["chosen_ids"] != pair["rejected_ids"]
+
+
+def measure_candidates(pairs: list[dict]) -> dict[str, float]:
+    """Metrics of all N answers to the prompts of an update."""
+    scores = torch.tensor([p["scores"] for p in pairs], dtype=torch.float64)
+    best, worst = scores.amax(-1), scores.amin(-1)
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/scores_best": best.mean().item(),
+        "objective/scores_margin": (best - worst).mean().item(),
+        "objective/pairs": sum(map(makes_pair, pairs)) / len(pairs),
+        "completions/mean_length": torch.tensor([p["lengths"] for p in pairs], dtype=torch.float64).mean().item(),
+        "completions/clipped_ratio": 1
+        - torch.tensor([p["finished"] for p in pairs], dtype=torch.float64).mean().item(),
+    }
+
+
+def dpo_update(run, policy, optimizer, pairs: list[dict], rates: list[float], *key: int) -> dict[str, float]:
+    """--num-policy-epochs passes of DPO over the prompts that make a pair -> metrics, means over the steps.
+
+    rates: learning rate of each step. The last ones stay unused if some prompts make no pair.
+    """
+    args, steps = run.args, []
+    pairs = [p for p in pairs if makes_pair(p)]
+    for epoch in range(args.num_policy_epochs):
+        order = data_order(len(pairs), args.seed, *key, epoch)
+        for begin in range(0, len(order), args.batch_size):
+            rows = [pairs[i] for i in order[begin : begin + args.batch_size]]
+            loss_fn = lambda part: dpo_batch_loss(policy, part, args, run.accelerator.device)  # noqa: E731
+            steps.append(run.step(policy, optimizer, rows, loss_fn, pair_length, rates[len(steps)]))
+            agreement.check_first_step("DPO", steps[0], args.temperature)
+    if not steps:
+        return {}
+    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+    return {"policy/loss": row.pop("loss"), **row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
+
+
+def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
+    """Learning rates of update u's steps: one schedule over all steps of the iteration, however many an update has."""
+    total = steps.updates * steps.per_update
+    return [
+        learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+        for k in range(u * steps.per_update, (u + 1) * steps.per_update)
+    ]
 
 
 # ---- the plan: numbers of optimizer steps, and the rows and weights of each, known before anything runs ----

@@ -107,65 +107,6 @@ def balance(args: Args) -> float:
     return preference / (1.0 if args.objective == "direct" else half)
 
 
-# ---- what is scored ----
-def mixed_loss(policy, rows: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Weighted losses of rows -> ((B,), {metric: (sum, count)}). One forward pass over all their sequences.
-
-    A row has prompt_ids, chosen_ids, rejected_ids and is a demonstration with the policy's answer, or without one
-    (rejected_ids None: one sequence), or a preference; `weight` multiplies its loss (weighted_rows).
-    """
-    pairs = [i for i, r in enumerate(rows) if r["rejected_ids"] is not None]
-    sequences = [(r["prompt_ids"], r["chosen_ids"]) for r in rows] + [
-        (rows[i]["prompt_ids"], rows[i]["rejected_ids"]) for i in pairs
-    ]
-    batch = collate(sequences, pad_token_id=0).to(device)
-    scores = response_logprobs(policy, batch)
-    chosen, answers = masked_sum(scores.logprobs, batch.response_mask).split([len(rows), len(pairs)])  # D1
-    rejected = torch.zeros_like(chosen).index_copy(0, torch.tensor(pairs, dtype=torch.long, device=device), answers)
-    ref_chosen = chosen.new_tensor([r.get("ref_chosen", 0.0) for r in rows])
-    ref_rejected = chosen.new_tensor([r.get("ref_rejected", 0.0) for r in rows])
-    is_pair = torch.tensor([r["rejected_ids"] is not None for r in rows], device=device)
-    demonstrated = torch.tensor([r["demonstrated"] for r in rows], device=device)
-    compare = {"dpo": dpo_loss, "ipo": ipo_loss}[args.preference_loss]
-    losses = torch.where(
-        demonstrated,
-        torch.where(is_pair, irft_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta), -chosen),
-        compare(chosen, rejected, ref_chosen, ref_rejected, args.beta),
-    )
-    with torch.no_grad():
-        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
-        won = (r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)
-        answered = demonstrated & is_pair
-        columns = {
-            "preferences/loss": (losses, ~demonstrated),
-            "rewards/chosen": (r_chosen, ~demonstrated),
-            "rewards/rejected": (r_rejected, ~demonstrated),
-            "rewards/margins": (r_chosen - r_rejected, ~demonstrated),
-            "rewards/accuracies": (won, ~demonstrated),
-            "logps/chosen": (chosen, ~demonstrated),
-            "logps/rejected": (rejected, ~demonstrated),
-            "demonstrations/loss": (losses, demonstrated),
-            "demonstrations/chosen": (r_chosen, answered),
-            "demonstrations/rejected": (r_rejected, answered),
-            "demonstrations/margins": (r_chosen - r_rejected, answered),
-            "demonstrations/accuracies": (won, answered),
-            "demonstrations/logps/chosen": (chosen, demonstrated),
-            "demonstrations/logps/rejected": (rejected, answered),
-        }
-        stats = {name: (values[mask].sum(), mask.sum()) for name, (values, mask) in columns.items()}
-        count, tokens = chosen.new_tensor(len(rows)), batch.response_mask.sum()
-        stats |= {
-            "entropy": (scores.entropy.sum(), tokens),
-            "mean_token_accuracy": (scores.correct.sum(), tokens),
-            "num_tokens": (batch.attention_mask.sum(), count),
-        }
-    return losses * losses.new_tensor([r["weight"] for r in rows]), stats
-
-
-def longest_sequence(row: dict) -> int:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"] or []))
-
-
 # ---- the loop: Eq. 10, or Eq. 11 with answers anew in every outer iteration ----
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
@@ -235,6 +176,65 @@ def train(args: Args) -> None:
     evals.print_table(run, "start", method)
     run.print(f"model: {path}")
     run.end()
+
+
+# ---- what is scored ----
+def mixed_loss(policy, rows: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Weighted losses of rows -> ((B,), {metric: (sum, count)}). One forward pass over all their sequences.
+
+    A row has prompt_ids, chosen_ids, rejected_ids and is a demonstration with the policy's answer, or without one
+    (rejected_ids None: one sequence), or a preference; `weight` multiplies its loss (weighted_rows).
+    """
+    pairs = [i for i, r in enumerate(rows) if r["rejected_ids"] is not None]
+    sequences = [(r["prompt_ids"], r["chosen_ids"]) for r in rows] + [
+        (rows[i]["prompt_ids"], rows[i]["rejected_ids"]) for i in pairs
+    ]
+    batch = collate(sequences, pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch)
+    chosen, answers = masked_sum(scores.logprobs, batch.response_mask).split([len(rows), len(pairs)])  # D1
+    rejected = torch.zeros_like(chosen).index_copy(0, torch.tensor(pairs, dtype=torch.long, device=device), answers)
+    ref_chosen = chosen.new_tensor([r.get("ref_chosen", 0.0) for r in rows])
+    ref_rejected = chosen.new_tensor([r.get("ref_rejected", 0.0) for r in rows])
+    is_pair = torch.tensor([r["rejected_ids"] is not None for r in rows], device=device)
+    demonstrated = torch.tensor([r["demonstrated"] for r in rows], device=device)
+    compare = {"dpo": dpo_loss, "ipo": ipo_loss}[args.preference_loss]
+    losses = torch.where(
+        demonstrated,
+        torch.where(is_pair, irft_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta), -chosen),
+        compare(chosen, rejected, ref_chosen, ref_rejected, args.beta),
+    )
+    with torch.no_grad():
+        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
+        won = (r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)
+        answered = demonstrated & is_pair
+        columns = {
+            "preferences/loss": (losses, ~demonstrated),
+            "rewards/chosen": (r_chosen, ~demonstrated),
+            "rewards/rejected": (r_rejected, ~demonstrated),
+            "rewards/margins": (r_chosen - r_rejected, ~demonstrated),
+            "rewards/accuracies": (won, ~demonstrated),
+            "logps/chosen": (chosen, ~demonstrated),
+            "logps/rejected": (rejected, ~demonstrated),
+            "demonstrations/loss": (losses, demonstrated),
+            "demonstrations/chosen": (r_chosen, answered),
+            "demonstrations/rejected": (r_rejected, answered),
+            "demonstrations/margins": (r_chosen - r_rejected, answered),
+            "demonstrations/accuracies": (won, answered),
+            "demonstrations/logps/chosen": (chosen, demonstrated),
+            "demonstrations/logps/rejected": (rejected, answered),
+        }
+        stats = {name: (values[mask].sum(), mask.sum()) for name, (values, mask) in columns.items()}
+        count, tokens = chosen.new_tensor(len(rows)), batch.response_mask.sum()
+        stats |= {
+            "entropy": (scores.entropy.sum(), tokens),
+            "mean_token_accuracy": (scores.correct.sum(), tokens),
+            "num_tokens": (batch.attention_mask.sum(), count),
+        }
+    return losses * losses.new_tensor([r["weight"] for r in rows]), stats
+
+
+def longest_sequence(row: dict) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"] or []))
 
 
 # ---- both sets as they are trained on: the policy's answers, and what the reference says of every pair ----

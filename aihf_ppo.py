@@ -131,156 +131,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return torch.where(mask, losses, torch.zeros_like(losses))
 
 
-# ---- what is scored, by which model ----
-def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations, times scale -> ((B,), {})."""
-    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    scores, nothing = actor_critic(batch, with_values=False)
-    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
-
-
-def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """Weighted losses of pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences.
-
-    A pair has chosen_ids, rejected_ids, weight, and is a demonstration with the policy's answer, or a preference.
-    """
-    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
-    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
-    demonstrated = torch.tensor([p["demonstrated"] for p in pairs], device=chosen.device)
-    losses = torch.where(
-        demonstrated,
-        reward_loss(chosen, rejected, args.beta, args.reward_loss),
-        preference_loss(chosen, rejected, args.beta, args.reward_loss),
-    )
-    with torch.no_grad():
-        won = (chosen > rejected) + 0.5 * (chosen == rejected)
-        stats = {}
-        for name, mask in (("demonstrations", demonstrated), ("preferences", ~demonstrated)):
-            stats |= {
-                f"{name}/loss": (losses[mask].sum(), mask.sum()),
-                f"{name}/accuracy": (won[mask].sum(), mask.sum()),
-                f"{name}/margin": ((chosen - rejected)[mask].sum(), mask.sum()),
-            }
-        stats["reward/demonstrations"] = (chosen[demonstrated].sum(), demonstrated.sum())
-        stats["reward/answers"] = (rejected[demonstrated].sum(), demonstrated.sum())
-    return losses * losses.new_tensor([p["weight"] for p in pairs]), stats
-
-
-def ppo_batch_loss(
-    actor_critic, rows: list[dict], args: Args, device, scale: float, policy_weight: float = 1.0
-) -> tuple[Tensor, dict]:
-    """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
-
-    scale: answers over response tokens of the whole minibatch, so that the mean over answers is the mean over its tokens.
-    policy_weight: 0 while the value model learns alone.
-    """
-    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    mask = batch.response_mask
-    scores, values = actor_critic(batch, args.temperature)
-    old_logprobs, old_values, advantages, returns = (
-        pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
-    )
-    pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
-    vf = value_loss(values, old_values, returns, mask, args.cliprange_value)
-    losses = masked_sum(policy_weight * pg + args.vf_coef * vf, mask) * scale
-    with torch.no_grad():
-        logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
-        ratio, tokens = logratio.exp(), mask.sum()
-        stats = {
-            "loss/policy_avg": (pg.sum(), tokens),
-            "loss/value_avg": (vf.sum(), tokens),
-            "policy/approxkl_avg": (0.5 * (logratio**2).sum(), tokens),
-            "policy/clipfrac_avg": ((((ratio - 1).abs() > args.cliprange) & mask).sum(), tokens),
-            "policy/entropy_avg": (scores.entropy.sum(), tokens),
-            "val/ratio": (masked_sum(ratio, mask).sum(), tokens),
-            "val/clipfrac_avg": ((((values - old_values).abs() > args.cliprange_value) & mask).sum(), tokens),
-            "sampling/logp_difference": (logratio.abs().sum(), tokens),
-        }
-    return losses, stats
-
-
-def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
-    """The rows' lists of that name as (B, T), 0 beyond each response; type and device of `like`."""
-    return pad_right([r[name] for r in rows], 0.0, like.dtype).to(like.device)
-
-
-# ---- a PPO update: answers, advantages, optimizer steps ----
-def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
-    """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
-
-    The policy's log-probs are those it was sampled with. reference() is a context that yields the reference policy.
-    """
-    args = run.args
-
-    def work(indices: list[int]) -> list[dict]:
-        with run.timed("sample"):
-            rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
-        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evaluating(reward_model):
-            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
-            ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        with run.timed("value"), evaluating(actor_critic.value):
-            values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
-        return [
-            {
-                "prompt_ids": x, "response_ids": y, "finished": done, "logprobs": logp, "ref_logprobs": ref_logp,
-                "values": value[: len(y)], "score": score - args.missing_eos_penalty * (not done),
-            }
-            for (x, y), done, logp, score, (_, ref_logp), value in zip(
-                sequences, rollout.finished, rollout.logprobs, scores, ref, values, strict=True
-            )
-        ]  # fmt: skip
-
-    return run.map_rows(len(rows), work)
-
-
-def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
-    """Put advantages (whitened over all answers) and returns into the rollouts -> metrics of the batch."""
-    like = torch.zeros((), dtype=torch.float64)
-    logprobs, ref_logprobs, values = (pad(rollouts, name, like) for name in ("logprobs", "ref_logprobs", "values"))
-    lengths = torch.tensor([len(r["response_ids"]) for r in rollouts])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
-    rewards_of_tokens = token_rewards(scores, logprobs, ref_logprobs, mask, args.beta)
-    advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
-    for r, a, g, n in zip(rollouts, whiten(advantages, mask).tolist(), returns.tolist(), lengths.tolist(), strict=True):
-        r["advantages"], r["returns"] = a[:n], g[:n]
-    kl = masked_sum(logprobs - ref_logprobs, mask).mean()
-    error, returned = (returns - values)[mask], returns[mask]
-    return {
-        "objective/scores": scores.mean().item(),
-        "objective/kl": kl.item(),
-        "objective/non_score_reward": -args.beta * kl.item(),
-        "objective/rlhf_reward": (scores.mean() - args.beta * kl).item(),
-        "val/explained_variance": (1 - error.var() / returned.var().clamp(min=1e-12)).item(),
-        "val/num_eos_tokens": sum(r["finished"] for r in rollouts),
-        "completions/mean_length": lengths.double().mean().item(),
-        "completions/clipped_ratio": 1 - sum(r["finished"] for r in rollouts) / len(rollouts),
-    }
-
-
-def ppo_update(
-    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
-) -> dict[str, float]:
-    """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
-    args, steps = run.args, []
-    for epoch in range(args.num_ppo_epochs):
-        order = data_order(len(rollouts), args.seed, *key, epoch)
-        size = math.ceil(len(rollouts) / args.num_mini_batches)
-        for begin in range(0, len(order), size):
-            rows = [rollouts[i] for i in order[begin : begin + size]]
-            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-            loss_fn = lambda part, scale=scale: ppo_batch_loss(  # noqa: E731
-                actor_critic, part, args, run.accelerator.device, scale, policy_weight
-            )
-            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
-            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            agreement.check_first_step("PPO", steps[0], args.temperature)
-    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
-    return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
-
-
 # ---- the loop: Algorithm 1 ----
 SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
 
@@ -437,6 +287,156 @@ class AIHF:
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size
         run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+
+
+# ---- what is scored, by which model ----
+def sft_batch_loss(actor_critic, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, times scale -> ((B,), {})."""
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    scores, nothing = actor_critic(batch, with_values=False)
+    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
+
+
+def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """Weighted losses of pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences.
+
+    A pair has chosen_ids, rejected_ids, weight, and is a demonstration with the policy's answer, or a preference.
+    """
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
+    demonstrated = torch.tensor([p["demonstrated"] for p in pairs], device=chosen.device)
+    losses = torch.where(
+        demonstrated,
+        reward_loss(chosen, rejected, args.beta, args.reward_loss),
+        preference_loss(chosen, rejected, args.beta, args.reward_loss),
+    )
+    with torch.no_grad():
+        won = (chosen > rejected) + 0.5 * (chosen == rejected)
+        stats = {}
+        for name, mask in (("demonstrations", demonstrated), ("preferences", ~demonstrated)):
+            stats |= {
+                f"{name}/loss": (losses[mask].sum(), mask.sum()),
+                f"{name}/accuracy": (won[mask].sum(), mask.sum()),
+                f"{name}/margin": ((chosen - rejected)[mask].sum(), mask.sum()),
+            }
+        stats["reward/demonstrations"] = (chosen[demonstrated].sum(), demonstrated.sum())
+        stats["reward/answers"] = (rejected[demonstrated].sum(), demonstrated.sum())
+    return losses * losses.new_tensor([p["weight"] for p in pairs]), stats
+
+
+def ppo_batch_loss(
+    actor_critic, rows: list[dict], args: Args, device, scale: float, policy_weight: float = 1.0
+) -> tuple[Tensor, dict]:
+    """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
+
+    scale: answers over response tokens of the whole minibatch, so that the mean over answers is the mean over its tokens.
+    policy_weight: 0 while the value model learns alone.
+    """
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    mask = batch.response_mask
+    scores, values = actor_critic(batch, args.temperature)
+    old_logprobs, old_values, advantages, returns = (
+        pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
+    )
+    pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
+    vf = value_loss(values, old_values, returns, mask, args.cliprange_value)
+    losses = masked_sum(policy_weight * pg + args.vf_coef * vf, mask) * scale
+    with torch.no_grad():
+        logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
+        ratio, tokens = logratio.exp(), mask.sum()
+        stats = {
+            "loss/policy_avg": (pg.sum(), tokens),
+            "loss/value_avg": (vf.sum(), tokens),
+            "policy/approxkl_avg": (0.5 * (logratio**2).sum(), tokens),
+            "policy/clipfrac_avg": ((((ratio - 1).abs() > args.cliprange) & mask).sum(), tokens),
+            "policy/entropy_avg": (scores.entropy.sum(), tokens),
+            "val/ratio": (masked_sum(ratio, mask).sum(), tokens),
+            "val/clipfrac_avg": ((((values - old_values).abs() > args.cliprange_value) & mask).sum(), tokens),
+            "sampling/logp_difference": (logratio.abs().sum(), tokens),
+        }
+    return losses, stats
+
+
+def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
+    """The rows' lists of that name as (B, T), 0 beyond each response; type and device of `like`."""
+    return pad_right([r[name] for r in rows], 0.0, like.dtype).to(like.device)
+
+
+# ---- a PPO update: answers, advantages, optimizer steps ----
+def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
+    """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
+
+    The policy's log-probs are those it was sampled with. reference() is a context that yields the reference policy.
+    """
+    args = run.args
+
+    def work(indices: list[int]) -> list[dict]:
+        with run.timed("sample"):
+            rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
+        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
+        with run.timed("score"), evaluating(reward_model):
+            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
+        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
+            ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
+        with run.timed("value"), evaluating(actor_critic.value):
+            values = run.score_batches(sequences, lambda batch: actor_critic.value(batch, every=True).tolist())
+        return [
+            {
+                "prompt_ids": x, "response_ids": y, "finished": done, "logprobs": logp, "ref_logprobs": ref_logp,
+                "values": value[: len(y)], "score": score - args.missing_eos_penalty * (not done),
+            }
+            for (x, y), done, logp, score, (_, ref_logp), value in zip(
+                sequences, rollout.finished, rollout.logprobs, scores, ref, values, strict=True
+            )
+        ]  # fmt: skip
+
+    return run.map_rows(len(rows), work)
+
+
+def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
+    """Put advantages (whitened over all answers) and returns into the rollouts -> metrics of the batch."""
+    like = torch.zeros((), dtype=torch.float64)
+    logprobs, ref_logprobs, values = (pad(rollouts, name, like) for name in ("logprobs", "ref_logprobs", "values"))
+    lengths = torch.tensor([len(r["response_ids"]) for r in rollouts])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
+    rewards_of_tokens = token_rewards(scores, logprobs, ref_logprobs, mask, args.beta)
+    advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
+    for r, a, g, n in zip(rollouts, whiten(advantages, mask).tolist(), returns.tolist(), lengths.tolist(), strict=True):
+        r["advantages"], r["returns"] = a[:n], g[:n]
+    kl = masked_sum(logprobs - ref_logprobs, mask).mean()
+    error, returned = (returns - values)[mask], returns[mask]
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/kl": kl.item(),
+        "objective/non_score_reward": -args.beta * kl.item(),
+        "objective/rlhf_reward": (scores.mean() - args.beta * kl).item(),
+        "val/explained_variance": (1 - error.var() / returned.var().clamp(min=1e-12)).item(),
+        "val/num_eos_tokens": sum(r["finished"] for r in rollouts),
+        "completions/mean_length": lengths.double().mean().item(),
+        "completions/clipped_ratio": 1 - sum(r["finished"] for r in rollouts) / len(rollouts),
+    }
+
+
+def ppo_update(
+    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
+) -> dict[str, float]:
+    """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
+    args, steps = run.args, []
+    for epoch in range(args.num_ppo_epochs):
+        order = data_order(len(rollouts), args.seed, *key, epoch)
+        size = math.ceil(len(rollouts) / args.num_mini_batches)
+        for begin in range(0, len(order), size):
+            rows = [rollouts[i] for i in order[begin : begin + size]]
+            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+            loss_fn = lambda part, scale=scale: ppo_batch_loss(  # noqa: E731
+                actor_critic, part, args, run.accelerator.device, scale, policy_weight
+            )
+            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
+            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
+            agreement.check_first_step("PPO", steps[0], args.temperature)
+    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
+    return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
 
 # ---- the plan: numbers of optimizer steps, and the rows and weights of each, known before anything runs ----

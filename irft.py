@@ -68,35 +68,6 @@ def irft_loss(
     return -F.logsigmoid(beta * d) if loss_type == "logistic" else -d  # D2
 
 
-# ---- what is scored ----
-def pair_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """irft_loss of stored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
-    sequences = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs] + [
-        (p["prompt_ids"], p["rejected_ids"]) for p in pairs
-    ]
-    batch = collate(sequences, pad_token_id=0).to(device)
-    scores = response_logprobs(policy, batch)
-    chosen, rejected = masked_sum(scores.logprobs, batch.response_mask).chunk(2)  # D1
-    ref_chosen = chosen.new_tensor([p["ref_chosen"] for p in pairs])
-    ref_rejected = chosen.new_tensor([p["ref_rejected"] for p in pairs])
-    losses = irft_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss_type)
-    with torch.no_grad():
-        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
-        count, tokens = chosen.new_tensor(len(pairs)), batch.response_mask.sum()
-        stats = {
-            "rewards/chosen": (r_chosen.sum(), count),
-            "rewards/rejected": (r_rejected.sum(), count),
-            "rewards/margins": ((r_chosen - r_rejected).sum(), count),
-            "rewards/accuracies": (((r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)).sum(), count),
-            "logps/chosen": (chosen.sum(), count),
-            "logps/rejected": (rejected.sum(), count),
-            "entropy": (scores.entropy.sum(), tokens),
-            "mean_token_accuracy": (scores.correct.sum(), tokens),
-            "num_tokens": (batch.attention_mask.sum(), count),
-        }
-    return losses, stats
-
-
 # ---- the loop: Algorithm 2 ----
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
@@ -164,6 +135,35 @@ def train(args: Args) -> None:
     evals.print_table(run, "start", method)
     run.print(f"model: {path}")
     run.end()
+
+
+# ---- what is scored ----
+def pair_loss(policy, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """irft_loss of stored pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
+    sequences = [(p["prompt_ids"], p["chosen_ids"]) for p in pairs] + [
+        (p["prompt_ids"], p["rejected_ids"]) for p in pairs
+    ]
+    batch = collate(sequences, pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch)
+    chosen, rejected = masked_sum(scores.logprobs, batch.response_mask).chunk(2)  # D1
+    ref_chosen = chosen.new_tensor([p["ref_chosen"] for p in pairs])
+    ref_rejected = chosen.new_tensor([p["ref_rejected"] for p in pairs])
+    losses = irft_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss_type)
+    with torch.no_grad():
+        r_chosen, r_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
+        count, tokens = chosen.new_tensor(len(pairs)), batch.response_mask.sum()
+        stats = {
+            "rewards/chosen": (r_chosen.sum(), count),
+            "rewards/rejected": (r_rejected.sum(), count),
+            "rewards/margins": ((r_chosen - r_rejected).sum(), count),
+            "rewards/accuracies": (((r_chosen > r_rejected) + 0.5 * (r_chosen == r_rejected)).sum(), count),
+            "logps/chosen": (chosen.sum(), count),
+            "logps/rejected": (rejected.sum(), count),
+            "entropy": (scores.entropy.sum(), tokens),
+            "mean_token_accuracy": (scores.correct.sum(), tokens),
+            "num_tokens": (batch.attention_mask.sum(), count),
+        }
+    return losses, stats
 
 
 # ---- line 5: the policy's answers, and what the reference says of every pair ----

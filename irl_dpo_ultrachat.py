@@ -118,6 +118,177 @@ def dpo_loss(
     return -F.logsigmoid(beta * d)
 
 
+# ---- the loop: Algorithm 1 ----
+SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
+
+
+class IRL:
+    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
+
+    def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict], preferences: list[dict]):
+        args = run.args
+        self.run, self.args, self.tokenizer = run, args, tokenizer
+        self.demonstrations, self.prompts, self.held_rows, self.held = demonstrations, demonstrations, held_rows, None
+        self.preferences, self.reused = preferences, {}
+        self.method, self.paper = "IRL", "arXiv:2503.13538, Alg. 1"
+        self.steps = count_steps(len(demonstrations), args)
+        policy = models.autocast_forward(run, models.prepare_policy(args))
+        reward_model = models.autocast_forward(run, rewards.prepare_scalar(args, args.model, "--model"))
+        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
+            policy, make_optimizer(args.optimizer, policy.parameters()),
+            reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
+        )  # fmt: skip
+        self.raw, self.raw_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
+        self.generator = make_generator(run, self.raw, tokenizer)
+        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
+
+    def learn(self) -> None:
+        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
+        run, args = self.run, self.args
+        run.load_checkpoint()
+        if args.gold_reward_model and run.position["step"] < self.steps.sft:
+            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
+        self.warm_start()
+        self.held = evals.prepare_held_out(run, self.raw, self.generator, self.held_rows, self.tokenizer)
+        for t in range(run.position["outer_iteration"], args.T):
+            self.reward_step(t)
+            self.policy_step(t)
+
+    def warm_start(self) -> None:
+        """D3: the SFT policy from --model. Kept in sft/ as reference, as start of every reward, and for comparison."""
+        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
+        self.policy.train()
+        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
+        for k, batch in run.updates("SFT", batches):
+            rows = [self.demonstrations[i] for i in batch]
+            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
+            loss_fn = lambda part, scale=scale: sft_batch_loss(self.policy, part, device, scale)  # noqa: E731
+            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+            row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate")
+            run.log_update({"sft/loss": row.pop("loss"), **row})
+        if total and run.position["step"] == total:
+            card = run.model_card("SFT", "arXiv:2503.13538, Eq. 1")
+            run.save_final(self.policy, self.tokenizer, card, "sft")
+
+    def sample_pairs(self, t: int) -> list[dict]:
+        """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
+        run, args, rows = self.run, self.args, self.demonstrations
+
+        def make() -> list[dict]:
+            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
+                seed = stream_seed(args.seed, t, PAIRS)
+                temperature = args.temperature if args.negatives == "sampled" else args.greedy_temperature
+                rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
+            return pair_rows(self.tokenizer, rows, rollout, t)
+
+        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.before(t))
+
+    def start_reward(self, t: int) -> None:
+        """theta_{t,0}: made anew from the SFT policy, or carried over."""
+        args = self.args
+        if args.reward_init == "previous" and t > 0:
+            return
+        torch.manual_seed(args.seed)  # LoRA's first weights
+        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, self.sft_policy, "--model"))
+        self.reward_optimizer.state.clear()
+
+    def reward_step(self, t: int) -> None:
+        """Alg. 1, reward optimization: gradient steps on the pairs; then the reward is centred and measured."""
+        run, args, first, end = self.run, self.args, self.steps.before(t), self.steps.before_policy(t)
+        pairs = self.sample_pairs(t)
+        if args.pairs == "accumulated":
+            pairs = [p for i in range(t) for p in self.sample_pairs(i)] + pairs
+        if run.position["step"] <= first:
+            self.optimizer.state.clear()  # D2; and its memory, until the policy step
+            self.start_reward(t)
+        self.reward_model.train()
+        model, device = self.reward_model, run.accelerator.device
+        loss_fn = lambda part: reward_batch_loss(model, part, args, device)  # noqa: E731
+        batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
+        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
+            rows = [pairs[i] for i in batch]
+            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
+            row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
+            run.log_update({"reward/loss": row.pop("loss"), **row})
+        if run.position["step"] == end:
+            row = evals.evaluate_reward(run, self.raw_reward, self.held, t)
+            center = row.pop("eval/reward/demonstrations")
+            self.raw_reward.center += center  # D1
+            row |= preference_data.evaluate_preferences(run, self.raw_reward, self.preferences, t)
+            run.log({**row, "eval/reward/center": self.raw_reward.center.item()}, step=end, outer_iteration=t)
+
+    def start_policy(self, t: int) -> str:
+        """Before the policy step. Returns the reference's model or folder."""
+        run, args = self.run, self.args
+        previous = args.ref == "previous" and t > 0
+        if run.position["step"] <= self.steps.before_policy(t):  # else the policy step has begun already
+            if previous:
+                card = run.model_card(self.method, self.paper)
+                run.save_final(self.policy, self.tokenizer, card, f"policy_{t}")
+        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
+
+    def collect(self, t: int, u: int, rows: list[dict], reference) -> list[dict]:
+        """choose_pairs for the prompts of update u, block by block. Candidates are kept on disk, and none is scored twice."""
+        run, pairs, seed = self.run, [], stream_seed(self.args.seed, t, PROMPTS)
+        weights = [weights_digest(run, m) for m in (self.policy, self.reward_model)]
+        for begin in range(0, len(rows), BLOCK):
+            block, first = rows[begin : begin + BLOCK], u * self.args.rollout_batch_size + begin
+            key = candidate_key(run, weights, self.generator, block, first, seed)
+            make = functools.partial(score_candidates, run, self.raw_reward, self.generator, block, first, seed)
+            candidates, folder = kept_candidates(run, f"iter_{t}_{first:07d}_{key}.parquet", make)
+            self.reused[folder] = self.reused.get(folder, 0) + len(block)
+            pairs += choose_pairs(run, block, candidates, reference)
+            run.stop_if_asked()
+        return pairs
+
+    def say_reused(self, t: int) -> None:
+        """Print where the candidates of the iteration come from, unless all of them were made here and now."""
+        given, made = self.args.candidates_from, self.reused.pop("", 0)
+        for folder, count in self.reused.items():
+            self.run.print(f"iteration {t}: candidates of {count} prompts taken from {folder}")
+        if given and made:
+            reason = "those come from other weights, prompts or settings"
+            self.run.print(f"iteration {t}: candidates of {made} prompts made anew, none in {given} match: {reason}")
+        self.reused = {}
+
+    def policy_step(self, t: int) -> None:
+        """Alg. 1, policy alignment: online DPO (or best-of-N) on the reward, with an evaluation every --eval-updates updates."""
+        run, args, steps = self.run, self.args, self.steps
+        source, reference, name = self.start_policy(t), None, "best of N"
+        if args.policy_objective == "dpo":
+            reference, name = models.open_reference(run, self.raw, source), "online DPO"
+        initial = reference if source == self.sft_policy else None
+        total = args.total_prompts or len(self.prompts)
+        batches = run.prompt_batches(len(self.prompts), total, t, PROMPTS)
+        self.policy.train()
+        for u, batch in run.updates(
+            f"iteration {t}: {name}", batches, t, steps.before_policy(t), steps.per_update,
+            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
+        ):  # fmt: skip
+            pairs = self.collect(t, u, [self.prompts[i] for i in batch], reference)
+            row = measure_candidates(pairs)
+            with run.timed("update"):
+                row |= policy_update(run, self.policy, self.optimizer, pairs, policy_rates(steps, u, args), t, STEPS, u)
+            run.log_update(row, episodes=self.episodes(t, u + 1))
+        self.say_reused(t)
+
+    def episodes(self, t: int, updates: int) -> int:
+        """Answers that the policy steps have sampled, after so many updates of outer iteration t."""
+        total = self.args.total_prompts or len(self.prompts)
+        return (t * total + min(updates * self.args.rollout_batch_size, total)) * self.args.num_generations
+
+    def measure(self, t: int, updates: int, reference=None) -> None:
+        """Evaluation of the policy after so many policy updates, against the initial policy, loaded unless it is given."""
+        run = self.run
+        reference = (reference or models.open_reference(run, self.raw, self.sft_policy))()
+        row = evals.evaluate(
+            run, self.raw, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
+            self.raw_reward,
+        )  # fmt: skip
+        episodes = self.episodes(t, updates - t * self.steps.updates)
+        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+
+
 # ---- what is scored, by which model ----
 def sft_batch_loss(policy, rows: list[dict], device, scale: float = 1.0) -> tuple[Tensor, dict]:
     """nll_loss of demonstrations, times scale -> ((B,), {})."""
@@ -318,177 +489,6 @@ def policy_rates(steps: Steps, u: int, args: Args) -> list[float]:
         learning_rate_at(k, total, args.learning_rate, args.warmup_ratio, args.lr_scheduler_type)
         for k in range(u * steps.per_update, (u + 1) * steps.per_update)
     ]
-
-
-# ---- the loop: Algorithm 1 ----
-SFT, PAIRS, REWARD, PROMPTS, STEPS = range(5)  # what the random streams of an outer iteration are for
-
-
-class IRL:
-    """The models of a run, and the steps of Alg. 1. Every step skips what a resumed run has done already."""
-
-    def __init__(self, run: Run, tokenizer, demonstrations: list[dict], held_rows: list[dict], preferences: list[dict]):
-        args = run.args
-        self.run, self.args, self.tokenizer = run, args, tokenizer
-        self.demonstrations, self.prompts, self.held_rows, self.held = demonstrations, demonstrations, held_rows, None
-        self.preferences, self.reused = preferences, {}
-        self.method, self.paper = "IRL", "arXiv:2503.13538, Alg. 1"
-        self.steps = count_steps(len(demonstrations), args)
-        policy = models.autocast_forward(run, models.prepare_policy(args))
-        reward_model = models.autocast_forward(run, rewards.prepare_scalar(args, args.model, "--model"))
-        self.policy, self.optimizer, self.reward_model, self.reward_optimizer = run.prepare(
-            policy, make_optimizer(args.optimizer, policy.parameters()),
-            reward_model, make_optimizer(args.optimizer, reward_model.parameters()),
-        )  # fmt: skip
-        self.raw, self.raw_reward = (run.unwrap(m) for m in (self.policy, self.reward_model))
-        self.generator = make_generator(run, self.raw, tokenizer)
-        self.sft_policy = str(run.dir / "sft") if args.sft_epochs else args.model  # where the initial policy is kept
-
-    def learn(self) -> None:
-        """Alg. 1, after the warm start. Resumes where the last checkpoint stands."""
-        run, args = self.run, self.args
-        run.load_checkpoint()
-        if args.gold_reward_model and run.position["step"] < self.steps.sft:
-            gold.GoldReward(run)  # one that cannot be used is refused before anything is trained
-        self.warm_start()
-        self.held = evals.prepare_held_out(run, self.raw, self.generator, self.held_rows, self.tokenizer)
-        for t in range(run.position["outer_iteration"], args.T):
-            self.reward_step(t)
-            self.policy_step(t)
-
-    def warm_start(self) -> None:
-        """D3: the SFT policy from --model. Kept in sft/ as reference, as start of every reward, and for comparison."""
-        run, args, total, device = self.run, self.args, self.steps.sft, self.run.accelerator.device
-        self.policy.train()
-        batches = run.epochs(len(self.demonstrations), args.sft_epochs, 0, SFT)
-        for k, batch in run.updates("SFT", batches):
-            rows = [self.demonstrations[i] for i in batch]
-            scale = len(rows) / sum(len(r["response_ids"]) for r in rows)
-            loss_fn = lambda part, scale=scale: sft_batch_loss(self.policy, part, device, scale)  # noqa: E731
-            lr = learning_rate_at(k, total, args.sft_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-            row = run.step(self.policy, self.optimizer, rows, loss_fn, row_length, lr, "sft_learning_rate")
-            run.log_update({"sft/loss": row.pop("loss"), **row})
-        if total and run.position["step"] == total:
-            card = run.model_card("SFT", "arXiv:2503.13538, Eq. 1")
-            run.save_final(self.policy, self.tokenizer, card, "sft")
-
-    def sample_pairs(self, t: int) -> list[dict]:
-        """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
-        run, args, rows = self.run, self.args, self.demonstrations
-
-        def make() -> list[dict]:
-            with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                seed = stream_seed(args.seed, t, PAIRS)
-                temperature = args.temperature if args.negatives == "sampled" else args.greedy_temperature
-                rollout = evals.sample_rows(run, self.generator, rows, seed, temperature, advance)
-            return pair_rows(self.tokenizer, rows, rollout, t)
-
-        return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.before(t))
-
-    def start_reward(self, t: int) -> None:
-        """theta_{t,0}: made anew from the SFT policy, or carried over."""
-        args = self.args
-        if args.reward_init == "previous" and t > 0:
-            return
-        torch.manual_seed(args.seed)  # LoRA's first weights
-        self.run.load_weights(self.reward_model, rewards.prepare_scalar(args, self.sft_policy, "--model"))
-        self.reward_optimizer.state.clear()
-
-    def reward_step(self, t: int) -> None:
-        """Alg. 1, reward optimization: gradient steps on the pairs; then the reward is centred and measured."""
-        run, args, first, end = self.run, self.args, self.steps.before(t), self.steps.before_policy(t)
-        pairs = self.sample_pairs(t)
-        if args.pairs == "accumulated":
-            pairs = [p for i in range(t) for p in self.sample_pairs(i)] + pairs
-        if run.position["step"] <= first:
-            self.optimizer.state.clear()  # D2; and its memory, until the policy step
-            self.start_reward(t)
-        self.reward_model.train()
-        model, device = self.reward_model, run.accelerator.device
-        loss_fn = lambda part: reward_batch_loss(model, part, args, device)  # noqa: E731
-        batches = run.epochs(len(pairs), args.num_train_epochs, t, REWARD)
-        for k, batch in run.updates(f"iteration {t}: reward", batches, t, first):
-            rows = [pairs[i] for i in batch]
-            lr = learning_rate_at(k, len(batches), args.reward_learning_rate, args.warmup_ratio, args.lr_scheduler_type)
-            row = run.step(model, self.reward_optimizer, rows, loss_fn, pair_length, lr, "reward_learning_rate")
-            run.log_update({"reward/loss": row.pop("loss"), **row})
-        if run.position["step"] == end:
-            row = evals.evaluate_reward(run, self.raw_reward, self.held, t)
-            center = row.pop("eval/reward/demonstrations")
-            self.raw_reward.center += center  # D1
-            row |= preference_data.evaluate_preferences(run, self.raw_reward, self.preferences, t)
-            run.log({**row, "eval/reward/center": self.raw_reward.center.item()}, step=end, outer_iteration=t)
-
-    def start_policy(self, t: int) -> str:
-        """Before the policy step. Returns the reference's model or folder."""
-        run, args = self.run, self.args
-        previous = args.ref == "previous" and t > 0
-        if run.position["step"] <= self.steps.before_policy(t):  # else the policy step has begun already
-            if previous:
-                card = run.model_card(self.method, self.paper)
-                run.save_final(self.policy, self.tokenizer, card, f"policy_{t}")
-        return str(run.dir / f"policy_{t}") if previous else self.sft_policy
-
-    def collect(self, t: int, u: int, rows: list[dict], reference) -> list[dict]:
-        """choose_pairs for the prompts of update u, block by block. Candidates are kept on disk, and none is scored twice."""
-        run, pairs, seed = self.run, [], stream_seed(self.args.seed, t, PROMPTS)
-        weights = [weights_digest(run, m) for m in (self.policy, self.reward_model)]
-        for begin in range(0, len(rows), BLOCK):
-            block, first = rows[begin : begin + BLOCK], u * self.args.rollout_batch_size + begin
-            key = candidate_key(run, weights, self.generator, block, first, seed)
-            make = functools.partial(score_candidates, run, self.raw_reward, self.generator, block, first, seed)
-            candidates, folder = kept_candidates(run, f"iter_{t}_{first:07d}_{key}.parquet", make)
-            self.reused[folder] = self.reused.get(folder, 0) + len(block)
-            pairs += choose_pairs(run, block, candidates, reference)
-            run.stop_if_asked()
-        return pairs
-
-    def say_reused(self, t: int) -> None:
-        """Print where the candidates of the iteration come from, unless all of them were made here and now."""
-        given, made = self.args.candidates_from, self.reused.pop("", 0)
-        for folder, count in self.reused.items():
-            self.run.print(f"iteration {t}: candidates of {count} prompts taken from {folder}")
-        if given and made:
-            reason = "those come from other weights, prompts or settings"
-            self.run.print(f"iteration {t}: candidates of {made} prompts made anew, none in {given} match: {reason}")
-        self.reused = {}
-
-    def policy_step(self, t: int) -> None:
-        """Alg. 1, policy alignment: online DPO (or best-of-N) on the reward, with an evaluation every --eval-updates updates."""
-        run, args, steps = self.run, self.args, self.steps
-        source, reference, name = self.start_policy(t), None, "best of N"
-        if args.policy_objective == "dpo":
-            reference, name = models.open_reference(run, self.raw, source), "online DPO"
-        initial = reference if source == self.sft_policy else None
-        total = args.total_prompts or len(self.prompts)
-        batches = run.prompt_batches(len(self.prompts), total, t, PROMPTS)
-        self.policy.train()
-        for u, batch in run.updates(
-            f"iteration {t}: {name}", batches, t, steps.before_policy(t), steps.per_update,
-            evaluate=lambda u: self.measure(t, t * steps.updates + u, initial),
-        ):  # fmt: skip
-            pairs = self.collect(t, u, [self.prompts[i] for i in batch], reference)
-            row = measure_candidates(pairs)
-            with run.timed("update"):
-                row |= policy_update(run, self.policy, self.optimizer, pairs, policy_rates(steps, u, args), t, STEPS, u)
-            run.log_update(row, episodes=self.episodes(t, u + 1))
-        self.say_reused(t)
-
-    def episodes(self, t: int, updates: int) -> int:
-        """Answers that the policy steps have sampled, after so many updates of outer iteration t."""
-        total = self.args.total_prompts or len(self.prompts)
-        return (t * total + min(updates * self.args.rollout_batch_size, total)) * self.args.num_generations
-
-    def measure(self, t: int, updates: int, reference=None) -> None:
-        """Evaluation of the policy after so many policy updates, against the initial policy, loaded unless it is given."""
-        run = self.run
-        reference = (reference or models.open_reference(run, self.raw, self.sft_policy))()
-        row = evals.evaluate(
-            run, self.raw, self.generator, self.held, self.tokenizer, self.args.beta, reference, updates,
-            self.raw_reward,
-        )  # fmt: skip
-        episodes = self.episodes(t, updates - t * self.steps.updates)
-        run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
 
 
 # ---- the plan: numbers of optimizer steps, known before anything runs ----

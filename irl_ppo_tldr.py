@@ -123,165 +123,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return torch.where(mask, losses, torch.zeros_like(losses))
 
 
-# ---- what is scored, by which model ----
-def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device, scale: float = 1.0) -> tuple[Tensor, dict]:
-    """nll_loss of demonstrations, and of their queries where --sft-tokens says so, times scale -> ((B,), {})."""
-    batch = collate([learned_tokens(r, args) for r in rows], pad_token_id=0).to(device)
-    scores, nothing = actor_critic(batch, with_values=False)
-    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
-
-
-def learned_tokens(row: dict, args: Args) -> tuple[list[int], list[int]]:
-    """(context, what SFT learns to say after it): the query's first token has no context to be learned from."""
-    query, response = row["prompt_ids"], row["response_ids"]
-    return (query, response) if args.sft_tokens == "response" else (query[:1], query[1:] + response)
-
-
-def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
-    """reward_loss of (demonstration, answer) pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
-    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
-    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
-    losses = reward_loss(chosen, rejected, args.beta, args.reward_loss)
-    with torch.no_grad():
-        count = chosen.new_tensor(len(pairs))
-        stats = {
-            "reward/accuracy": (((chosen > rejected) + 0.5 * (chosen == rejected)).sum(), count),
-            "reward/margin": ((chosen - rejected).sum(), count),
-            "reward/demonstrations": (chosen.sum(), count),
-            "reward/answers": (rejected.sum(), count),
-        }
-    return losses, stats
-
-
-def ppo_batch_loss(
-    actor_critic, rows: list[dict], args: Args, device, scale: tuple[float, float], policy_weight: float = 1.0
-) -> tuple[Tensor, dict]:
-    """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
-
-    scale: answers over response tokens, and over steps, of the whole minibatch, so that the mean over answers is the mean over
-    its tokens for the policy, over its steps for the value. policy_weight: 0 while the value model learns alone.
-    """
-    sequences = [with_last_step(r["prompt_ids"], r["response_ids"], args) for r in rows]
-    batch = collate(sequences, pad_token_id=0).to(device)
-    steps = batch.response_mask
-    lengths = torch.tensor([len(r["response_ids"]) for r in rows], device=device)
-    mask = torch.arange(steps.shape[1], device=device) < lengths[:, None]
-    scores, values = actor_critic(batch, args.temperature)
-    old_logprobs, old_values, advantages, returns = (
-        pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
-    )
-    pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
-    vf = value_loss(values, old_values, returns, steps, args.cliprange_value)
-    losses = policy_weight * masked_sum(pg, mask) * scale[0] + args.vf_coef * masked_sum(vf, steps) * scale[1]
-    with torch.no_grad():
-        logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
-        ratio, tokens = logratio.exp(), mask.sum()
-        stats = {
-            "loss/policy_avg": (pg.sum(), tokens),
-            "loss/value_avg": (vf.sum(), steps.sum()),
-            "policy/approxkl_avg": (0.5 * (logratio**2).sum(), tokens),
-            "policy/clipfrac_avg": ((((ratio - 1).abs() > args.cliprange) & mask).sum(), tokens),
-            "policy/entropy_avg": (masked_sum(scores.entropy, mask).sum(), tokens),
-            "val/ratio": (masked_sum(ratio, mask).sum(), tokens),
-            "val/clipfrac_avg": ((((values - old_values).abs() > args.cliprange_value) & steps).sum(), steps.sum()),
-            "sampling/logp_difference": (logratio.abs().sum(), tokens),
-        }
-    return losses, stats
-
-
-def with_last_step(query: list[int], response: list[int], args: Args) -> tuple[list[int], list[int]]:
-    """(query, steps): the answer and, where there is room, one token that nothing reads, for the value after EOS (N+ 20, 23)."""
-    return query, (response + response[-1:])[: args.max_new_tokens]
-
-
-def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
-    """The rows' lists of that name as (B, S), 0 beyond each; S as the rows' values have it. Type and device of `like`."""
-    width = max(len(r["values"]) for r in rows)
-    return pad_right([r[name] + [0.0] * (width - len(r[name])) for r in rows], 0.0, like.dtype).to(like.device)
-
-
-# ---- a PPO update: answers, advantages, optimizer steps ----
-def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
-    """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
-
-    The policy's log-probs are those it was sampled with. reference() is a context that yields the reference policy.
-    """
-    args = run.args
-
-    def work(indices: list[int]) -> list[dict]:
-        with run.timed("sample"):
-            rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
-        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        with run.timed("score"), evaluating(reward_model):
-            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
-        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
-            ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
-        stepped = [with_last_step(x, y, args) for x, y in sequences]
-        with run.timed("value"), evaluating(actor_critic.value):
-            values = run.score_batches(stepped, lambda batch: actor_critic.value(batch, every=True).tolist())
-        return [
-            {
-                "prompt_ids": x, "response_ids": y, "finished": done, "logprobs": logp, "ref_logprobs": ref_logp,
-                "values": value[: len(steps)], "score": score if done else args.missing_eos_score,
-            }
-            for (x, y), (_, steps), done, logp, score, (_, ref_logp), value in zip(
-                sequences, stepped, rollout.finished, rollout.logprobs, scores, ref, values, strict=True
-            )
-        ]  # fmt: skip
-
-    return run.map_rows(len(rows), work)
-
-
-def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
-    """Put advantages (whitened over all answers) and returns into the rollouts -> metrics of the batch."""
-    like = torch.zeros((), dtype=torch.float64)
-    logprobs, ref_logprobs, values = (pad(rollouts, name, like) for name in ("logprobs", "ref_logprobs", "values"))
-    lengths, steps = (torch.tensor([len(r[name]) for r in rollouts]) for name in ("response_ids", "values"))
-    columns = torch.arange(values.shape[1])
-    tokens, steps = columns < lengths[:, None], columns < steps[:, None]
-    scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
-    rewards_of_steps = token_rewards(scores, logprobs, ref_logprobs, steps, args.beta)
-    if args.whiten_rewards:
-        rewards_of_steps = rescale(rewards_of_steps, steps)
-    advantages, returns = gae(rewards_of_steps, values, steps, args.gamma, args.lam)
-    whitened = whiten(advantages, tokens)  # of the tokens alone: after EOS nothing is chosen
-    for r, a, g, n in zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True):
-        r["advantages"], r["returns"] = a[:n], g[: len(r["values"])]
-    kl = masked_sum(logprobs - ref_logprobs, tokens).mean()
-    error, returned = (returns - values)[steps], returns[steps]
-    return {
-        "objective/scores": scores.mean().item(),
-        "objective/kl": kl.item(),
-        "objective/non_score_reward": -args.beta * kl.item(),
-        "objective/rlhf_reward": (scores.mean() - args.beta * kl).item(),
-        "val/explained_variance": (1 - error.var() / returned.var().clamp(min=1e-12)).item(),
-        "val/num_eos_tokens": sum(r["finished"] for r in rollouts),
-        "completions/mean_length": lengths.double().mean().item(),
-        "completions/clipped_ratio": 1 - sum(r["finished"] for r in rollouts) / len(rollouts),
-    }
-
-
-def ppo_update(
-    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
-) -> dict[str, float]:
-    """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
-    args, steps = run.args, []
-    for epoch in range(args.num_ppo_epochs):
-        order = data_order(len(rollouts), args.seed, *key, epoch)
-        size = math.ceil(len(rollouts) / args.num_mini_batches)
-        for begin in range(0, len(order), size):
-            rows = [rollouts[i] for i in order[begin : begin + size]]
-            scale = tuple(len(rows) / sum(len(r[name]) for r in rows) for name in ("response_ids", "values"))
-            loss_fn = lambda part, scale=scale: ppo_batch_loss(  # noqa: E731
-                actor_critic, part, args, run.accelerator.device, scale, policy_weight
-            )
-            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
-            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
-            agreement.check_first_step("PPO", steps[0], args.temperature)
-    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
-    return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
-
-
 # ---- the loop: Algorithm 1 ----
 SFT, PAIRS, REWARD, PPO, STEPS = range(5)  # what the random streams of an outer iteration are for
 
@@ -449,6 +290,165 @@ class IRL:
         )  # fmt: skip
         episodes = updates * self.args.rollout_batch_size
         run.log(row, step=run.position["step"], outer_iteration=t, updates=updates, episodes=episodes)
+
+
+# ---- what is scored, by which model ----
+def sft_batch_loss(actor_critic, rows: list[dict], args: Args, device, scale: float = 1.0) -> tuple[Tensor, dict]:
+    """nll_loss of demonstrations, and of their queries where --sft-tokens says so, times scale -> ((B,), {})."""
+    batch = collate([learned_tokens(r, args) for r in rows], pad_token_id=0).to(device)
+    scores, nothing = actor_critic(batch, with_values=False)
+    return (nll_loss(scores.logprobs, batch.response_mask) + nothing) * scale, {}
+
+
+def learned_tokens(row: dict, args: Args) -> tuple[list[int], list[int]]:
+    """(context, what SFT learns to say after it): the query's first token has no context to be learned from."""
+    query, response = row["prompt_ids"], row["response_ids"]
+    return (query, response) if args.sft_tokens == "response" else (query[:1], query[1:] + response)
+
+
+def reward_batch_loss(reward_model, pairs: list[dict], args: Args, device) -> tuple[Tensor, dict]:
+    """reward_loss of (demonstration, answer) pairs -> ((B,), {metric: (sum, count)}). One forward pass over 2B sequences."""
+    sequences = [(p["prompt_ids"], p[kind]) for kind in ("chosen_ids", "rejected_ids") for p in pairs]
+    chosen, rejected = reward_model(collate(sequences, pad_token_id=0).to(device)).chunk(2)
+    losses = reward_loss(chosen, rejected, args.beta, args.reward_loss)
+    with torch.no_grad():
+        count = chosen.new_tensor(len(pairs))
+        stats = {
+            "reward/accuracy": (((chosen > rejected) + 0.5 * (chosen == rejected)).sum(), count),
+            "reward/margin": ((chosen - rejected).sum(), count),
+            "reward/demonstrations": (chosen.sum(), count),
+            "reward/answers": (rejected.sum(), count),
+        }
+    return losses, stats
+
+
+def ppo_batch_loss(
+    actor_critic, rows: list[dict], args: Args, device, scale: tuple[float, float], policy_weight: float = 1.0
+) -> tuple[Tensor, dict]:
+    """PPO's loss of stored answers -> ((B,), {metric: (sum, count)}).
+
+    scale: answers over response tokens, and over steps, of the whole minibatch, so that the mean over answers is the mean over
+    its tokens for the policy, over its steps for the value. policy_weight: 0 while the value model learns alone.
+    """
+    sequences = [with_last_step(r["prompt_ids"], r["response_ids"], args) for r in rows]
+    batch = collate(sequences, pad_token_id=0).to(device)
+    steps = batch.response_mask
+    lengths = torch.tensor([len(r["response_ids"]) for r in rows], device=device)
+    mask = torch.arange(steps.shape[1], device=device) < lengths[:, None]
+    scores, values = actor_critic(batch, args.temperature)
+    old_logprobs, old_values, advantages, returns = (
+        pad(rows, name, values) for name in ("logprobs", "values", "advantages", "returns")
+    )
+    pg = policy_loss(scores.logprobs, old_logprobs, advantages, mask, args.cliprange)
+    vf = value_loss(values, old_values, returns, steps, args.cliprange_value)
+    losses = policy_weight * masked_sum(pg, mask) * scale[0] + args.vf_coef * masked_sum(vf, steps) * scale[1]
+    with torch.no_grad():
+        logratio = torch.where(mask, scores.logprobs - old_logprobs, torch.zeros_like(pg))
+        ratio, tokens = logratio.exp(), mask.sum()
+        stats = {
+            "loss/policy_avg": (pg.sum(), tokens),
+            "loss/value_avg": (vf.sum(), steps.sum()),
+            "policy/approxkl_avg": (0.5 * (logratio**2).sum(), tokens),
+            "policy/clipfrac_avg": ((((ratio - 1).abs() > args.cliprange) & mask).sum(), tokens),
+            "policy/entropy_avg": (masked_sum(scores.entropy, mask).sum(), tokens),
+            "val/ratio": (masked_sum(ratio, mask).sum(), tokens),
+            "val/clipfrac_avg": ((((values - old_values).abs() > args.cliprange_value) & steps).sum(), steps.sum()),
+            "sampling/logp_difference": (logratio.abs().sum(), tokens),
+        }
+    return losses, stats
+
+
+def with_last_step(query: list[int], response: list[int], args: Args) -> tuple[list[int], list[int]]:
+    """(query, steps): the answer and, where there is room, one token that nothing reads, for the value after EOS (N+ 20, 23)."""
+    return query, (response + response[-1:])[: args.max_new_tokens]
+
+
+def pad(rows: list[dict], name: str, like: Tensor) -> Tensor:
+    """The rows' lists of that name as (B, S), 0 beyond each; S as the rows' values have it. Type and device of `like`."""
+    width = max(len(r["values"]) for r in rows)
+    return pad_right([r[name] + [0.0] * (width - len(r[name])) for r in rows], 0.0, like.dtype).to(like.device)
+
+
+# ---- a PPO update: answers, advantages, optimizer steps ----
+def collect(run, actor_critic, reward_model, generator, reference, rows: list[dict], seed: int) -> list[dict]:
+    """One answer per row with what policy, reference, value and reward say of it; each sequence meets each model once.
+
+    The policy's log-probs are those it was sampled with. reference() is a context that yields the reference policy.
+    """
+    args = run.args
+
+    def work(indices: list[int]) -> list[dict]:
+        with run.timed("sample"):
+            rollout = generator.sample([rows[i]["prompt_ids"] for i in indices], indices, seed, args.temperature)
+        sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
+        with run.timed("score"), evaluating(reward_model):
+            scores = run.score_batches(sequences, lambda batch: reward_model(batch).tolist())
+        with run.timed("reference"), reference() as ref_policy, evaluating(ref_policy):
+            ref = run.score_batches(sequences, lambda batch: evals.batch_logprobs(ref_policy, batch, args.temperature))
+        stepped = [with_last_step(x, y, args) for x, y in sequences]
+        with run.timed("value"), evaluating(actor_critic.value):
+            values = run.score_batches(stepped, lambda batch: actor_critic.value(batch, every=True).tolist())
+        return [
+            {
+                "prompt_ids": x, "response_ids": y, "finished": done, "logprobs": logp, "ref_logprobs": ref_logp,
+                "values": value[: len(steps)], "score": score if done else args.missing_eos_score,
+            }
+            for (x, y), (_, steps), done, logp, score, (_, ref_logp), value in zip(
+                sequences, stepped, rollout.finished, rollout.logprobs, scores, ref, values, strict=True
+            )
+        ]  # fmt: skip
+
+    return run.map_rows(len(rows), work)
+
+
+def add_advantages(rollouts: list[dict], args: Args) -> dict[str, float]:
+    """Put advantages (whitened over all answers) and returns into the rollouts -> metrics of the batch."""
+    like = torch.zeros((), dtype=torch.float64)
+    logprobs, ref_logprobs, values = (pad(rollouts, name, like) for name in ("logprobs", "ref_logprobs", "values"))
+    lengths, steps = (torch.tensor([len(r[name]) for r in rollouts]) for name in ("response_ids", "values"))
+    columns = torch.arange(values.shape[1])
+    tokens, steps = columns < lengths[:, None], columns < steps[:, None]
+    scores = torch.tensor([r["score"] for r in rollouts], dtype=torch.float64)
+    rewards_of_steps = token_rewards(scores, logprobs, ref_logprobs, steps, args.beta)
+    if args.whiten_rewards:
+        rewards_of_steps = rescale(rewards_of_steps, steps)
+    advantages, returns = gae(rewards_of_steps, values, steps, args.gamma, args.lam)
+    whitened = whiten(advantages, tokens)  # of the tokens alone: after EOS nothing is chosen
+    for r, a, g, n in zip(rollouts, whitened.tolist(), returns.tolist(), lengths.tolist(), strict=True):
+        r["advantages"], r["returns"] = a[:n], g[: len(r["values"])]
+    kl = masked_sum(logprobs - ref_logprobs, tokens).mean()
+    error, returned = (returns - values)[steps], returns[steps]
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/kl": kl.item(),
+        "objective/non_score_reward": -args.beta * kl.item(),
+        "objective/rlhf_reward": (scores.mean() - args.beta * kl).item(),
+        "val/explained_variance": (1 - error.var() / returned.var().clamp(min=1e-12)).item(),
+        "val/num_eos_tokens": sum(r["finished"] for r in rollouts),
+        "completions/mean_length": lengths.double().mean().item(),
+        "completions/clipped_ratio": 1 - sum(r["finished"] for r in rollouts) / len(rollouts),
+    }
+
+
+def ppo_update(
+    run, actor_critic, optimizer, rollouts: list[dict], lr: float, *key: int, policy_weight: float = 1.0
+) -> dict[str, float]:
+    """--num-ppo-epochs passes of --num-mini-batches steps over the rollouts -> metrics, means over the steps."""
+    args, steps = run.args, []
+    for epoch in range(args.num_ppo_epochs):
+        order = data_order(len(rollouts), args.seed, *key, epoch)
+        size = math.ceil(len(rollouts) / args.num_mini_batches)
+        for begin in range(0, len(order), size):
+            rows = [rollouts[i] for i in order[begin : begin + size]]
+            scale = tuple(len(rows) / sum(len(r[name]) for r in rows) for name in ("response_ids", "values"))
+            loss_fn = lambda part, scale=scale: ppo_batch_loss(  # noqa: E731
+                actor_critic, part, args, run.accelerator.device, scale, policy_weight
+            )
+            rates = lr if policy_weight else (0.0, lr)  # the policy rests while the value model learns alone
+            steps.append(run.step(actor_critic, optimizer, rows, loss_fn, row_length, rates))
+            agreement.check_first_step("PPO", steps[0], args.temperature)
+    row = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0] if name != "loss"}
+    return {**row, "sampling/logp_difference": steps[0]["sampling/logp_difference"]}
 
 
 # ---- the plan: numbers of optimizer steps, known before anything runs ----

@@ -49,23 +49,6 @@ def nll_loss(token_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     return -masked_sum(token_logprobs, response_mask)
 
 
-# ---- what is scored ----
-def demonstration_loss(
-    policy, rows: list[dict], device, scale: float = 1.0
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """nll_loss of demonstrations, times scale -> ((B,), {metric: (sum, count)})."""
-    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
-    scores = response_logprobs(policy, batch)
-    losses = nll_loss(scores.logprobs, batch.response_mask)
-    count, tokens = losses.new_tensor(len(rows)), batch.response_mask.sum()
-    return losses * scale, {
-        "nll": (losses.detach().sum(), count),
-        "entropy": (scores.entropy.sum(), tokens),
-        "mean_token_accuracy": (scores.correct.sum(), tokens),
-        "num_tokens": (batch.attention_mask.sum(), count),
-    }
-
-
 # ---- the loop ----
 def train(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
@@ -130,6 +113,23 @@ def train(args: Args) -> None:
     evals.print_table(run, "start", "SFT")
     run.print(f"model: {path}" + (f", of epoch {run.position['best_epoch']}" if args.keep_best else ""))
     run.end()
+
+
+# ---- what is scored ----
+def demonstration_loss(
+    policy, rows: list[dict], device, scale: float = 1.0
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """nll_loss of demonstrations, times scale -> ((B,), {metric: (sum, count)})."""
+    batch = collate([(r["prompt_ids"], r["response_ids"]) for r in rows], pad_token_id=0).to(device)
+    scores = response_logprobs(policy, batch)
+    losses = nll_loss(scores.logprobs, batch.response_mask)
+    count, tokens = losses.new_tensor(len(rows)), batch.response_mask.sum()
+    return losses * scale, {
+        "nll": (losses.detach().sum(), count),
+        "entropy": (scores.entropy.sum(), tokens),
+        "mean_token_accuracy": (scores.correct.sum(), tokens),
+        "num_tokens": (batch.attention_mask.sum(), count),
+    }
 
 
 # ---- what flags mean and what is logged ----

@@ -408,7 +408,7 @@ def test_what_a_reader_meets_is_short():
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "evaluate.py"])
 def test_the_maths_comes_first_and_the_loop_before_the_flags(script):
-    """The sections named the maths begin the file, each with a function before line 120; then the loop; then the flags."""
+    """The sections named the maths begin the file, each with a function before line 120; the loop comes next; flags end it."""
     text, tree = (ROOT / script).read_text(), parse(ROOT / script)
     headings = [(i, line[7:]) for i, line in enumerate(text.splitlines(), 1) if line.startswith("# ---- ")]
     maths = [i for i, title in headings if title.startswith("the maths")]
@@ -416,8 +416,10 @@ def test_the_maths_comes_first_and_the_loop_before_the_flags(script):
     named = {n.name: n.lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     for heading in maths:
         assert min(line for line in named.values() if line > heading) < 120, heading
+    begin, title = headings[len(maths)]
     loop = next((named[name] for name in ("RFT", "AIHF", "IRL") if name in named), named["train"])
-    assert maths[-1] < loop < named["Args"]
+    assert title.startswith("the loop") and begin < loop < named["Args"], headings
+    assert not any(begin < line < loop for line in named.values() if line != loop)
 
 
 # ---- what make test leaves out ----
