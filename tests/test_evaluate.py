@@ -90,7 +90,7 @@ def everything(place: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def full_tensor_of(place):
+def full(place):
     return measure(place, "full", *everything(place))
 
 

@@ -527,8 +527,8 @@ def test_count_steps():
     assert count(100, total_prompts=0).per_update == 4  # 100 prompts at most, in 2 batches, twice
     grown = count(650, total_prompts=256, pairs="accumulated", T=3)
     assert grown.K == [22, 42, 62]  # of 650, 1300 and 1950 pairs, not of so many batches each
-    assert [grown.first(t) for t in range(4)] == [33, 33 + 30, 33 + 30 + 50, 33 + 30 + 50 + 70]
-    assert [grown.policy(t) - grown.first(t) for t in range(3)] == grown.K
+    assert [grown.before(t) for t in range(4)] == [33, 33 + 30, 33 + 30 + 50, 33 + 30 + 50 + 70]
+    assert [grown.before_policy(t) - grown.before(t) for t in range(3)] == grown.K
 
 
 def test_settings_of_the_models():

@@ -194,7 +194,7 @@ def test_supervised_steps_learn_the_tokens_they_should(make_run, tokens):
 def test_demonstrations_get_mean_0_and_where_asked_deviation_1(make_run, kind, times):
     """Twice, as with a reward that is carried over; order and differences, up to the scale, stay."""
     run, scalar = make_run(reward_normalisation=kind), scalar_model(center=0.25)
-    script = SimpleNamespace(run=run, args=run.args, bare_reward=scalar, reward_model=scalar, demonstrations=ROWS)
+    script = SimpleNamespace(run=run, args=run.args, raw_reward=scalar, reward_model=scalar, demonstrations=ROWS)
     before = torch.stack([head_outputs(scalar, r["prompt_ids"], r["response_ids"])[-1] for r in ROWS]).detach()
     for t in range(times):
         row = irl.IRL.normalise(script, t)
@@ -479,7 +479,7 @@ def test_count_steps():
     assert steps == irl.Steps(sft=9, K=[6, 6, 6], updates=4, per_update=4)
     assert [steps.before(t) for t in range(3)] == [9, 31, 53]
     more = irl.count_steps(129, arguments(**given, pairs="accumulated"))
-    assert more.K == [6, 10, 14] and [more.first(t) for t in range(3)] == [9, 31, 57]  # 258 / 64 and 387 / 64
+    assert more.K == [6, 10, 14] and [more.before(t) for t in range(3)] == [9, 31, 57]  # 258 / 64 and 387 / 64
 
 
 def test_flags_default_to_the_papers_values():
