@@ -59,8 +59,7 @@ def make(args: Args) -> None:
     for k in range(2):
         with run.phase(f"samples {k}", len(asked)) as advance:
             rollout = evals.sample_rows(run, generator, asked, args.seed * 2 + k, 1.0, advance)
-        texts = [evals.decode(tokenizer, y) for y in rollout.response_ids]
-        answers.append(list(zip(texts, rollout.finished, strict=True)))
+        answers.append(list(zip(evals.sampled_texts(tokenizer, rollout), rollout.finished, strict=True)))
     gold = GoldReward(run)
     a, b = (np.array(gold.score(asked, *map(list, zip(*drawn, strict=True)))) for drawn in answers)
     first = np.random.default_rng(args.seed).random(len(asked)) < 1 / (1 + np.exp(b - a))

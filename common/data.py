@@ -24,6 +24,13 @@ class UnusableRow(UserError):
     """A row that cannot be used: it is left out and counted, since real data sets have some."""
 
 
+def load_rows(name: str, split: str, *kind, **how) -> list[dict]:
+    """Rows of a data set, {row, prompt, response, ...}, with the arguments of extras/sources.py::load_rows."""
+    from extras.sources import load_rows as read
+
+    return read(name, split, *kind, **how)
+
+
 # ---- templates ----
 def render_prompt(tokenizer, prompt) -> str:
     """The text before the response: the tokenizer's chat template if it has one, else PLAIN_TEMPLATE.

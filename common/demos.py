@@ -4,7 +4,7 @@ import warnings
 
 from common import models
 from common.args import require
-from common.data import encode
+from common.data import encode, load_rows
 from common.streams import data_order
 
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
@@ -30,8 +30,6 @@ def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
 
     encode: turns rows into tokens; data.encode, or a function of a script with the same arguments.
     """
-    from extras.sources import load_rows
-
     rows = load_rows(args.dataset, "train", turns=args.turns)
     longest = longest_response(args)
     encoded = encode_subset(args, tokenizer, rows, args.max_samples, args.seed, encode=encode, longest_response=longest)
@@ -55,7 +53,6 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     """
     from extras import gold, judge
     from extras.records import say_known
-    from extras.sources import load_rows
 
     gold.refuse_unusable(args)
     models.check_window(args)

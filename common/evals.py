@@ -111,11 +111,7 @@ def prepare_held_out(
 def sampled_texts(tokenizer, rollout: Rollout) -> list[str]:
     """The texts of samples, without the token that ended them, which not every tokenizer counts as special."""
     ids = [y[:-1] if done else y for y, done in zip(rollout.response_ids, rollout.finished, strict=True)]
-    return [decode(tokenizer, y) for y in ids]
-
-
-def decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return [tokenizer.decode(y, skip_special_tokens=True).strip() for y in ids]
 
 
 def evaluate(
