@@ -243,8 +243,7 @@ def test_weights_of_a_sharded_model_are_gathered_whole(tmp_path, engine, kind):
     if engine == "zero3":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     make_model(tmp_path, "mistral")
-    torchrun = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2"]
-    start, ranks = (torchrun, 0) if engine == "zero3" else ([sys.executable], 2)  # DeepSpeed is imported anew
-    words = [*start, str(ROOT / "tests" / "shard_weights.py"), engine, kind, str(tmp_path)]
-    done = run(words, timeout=900, ranks=ranks)
+    torchrun = [launcher("torchrun"), "--standalone", "--nproc_per_node", "2"]  # a forked FSDP2 has crashed in malloc
+    words = [*torchrun, str(ROOT / "tests" / "shard_weights.py"), engine, kind, str(tmp_path)]
+    done = run(words, timeout=900)
     assert done.stdout.count("equal") == 2
