@@ -134,7 +134,7 @@ def ratio_table(runs: dict[str, dict[str, list[Run]]]) -> str:
 
 
 def reward_table(runs: dict[str, list[Run]], folders: dict[str, list[Path]]) -> str:
-    """How rewards rank held-out pairs, and a learned one the policy's own last samples (the paper's Tab. 5 and Fig. 6)."""
+    """Show how rewards rank held-out pairs, and a learned one the policy's own last samples (the paper's Tab. 5 and Fig. 6)."""
     names = (
         "held-out preferences, implicit reward", "held-out preferences, learned reward",
         "demonstration over the base's sample, learned reward", "rank correlation with gold on own samples",

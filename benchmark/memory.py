@@ -161,7 +161,7 @@ def measure_phase(phase: str, args) -> int:
 
 
 def reference_bytes(args) -> int:
-    """Of rft.py's reference policy: none with LoRA, where it is the adapter switched off."""
+    """Weights of rft.py's reference policy. With LoRA there are none: it is the policy with its adapter switched off."""
     from common import models
 
     return 0 if args.lora_r else sum(p.nbytes for p in models.load_model(args).parameters())

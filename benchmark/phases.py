@@ -1,4 +1,4 @@
-"""Where the time of a run goes: the phases of its timing.jsonl, and the parts of PPO, with their shares.
+"""Show where the time of a run goes: the phases of its timing.jsonl, and the parts of PPO, with their shares.
 
 python benchmark/phases.py --run runs/rft
 """

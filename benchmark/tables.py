@@ -1,4 +1,4 @@
-"""What the tables of benchmark/ share: the evaluations of a run, and means over seeds with an interval over seeds and rows."""
+"""Shared by the tables of benchmark/: the evaluations of a run, and means over seeds with an interval over seeds and rows."""
 
 import json
 from dataclasses import dataclass

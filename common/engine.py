@@ -1,4 +1,4 @@
-"""Where a model trains: in one process, or a copy in each (DDP). extras/sharding.py has the engines that cut weights up.
+"""Train a model in one process, or a copy of it in each process (DDP). extras/sharding.py has the engines that cut weights up.
 
 Training goes through the module that `prepare` returns. Generation, scoring and saving go through its view: the module
 itself where every process has all weights, else a copy that has weights only inside `whole`.

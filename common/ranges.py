@@ -1,11 +1,11 @@
-"""What the number of a flag may be. A flag has its range in its type: Annotated[int, AT_LEAST_1]."""
+"""Ranges of numbers. A flag has its range in its type: Annotated[int, AT_LEAST_1]."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """What a number may be, in words and as a test."""
+    """A range of numbers, in words and as a test."""
 
     expected: str
     holds: Callable[[float], bool]

@@ -1,4 +1,4 @@
-"""What every run shares: flags, processes, run directory, metrics, progress, optimizer steps, checkpoints and resume."""
+"""One run of a script: its processes, its metrics, its loop over updates with progress, and its optimizer steps."""
 
 import contextlib
 import dataclasses

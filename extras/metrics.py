@@ -1,4 +1,4 @@
-"""What the metrics are that several scripts log: name -> meaning, unit, range."""
+"""Metrics that several scripts log: name -> meaning, unit, range."""
 
 JUDGE_METRICS = {  # with --judge-model, each pair asked in both orders
     "eval/judge/win_rate_demonstrations": "share of prompts whose sample the judge prefers, ties half (IRL Fig. 2c)",

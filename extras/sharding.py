@@ -70,7 +70,7 @@ def open_fsdp(**settings):
 
 # ---- the engines ----
 class Sharded(Engine):
-    """What ZeRO and FSDP2 have in common."""
+    """The common part of ZeRO and FSDP2."""
 
     cuts_weights = True  # a process holds a part of the weights
     cast: torch.dtype | None = None  # type of a twin's weights, where it is not the stored one

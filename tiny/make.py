@@ -176,7 +176,7 @@ def source_blocks(tokenizer, rows: list[dict]) -> list[Tensor]:
 
 
 def batches(texts: list[Tensor], size: int, seed: int) -> Iterator[Tensor]:
-    """Without end: `size` texts of similar length, (size, L) ids padded with -100; L is a multiple of 32, for speed."""
+    """Yield batches without end: `size` texts of similar length, (size, L) ids padded with -100. L is a multiple of 32."""
     for epoch in itertools.count():
         order = data_order(len(texts), seed, epoch)
         blocks = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
