@@ -9,7 +9,8 @@ result; the methods never see it. --demo-weight 0 is RLHF, --preference-weight 0
 
 Not the paper: D1 the values its text lacks are flags, listed in docs/aihf_mujoco.md. D2 -v5 environments, since -v2 cannot be
 installed any more. D3 --horizon absorbing gives the end of an episode a learned reward of its own. D4 --reward-l2 bounds the
-reward, which the linear term alone would let grow without end.
+reward, which the linear term alone would let grow without end. D5 RLHF's frozen reward is scaled to --rlhf-reward-std, since
+preferences that can be told apart leave its scale open.
 
 Dims: S seeds, trained at once, the leading dimension of every network and buffer; B rows of a batch; L steps of a segment;
 O numbers of an observation, A of an action, in [-1, 1].
@@ -159,8 +160,14 @@ class Policy(MLP):
 class Reward(MLP):
     """(S, B, O + A + 1) rows of Episodes.rows -> (S, B), within +-10 as in the base code."""
 
+    scale: Tensor  # (S, 1): 1, until RLHF's reward is trained (D5)
+
+    def __init__(self, sizes: tuple[int, ...], generators: list[torch.Generator]):
+        super().__init__(sizes, generators)
+        self.register_buffer("scale", torch.ones(len(generators), 1))
+
     def forward(self, rows: Tensor) -> Tensor:
-        return super().forward(rows)[..., 0].clamp(-10, 10)
+        return (super().forward(rows)[..., 0] * self.scale).clamp(-10, 10)
 
 
 # ---- the policy step ----
@@ -306,9 +313,8 @@ def sort_episodes(episodes: Episodes, checkpoint: np.ndarray, args: Args) -> lis
 def expert_episodes(args: Args) -> tuple[Episodes, np.ndarray, Path]:
     """(--checkpoint-episodes of each checkpoint, the checkpoint of each, their folder), made once for all methods and seeds."""
     expert = dataclasses.replace(
-        args, method="sac", num_seeds=1, seed=args.expert_seed, total_steps=args.expert_steps, hidden=args.expert_hidden,
-        batch_size=args.expert_batch_size, alpha=args.expert_alpha, eval_every=args.checkpoint_every,
-        random_steps=args.expert_steps // 10,
+        args, method="sac", num_seeds=1, seed=args.expert_seed, total_steps=args.expert_steps,
+        random_steps=args.expert_steps // 10, eval_every=args.checkpoint_every, resume="",
     )  # fmt: skip
     made_by = {name: getattr(expert, name) for name in EXPERT} | control.versions()
     folder = Path(args.data_dir) / f"{args.env}__{control.cache_key(made_by)}"
@@ -380,6 +386,9 @@ class Learner:
                 for _ in range(args.preference_steps):
                     self.reward_step()
                     advance(1)
+            with torch.no_grad():
+                rewards = self.reward(self.each(self.data.pairs.rows.flatten(0, 2)))
+                self.reward.scale.copy_(args.rlhf_reward_std / rewards.std(1, keepdim=True))
 
     # ---- the environment ----
     def interact(self, k: int) -> None:
@@ -684,7 +693,7 @@ class Args:
     """w1 of Eq. 5, >= 0: weight of the demonstrations. 0 is RLHF: the reward is learned from preferences first, then frozen."""
     preference_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """weight of the preferences, >= 0. 0 is inverse RL alone."""
-    num_demonstrations: Annotated[int, AT_LEAST_1] = 4
+    num_demonstrations: Annotated[int, AT_LEAST_1] = 2
     """episodes of the high class to learn from, >= 1."""
     demonstration_steps: Annotated[int, NOT_NEGATIVE] = 0
     """cut demonstrations after this many steps; 0: whole."""
@@ -718,9 +727,9 @@ class Args:
     """environment steps in which the critic learns alone, so that it does not undo the cloned policy; not with sac."""
     reward_every: Annotated[int, AT_LEAST_1] = 1000
     """environment steps between reward rounds, >= 1. Base code: 5000."""
-    reward_steps: Annotated[int, AT_LEAST_1] = 10
+    reward_steps: Annotated[int, AT_LEAST_1] = 20
     """gradient steps of a reward round, >= 1. Base code: 1."""
-    reward_learning_rate: Annotated[float, POSITIVE] = 3e-4
+    reward_learning_rate: Annotated[float, POSITIVE] = 1e-3
     """of the reward's Adam, > 0. Base code: 1e-4."""
     reward_l2: Annotated[float, NOT_NEGATIVE] = 0.1
     """weight of the mean r^2 over both samples of each term, >= 0: the linear term alone would grow without end."""
@@ -728,11 +737,13 @@ class Args:
     """pairs of a reward step, >= 1."""
     preference_steps: Annotated[int, AT_LEAST_1] = 2000
     """reward steps of RLHF, all before its policy step, >= 1."""
+    rlhf_reward_std: Annotated[float, POSITIVE] = 1.0
+    """D5: standard deviation of RLHF's frozen reward over the preferences' steps, > 0, as in Christiano et al. (2017), Sec. 2.2."""
     policy_window: Annotated[int, AT_LEAST_1] = 4000
     """last environment steps of the policy that a reward step compares with, >= 1."""
     discount_demo: bool = False
     """weigh step t of an episode with gamma^t, as Lemma 4.1; off: all alike, as the base code."""
-    bc_steps: Annotated[int, AT_LEAST_1] = 2000
+    bc_steps: Annotated[int, AT_LEAST_1] = 10_000
     """gradient steps of behaviour cloning, >= 1."""
     ipl_steps: Annotated[int, AT_LEAST_1] = 20_000
     """gradient steps of IPL, >= 1."""
@@ -758,12 +769,6 @@ class Args:
     """episodes of an evaluation, >= 1."""
     expert_steps: Annotated[int | Auto, POSITIVE] = "auto"
     """environment steps of the expert that makes the data, > 0."""
-    expert_hidden: Annotated[int, AT_LEAST_1] = 256
-    """width of the expert's hidden layers."""
-    expert_batch_size: Annotated[int, AT_LEAST_1] = 256
-    """rows of an update of the expert."""
-    expert_alpha: Annotated[float, NOT_NEGATIVE] = 0.2
-    """temperature of the expert, >= 0; 0: learned."""
     expert_seed: Annotated[int, NOT_NEGATIVE] = 0
     """seed of the expert, of the episodes of its checkpoints and of the choice of pairs and demonstrations."""
     checkpoint_every: Annotated[int | Auto, POSITIVE] = "auto"
@@ -815,8 +820,8 @@ class Args:
 
 SETTINGS = {  # what auto means, by --env
     "HalfCheetah-v5": dict(total_steps=100_000, random_steps=1000, eval_every=5000, expert_steps=100_000, checkpoint_every=5000),
-    "Hopper-v5": dict(total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=150_000, checkpoint_every=5000),
-    "Walker2d-v5": dict(total_steps=300_000, random_steps=1000, eval_every=10_000, expert_steps=200_000, checkpoint_every=5000),
+    "Hopper-v5": dict(total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=5000),
+    "Walker2d-v5": dict(total_steps=300_000, random_steps=1000, eval_every=10_000, expert_steps=300_000, checkpoint_every=5000),
     "Pendulum-v1": dict(total_steps=8000, random_steps=400, eval_every=1000, expert_steps=8000, checkpoint_every=500),
     "other": dict(total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=10_000),
 }
