@@ -1,6 +1,6 @@
 """AIHF on continuous control: one reward from demonstrations and preferences, and soft actor-critic (SAC) against it.
 
-Paper: Learning Reward and Policy Jointly from Demonstration and Preference Improves Alignment, arXiv:2406.06874, App. A.1.1, Fig. 5.
+Paper: Learning Reward and Policy Jointly from Demonstration and Preference Improves Alignment, arXiv:2406.06874, App. A.1.1.
 
 The paper's Algorithm 1 in a Markov decision process: every --reward-every environment steps the reward is trained to score
 demonstrations above what the policy does now (weight w1, Lemma 4.1) and preferred above rejected segments (Eq. 8); between
@@ -95,7 +95,8 @@ def demonstration_loss(
 
     demonstrated, sampled: (S, n) and (S, m) rewards; weights of the same shapes, the time a step counts for: 1, or gamma^t
     for the lemma's discounted sum, and in the row of the absorbing state the time that was left.
-    Times the sum of the weights over alpha, the gradient is minus that of the demonstrations' log-likelihood under the soft optimum.
+    Times the sum of the weights over alpha, the gradient is minus that of the demonstrations' log-likelihood under the soft
+    optimum.
     """
     policy = (sampled_weights * sampled).sum(-1) / sampled_weights.sum(-1)
     return policy - (demonstrated_weights * demonstrated).sum(-1) / demonstrated_weights.sum(-1)
@@ -220,7 +221,11 @@ class SAC:
                 descend(self.alpha_optimizer, loss.mean(-1).sum())
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.args.tau)
-        return {"sac/q": q.detach().mean((0, 2)), "sac/critic_loss": critic_loss.detach().mean(0), "sac/alpha": alpha[:, 0]}
+        return {
+            "sac/q": q.detach().mean((0, 2)),
+            "sac/critic_loss": critic_loss.detach().mean(0),
+            "sac/alpha": alpha[:, 0],
+        }
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -306,7 +311,9 @@ def sort_episodes(episodes: Episodes, checkpoint: np.ndarray, args: Args) -> lis
     for name, members in classes.items():
         if not members.any():
             found = ", ".join(f"{x:.2f}" for x in (levels - levels[0]) / max(levels.max() - levels[0], 1e-9))
-            raise UserError(f"{name}: found no checkpoint of the expert in its class, expected one or more; levels: {found}")
+            raise UserError(
+                f"{name}: found no checkpoint of the expert in its class, expected one or more; levels: {found}"
+            )
     return [episodes[members] for members in classes.values()]
 
 
@@ -656,7 +663,9 @@ def train(args: Args) -> Learner:
     learner.learn()
     path = run.save_weights("final", {"policy": learner.sac.policy, "reward": learner.reward})
     if args.render:
-        control.render(args.env, args.seed, lambda o: learner.sac.policy.best(learner.each(o[0]))[:1], run.dir / "frames.png")
+        control.render(
+            args.env, args.seed, lambda o: learner.sac.policy.best(learner.each(o[0]))[:1], run.dir / "frames.png"
+        )
     last = [row for row in read_metrics(run.dir / "metrics.jsonl") if row["step"] == run.position["step"]]
     run.print(f"{name}: true return " + ", ".join(f"{row['eval/return']:.0f}" for row in last) + f"   weights: {path}")
     return learner
@@ -710,7 +719,7 @@ class Args:
     high_least: Annotated[float, SHARE] = 0.9
     """checkpoints from this level on are the high class, of which the demonstrations are."""
     horizon: Literal["absorbing", "terminate"] = "absorbing"
-    """absorbing: an episode that terminates goes on to the time limit in one state whose reward is learned; terminate: it ends."""
+    """absorbing: an episode that terminates goes on to the time limit in a state whose reward is learned; terminate: it ends."""
     start: Literal["bc", "scratch"] = "bc"
     """where AIHF, IRL and RLHF start: from the cloned policy (paper, for RLHF), or from random weights and actions."""
     prior: Literal["uniform", "bc"] = "uniform"
@@ -738,7 +747,7 @@ class Args:
     preference_steps: Annotated[int, AT_LEAST_1] = 2000
     """reward steps of RLHF, all before its policy step, >= 1."""
     rlhf_reward_std: Annotated[float, POSITIVE] = 1.0
-    """D5: standard deviation of RLHF's frozen reward over the preferences' steps, > 0, as in Christiano et al. (2017), Sec. 2.2."""
+    """D5: standard deviation of RLHF's frozen reward over the preferences' steps, > 0. Christiano et al., 2017: constant too."""
     policy_window: Annotated[int, AT_LEAST_1] = 4000
     """last environment steps of the policy that a reward step compares with, >= 1."""
     discount_demo: bool = False
@@ -793,20 +802,35 @@ class Args:
     def check(self) -> None:
         """Raise UserError, naming the flag, for values outside their range. Called after auto values are resolved."""
         check_values(self)
-        require(self.low_most < self.medium_most, "medium_most", self.medium_most, f"more than --low-most {self.low_most}")
         require(
-            self.medium_most < self.high_least, "high_least", self.high_least, f"more than --medium-most {self.medium_most}"
+            self.low_most < self.medium_most, "medium_most", self.medium_most, f"more than --low-most {self.low_most}"
         )
         require(
-            self.demo_weight > 0 or self.preference_weight > 0, "preference_weight", 0, "above 0 where --demo-weight is 0"
+            self.medium_most < self.high_least,
+            "high_least",
+            self.high_least,
+            f"more than --medium-most {self.medium_most}",
+        )
+        require(
+            self.demo_weight > 0 or self.preference_weight > 0,
+            "preference_weight",
+            0,
+            "above 0 where --demo-weight is 0",
         )
         require(self.start == "bc" or self.prior == "uniform", "prior", self.prior, "uniform where --start is scratch")
-        require(self.alpha > 0 or self.prior == "uniform", "alpha", self.alpha, "above 0 with --prior bc, whose KL it weighs")
+        require(
+            self.alpha > 0 or self.prior == "uniform",
+            "alpha",
+            self.alpha,
+            "above 0 with --prior bc, whose KL it weighs",
+        )
 
     @property
     def updates(self) -> int:
         """Passes of the loop: --num-envs environment steps each, or an offline step."""
-        return {"bc": self.bc_steps, "ipl": self.ipl_steps}.get(self.method, math.ceil(self.total_steps / self.num_envs))
+        return {"bc": self.bc_steps, "ipl": self.ipl_steps}.get(
+            self.method, math.ceil(self.total_steps / self.num_envs)
+        )
 
     @property
     def env_steps(self) -> int:
@@ -819,11 +843,19 @@ class Args:
 
 
 SETTINGS = {  # what auto means, by --env
-    "HalfCheetah-v5": dict(total_steps=100_000, random_steps=1000, eval_every=5000, expert_steps=100_000, checkpoint_every=5000),
-    "Hopper-v5": dict(total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=5000),
-    "Walker2d-v5": dict(total_steps=300_000, random_steps=1000, eval_every=10_000, expert_steps=300_000, checkpoint_every=5000),
+    "HalfCheetah-v5": dict(
+        total_steps=100_000, random_steps=1000, eval_every=5000, expert_steps=100_000, checkpoint_every=5000
+    ),
+    "Hopper-v5": dict(
+        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=5000
+    ),
+    "Walker2d-v5": dict(
+        total_steps=300_000, random_steps=1000, eval_every=10_000, expert_steps=300_000, checkpoint_every=5000
+    ),
     "Pendulum-v1": dict(total_steps=8000, random_steps=400, eval_every=1000, expert_steps=8000, checkpoint_every=500),
-    "other": dict(total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=10_000),
+    "other": dict(
+        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=10_000
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Control tasks: environments, whose episodes are kept as arrays, and a run that has environments where others have tokenizers."""
+"""Control tasks: environments, their episodes as arrays, and a run that has environments where others have tokenizers."""
 
 import hashlib
 import json
@@ -35,7 +35,9 @@ def make_environment(name: str):
     try:
         env = gymnasium.make(name, disable_env_checker=True)
     except ImportError as error:  # mujoco, or a version of an environment that has moved out of gymnasium
-        raise UserError(f"--env: found {name}, which cannot be made here ({error}); expected {INSTALL}, and a -v5") from None
+        raise UserError(
+            f"--env: found {name}, which cannot be made here ({error}); expected {INSTALL}, and a -v5"
+        ) from None
     except (gymnasium.error.Error, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--env: found {name}, expected an environment of gymnasium ({reason})") from None
@@ -66,7 +68,9 @@ class Environments:
 
     def begin(self, seeds: list[list[int]]) -> None:
         """Begin an episode in every copy, each from a seed of its own."""
-        first = [[e.reset(seed=s)[0] for e, s in zip(*both, strict=True)] for both in zip(self.envs, seeds, strict=True)]
+        first = [
+            [e.reset(seed=s)[0] for e, s in zip(*both, strict=True)] for both in zip(self.envs, seeds, strict=True)
+        ]
         self.observations = np.array(first, dtype=np.float32)  # (S, N, O), what to act on
         self.steps = np.zeros(self.observations.shape[:2], dtype=np.int64)  # of each running episode
 
@@ -217,7 +221,9 @@ def read_episodes(path: Path) -> tuple[Episodes, dict[str, np.ndarray]]:
         return Episodes(**{name: arrays.pop(name) for name in Episodes.__dataclass_fields__}), arrays
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: found no readable episodes ({reason}); delete it, and the next run makes it again") from None
+        raise UserError(
+            f"{path}: found no readable episodes ({reason}); delete it, and the next run makes it again"
+        ) from None
 
 
 def versions() -> dict[str, str]:
