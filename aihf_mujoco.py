@@ -649,6 +649,7 @@ def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
 # ---- a run, from the expert to the curves ----
 def train(args: Args) -> Learner:
     torch.set_num_threads(1)  # matrices of 64 columns: a second thread only costs
+    screen = control.drawing(args.env) if args.render and not args.dry_run else None
     control.make_environment(args.env)
     if args.dry_run:
         print("\n  ".join(plan(args)))
@@ -662,9 +663,9 @@ def train(args: Args) -> Learner:
         run.print(f"  true returns: {data.table()}   {data.made_in}")
     learner.learn()
     path = run.save_weights("final", {"policy": learner.sac.policy, "reward": learner.reward})
-    if args.render:
-        control.render(
-            args.env, args.seed, lambda o: learner.sac.policy.best(learner.each(o[0]))[:1], run.dir / "frames.png"
+    if screen is not None:
+        control.draw(
+            screen, args.seed, lambda o: learner.sac.policy.best(learner.each(o[0]))[:1], run.dir / "frames.png"
         )
     last = [row for row in read_metrics(run.dir / "metrics.jsonl") if row["step"] == run.position["step"]]
     run.print(f"{name}: true return " + ", ".join(f"{row['eval/return']:.0f}" for row in last) + f"   weights: {path}")
