@@ -261,7 +261,7 @@ def drawing(name: str):
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"--render: found no way to draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({reason}); expected a GL library,"
-            " such as libegl1, or MUJOCO_GL=osmesa"
+            " such as libegl1, and pygame for environments without MuJoCo"
         ) from None
     return env
 
@@ -300,6 +300,8 @@ class ControlRun(Run):
         except OSError as error:
             name = "resume" if args.resume else "output_dir"
             require(False, name, f"{self.dir}, which could not be opened ({error})", "a folder that can be written")
+        for name in ("samples", "evals", "generations"):  # of language models
+            (self.dir / name).rmdir()
         self.position, self.update = {"outer_iteration": 0, "step": 0}, {}
         self.saved, self.last_step, self.seconds = "", 0, {}
 
