@@ -38,9 +38,13 @@ def make_environment(name: str):
     keep_mujoco_quiet()
     try:
         env = gymnasium.make(name, disable_env_checker=True)
-    except ImportError as error:  # mujoco, or a version of an environment that has moved out of gymnasium
+    except (
+        ImportError,
+        gymnasium.error.DependencyNotInstalled,
+    ) as error:  # or an old version, which has moved elsewhere
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"--env: found {name}, which cannot be made here ({error}); expected {INSTALL}, and a -v5"
+            f"--env: found {name}, which cannot be made here ({reason}); expected {INSTALL}, and a -v5"
         ) from None
     except (gymnasium.error.Error, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
