@@ -277,23 +277,27 @@ def test_an_update_of_sac_is_that_of_plain_torch(prior, train_policy):
     """Gradients of critic, policy and temperature, by steps of plain gradient descent; the target moves after the critic."""
     torch.manual_seed(0)
     args = settings(method="sac", alpha=0.3 if prior else 0.0, gamma=0.9, tau=0.1)
-    sac = script.SAC(3, 2, args, [torch.Generator().manual_seed(1)])
-    with torch.no_grad():  # target and critic apart
-        for p in sac.target.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    seeds = [
+        torch.Generator().manual_seed(n) for n in (1, 2)
+    ]  # the second one is there to be left out of the first's sums
+    sac = script.SAC(3, 2, args, seeds)
+    with torch.no_grad():  # all Q apart
+        for p in (*sac.target.parameters(), *sac.critic.parameters()):
+            p.add_(0.3 * torch.randn_like(p))
+        sac.critic.biases[-1].sub_(
+            sac.critic(torch.randn(4, 64, 5)).mean(1, keepdim=True)
+        )  # and either the lower at times
     if prior:
-        sac.prior = script.Policy((3, 8, 8, 4), [torch.Generator().manual_seed(2)])
+        sac.prior = script.Policy((3, 8, 8, 4), seeds)
     descend = lambda module: torch.optim.SGD(module.parameters(), lr=0.1)  # noqa: E731
     sac.policy_optimizer, sac.critic_optimizer = descend(sac.policy), descend(sac.critic)
     sac.alpha_optimizer = torch.optim.SGD([sac.log_alpha], lr=0.1)
-    policy, (q1, q2), (t1, t2) = (
-        as_linear(sac.policy, 0),
-        *([as_linear(c, m) for m in (0, 1)] for c in (sac.critic, sac.target)),
-    )
+    policy = as_linear(sac.policy, 0)
+    (q1, q2), (t1, t2) = ([as_linear(critic, m) for m in (0, 2)] for critic in (sac.critic, sac.target))
     pi_0 = as_linear(sac.prior, 0) if prior else None
     s, a, s2, r = torch.randn(5, 3), torch.rand(5, 2) * 2 - 1, torch.randn(5, 3), torch.randn(5)
-    over, noise = torch.tensor([0.0, 1, 0, 0, 1]), torch.randn(2, 1, 5, 2)
-    log_alpha = sac.log_alpha.detach().clone().requires_grad_()
+    over, noise = torch.tensor([0.0, 1, 0, 0, 1]), torch.randn(2, 2, 5, 2)
+    log_alpha = sac.log_alpha.detach()[:1].clone().requires_grad_()
 
     def sampled(observations, eps):
         mean, log_std = policy(observations).chunk(2, -1)
@@ -314,13 +318,14 @@ def test_an_update_of_sac_is_that_of_plain_torch(prior, train_policy):
                 p -= 0.1 * p.grad
     new, ratio, logprobs = sampled(s, noise[1, 0])
     pair = torch.cat([s, new], -1)
+    assert 0 < (q1(pair) < q2(pair)).sum() < 5
     (log_alpha.exp().detach()[0, 0] * ratio - torch.minimum(q1(pair), q2(pair))[:, 0]).mean().backward()
     (-log_alpha * (logprobs.detach() - 2)).mean().backward()
 
     before = copy.deepcopy(sac.policy.state_dict())
-    sac.update(tuple(x[None] for x in (s, a, s2, r, over)), noise, train_policy)
+    sac.update(tuple(torch.stack([x, x.flip(0)]) for x in (s, a, s2, r, over)), noise, train_policy)
     same = dict(rtol=1e-4, atol=1e-5)
-    for m, (q, t) in enumerate([(q1, t1), (q2, t2)]):
+    for m, q, t in ((0, q1, t1), (2, q2, t2)):
         for i, layer in enumerate(q[::2]):
             torch.testing.assert_close(sac.critic.weights[i][m], layer.weight.T, **same)
             moved = 0.9 * t[2 * i].weight + 0.1 * layer.weight
@@ -330,9 +335,16 @@ def test_an_update_of_sac_is_that_of_plain_torch(prior, train_policy):
         torch.testing.assert_close(sac.policy.weights[i][0], expected.T, **same)
         assert layer.weight.grad.abs().max() > 1e-3
     learned = train_policy and not prior
-    torch.testing.assert_close(sac.log_alpha, log_alpha - 0.1 * log_alpha.grad * learned, **same)
+    torch.testing.assert_close(sac.log_alpha[:1], log_alpha - 0.1 * log_alpha.grad * learned, **same)
     if not train_policy:
         assert all(torch.equal(value, before[name]) for name, value in sac.policy.state_dict().items())
+
+
+def test_deviations_of_a_policy_are_within_bounds():
+    policy = script.Policy((3, 8, 4), [torch.Generator().manual_seed(1)])
+    policy.biases[-1].data[..., 2:] = torch.tensor([-50.0, 50.0])
+    mean, log_std = policy(torch.randn(1, 6, 3))
+    assert mean.shape == log_std.shape == (1, 6, 2) and (log_std == torch.tensor([-5.0, 2.0])).all()
 
 
 # ---- environments ----
@@ -466,7 +478,7 @@ def test_the_replay_buffer_holds_what_happened():
                     o, t = env.reset()[0], 0
     assert min(kinds.values()) >= 1
     actions = columns(of)[1]  # uniform, as they are random
-    assert np.abs(actions).max() > 0.95 and actions.std() == pytest.approx(1 / math.sqrt(3), rel=0.1)
+    assert np.abs(actions).max() > 0.95 and (np.abs(actions) < 0.5).mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_batch_holds_rows_of_the_seeds_own_buffer():
@@ -495,8 +507,10 @@ def test_random_steps_come_before_updates_and_a_cloned_policy_needs_no_random_ac
         still = {n for n, v in networks(of).items() if not n.startswith("policy")}
         assert all(torch.equal(networks(of)[n], before[n]) for n in still)
         constant = (columns(of)[1] == 1).all()
+        assert "sac/q" not in of.counts
         assert constant != uniform
         of.interact(10)
+        assert of.counts["sac/q"] == 2  # an update for each step
         assert not torch.equal(networks(of)["critic.weights.0"], before["critic.weights.0"])
         if uniform:
             assert (columns(of)[1][:, 20:] == 1).all()  # from then on the policy's
