@@ -760,7 +760,7 @@ class Args:
     """weigh step t of an episode with gamma^t, as Lemma 4.1; off: all alike, as the base code."""
     bc_steps: Annotated[int, AT_LEAST_1] = 10_000
     """gradient steps of behaviour cloning, >= 1."""
-    ipl_steps: Annotated[int, AT_LEAST_1] = 20_000
+    ipl_steps: Annotated[int, AT_LEAST_1] = 5000
     """gradient steps of IPL, >= 1."""
     ipl_l2: Annotated[float, NOT_NEGATIVE] = 0.5
     """lambda of IPL: weight of the mean square of the implied reward."""
