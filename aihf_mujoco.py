@@ -267,8 +267,8 @@ def draw_pairs(preferred: Episodes, rejected: Episodes, count: int, args: Args, 
 
 
 EXPERT = (  # settings that make an expert and its episodes
-    "env", "total_steps", "random_steps", "hidden", "learning_rate", "batch_size", "alpha", "gamma", "tau", "num_envs", "seed", "num_seeds",
-    "eval_every", "eval_episodes", "checkpoint_episodes",
+    "env", "total_steps", "random_steps", "hidden", "learning_rate", "batch_size", "alpha", "gamma", "tau", "num_envs", "seed",
+    "num_seeds", "eval_every", "eval_episodes", "checkpoint_episodes",
 )  # fmt: skip
 
 
