@@ -397,7 +397,8 @@ class Learner:
                     self.reward_step()
                     advance(1)
             with torch.no_grad():
-                rewards = self.reward(self.each(self.data.pairs.rows.flatten(0, 2)))
+                pairs = self.data.pairs
+                rewards = self.reward(self.each(pairs.rows[pairs.counted > 0]))
                 self.reward.scale.copy_(args.rlhf_reward_std / rewards.std(1, keepdim=True))
 
     # ---- the environment ----
