@@ -426,3 +426,142 @@ def test_advantage_weighted_regression_ends_at_the_prior_times_exp_of_the_advant
     near(logits.log_softmax(-1), (data.log() + q / temperature).log_softmax(-1), 1e-7)
     near(weights.log() * temperature, q - v)
     near(advantage_weights(f64([10.0, 4.0]), f64([0.0, 0.0]), 1.0), [100.0, math.exp(4.0)])
+
+
+# ---- 7. Theorem 4.1 ----
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_one_policy_step_brings_q_nearer_by_gamma(alpha, prior):
+    """The inequalities of the proof for 200 rewards and policies: Eq. 39a, 62, 68, and 68 for one Bellman update."""
+    prior, rewards, policy = log_prior(prior), randn(200, N, A, seed=3), 2 * randn(200, N, A, seed=5)
+    policy = policy.log_softmax(-1)
+
+    def norm(x):
+        return x.abs().amax((-2, -1))
+
+    best = mdp.optimal_q(LASTS, rewards, 0.0, prior, alpha)
+    q = mdp.policy_q(LASTS, rewards, 0.0, policy, prior, alpha)
+    improved = mdp.soft_policy(q, prior, alpha)
+    distance, rounding = norm(q - best), 1e-10
+    assert (norm(improved - mdp.soft_policy(best, prior, alpha)) < 2 / alpha * distance + rounding).all()
+    assert (
+        norm(mdp.policy_q(LASTS, rewards, 0.0, improved, prior, alpha) - best) < LASTS.gamma * distance + rounding
+    ).all()
+    assert (
+        norm(mdp.soft_bellman(LASTS, rewards, 0.0, q, prior, alpha) - best) < LASTS.gamma * distance + rounding
+    ).all()
+    assert (norm(best[1:] - best[:-1]) < norm(rewards[1:] - rewards[:-1]) / (1 - LASTS.gamma) + rounding).all()
+
+
+class Joint:
+    """AIHF's upper level, Eq. 5a: demonstrations of one policy, and preferences between 40 fixed pairs of segments.
+
+    Of S runs the first has exact expectations. Each other draws one step of both sides and one labelled pair, Eq. 19.
+    """
+
+    alpha, prior = 1.0, log_prior("kl")
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(24)
+        self.expert, _ = mdp.occupancy(LASTS, (1.5 * randn(N, A, seed=5)).log_softmax(-1))
+        self.first, self.second = torch.randint(0, N * A, (2, 40, 3), generator=self.generator)
+        counts = torch.nn.functional.one_hot(torch.stack([self.first, self.second]), N * A).sum(2).double()
+        self.differences = counts[0] - counts[1]  # (40, N A): times the rewards, the margins
+        self.prefers = torch.sigmoid(self.differences @ randn(N * A, seed=3))  # how often the first wins
+
+    def drawn(self, weights):
+        """(S, n): the first row as it is, each other with weight 1 on one entry, drawn in proportion to the weights."""
+        chosen = torch.multinomial(weights, 1, generator=self.generator)
+        return torch.cat([weights[:1], torch.zeros_like(weights).scatter(1, chosen, 1.0)[1:]])
+
+    def estimate(self, rewards, policy):
+        """Minus the gradient of the script's losses; the demonstrations' has the factor of Lemma 4.1."""
+        table = rewards.flatten(1).requires_grad_()
+        visits = mdp.occupancy(LASTS, policy)[0].flatten(1)
+        expert = self.drawn(self.expert.flatten().expand_as(table))
+        demonstrations = demonstration_loss(table, expert, table, self.drawn(visits)) / (1 - LASTS.gamma) / self.alpha
+        labels = torch.cat([self.prefers, 1 - self.prefers]).expand(len(table), -1) / 40
+        first, second = table[:, self.first], table[:, self.second]
+        losses = torch.cat([preference_loss(first, second), preference_loss(second, first)], -1)
+        loss = demonstrations + (self.drawn(labels) * losses).sum(-1)
+        return -torch.autograd.grad(loss.sum(), table)[0].reshape_as(rewards)
+
+    def gradient(self, rewards, optimum):
+        """(S, N, A) gradient of the likelihood in closed form."""
+        demonstrations = (self.expert - mdp.occupancy(LASTS, optimum)[0]) / self.alpha
+        preferences = (self.prefers - torch.sigmoid(rewards.flatten(1) @ self.differences.T)) @ self.differences / 40
+        return demonstrations + preferences.reshape_as(rewards)
+
+    def optimum(self, rewards):
+        return mdp.soft_policy(mdp.optimal_q(LASTS, rewards, 0.0, self.prior, self.alpha), self.prior, self.alpha)
+
+    def likelihood(self, rewards):
+        """(S,) E_demonstrations[sum_t gamma^t log pi_r] + the mean log-likelihood of a label, nats."""
+        wins = torch.sigmoid(rewards.flatten(1) @ self.differences.T)
+        pairs = self.prefers * wins.log() + (1 - self.prefers) * (1 - wins).log()
+        return (self.expert * self.optimum(rewards)).sum((-2, -1)) + pairs.mean(-1)
+
+    def run(self, T, policy_step, estimate=None, eta=None):
+        """33 runs of T iterations with the theorem's step size at sigma = 1/2 and eta_0 = 1."""
+        eta = 1 / math.sqrt(T) if eta is None else eta
+        estimate = estimate or self.estimate
+        return mdp.algorithm_1(LASTS, estimate, self.gradient, 33, T, eta, self.prior, self.alpha, policy_step)
+
+
+def scaled(T, run):
+    """sqrt(T) times [Eq. 20a, 20b], each [with exact expectations, mean of the runs that sample]."""
+    _, *quantities = run
+    return math.sqrt(T) * torch.stack([torch.stack([x[0], x[1:].mean()]) for x in quantities])
+
+
+def test_the_estimate_of_algorithm_1_is_the_gradient_of_its_likelihood():
+    """Closed form, autograd through soft value iteration, and the script's losses give one gradient. Draws are unbiased."""
+    joint = Joint()
+    rewards = randn(1, N, A, seed=25).requires_grad_()
+    (exact,) = torch.autograd.grad(joint.likelihood(rewards).sum(), rewards)
+    rewards = rewards.detach()
+    optimum = joint.optimum(rewards)
+    near(joint.gradient(rewards, optimum), exact, 1e-11)
+    found = joint.estimate(rewards.expand(20001, N, A), optimum.expand(20001, N, A))
+    near(found[:1], exact, 1e-11)
+    error = found[1:].std(0) / math.sqrt(20000)
+    assert ((found[1:].mean(0) - exact[0]).abs() < 4 * error).all() and error.max() < 0.05
+
+
+@pytest.mark.parametrize("policy_step", ["improvement", "update"])
+def test_theorem_4_1(policy_step):
+    """Both quantities of Eq. 20 fall like 1 / sqrt(T) or faster while T grows 16-fold.
+
+    The theorem: with a reward step of eta_0 / T^sigma, the mean error of log pi is O(1/T) + O(T^-sigma), and the mean square
+    gradient O(1/T) + O(T^-sigma) + O(T^(sigma-1)); sigma = 1/2 gives 1 / sqrt(T) for both. Tested: sqrt(T) times each stays
+    below 1.25 times its value at the smallest T, with exact expectations and with one sample a step.
+    Also, the rates found. One soft policy improvement is a Newton step, so its error goes like the square of the reward step:
+    1/T when sampling. One Bellman update reaches the bound. Exact gradients climb by sum_k eta |gradient|^2 up to O(eta).
+    """
+    joint, sizes = Joint(), (100, 400, 1600)
+    runs = {T: joint.run(T, policy_step) for T in sizes}
+    found = {T: scaled(T, run) for T, run in runs.items()}
+    assert (found[400] < 1.25 * found[100]).all() and (found[1600] < 1.25 * found[100]).all()
+    exact_error, error = (found[1600] / found[100])[0]
+    if policy_step == "improvement":
+        assert error == pytest.approx(1 / 4, rel=0.3) and exact_error == pytest.approx(1 / 16, rel=0.3)
+    else:
+        assert error == pytest.approx(1, rel=0.25) and exact_error < 0.6
+    for T, (rewards, _, squares) in runs.items():
+        gain = (joint.likelihood(rewards) - joint.likelihood(torch.zeros_like(rewards)))[0]
+        assert gain > 2
+        near(math.sqrt(T) * squares[0], gain, 1 / math.sqrt(T))
+
+
+@pytest.mark.parametrize("wrong", ["step of one size", "downhill", "samples of the first policy"])
+def test_a_wrong_algorithm_1_does_not_have_the_rate(wrong):
+    joint = Joint()
+    change = {
+        "step of one size": (None, 0.1),
+        "downhill": (lambda rewards, policy: -joint.estimate(rewards, policy),),
+        "samples of the first policy": (
+            lambda rewards, policy: joint.estimate(rewards, joint.prior.expand_as(policy)),
+        ),
+    }[wrong]
+    few, many = (scaled(T, joint.run(T, "update", *change)) for T in (50, 800))
+    assert (many > 2 * few).any()

@@ -38,7 +38,7 @@ class MDP:
 
     def next(self, values: Tensor, end_value: Tensor | float = 0.0) -> Tensor:
         """(..., N, A) mean of V(s') over the next state. values: (..., N), end_value: V of the absorbing state."""
-        return torch.einsum("ijk,...k->...ij", self.moves, values) + self.ends * end_value
+        return (self.moves @ values[..., None, :, None])[..., 0] + self.ends * end_value
 
 
 def random_mdp(seed: int = 0, gamma: float = 0.8, fall: float = 0.9, stumble: float = 0.02) -> MDP:
@@ -76,7 +76,7 @@ def optimal_q(mdp: MDP, rewards: Tensor, end_reward: Tensor | float, log_prior: 
 # ---- any policy ----
 def transitions(mdp: MDP, log_policy: Tensor) -> Tensor:
     """(..., N, N) probability of the living next state under the policy (..., N, A)."""
-    return torch.einsum("...ij,ijk->...ik", log_policy.exp(), mdp.moves)
+    return (log_policy.exp()[..., None] * mdp.moves).sum(-2)
 
 
 def policy_q(
@@ -103,25 +103,39 @@ def occupancy(mdp: MDP, log_policy: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- AIHF's Algorithm 1 ----
 Step = Callable[[Tensor, Tensor], Tensor]
-"""(rewards (S, N, A), log_policy (S, N, A)) -> direction (S, N, A) in which the rewards go."""
+"""(rewards (S, N, A), log_policy (S, N, A)) -> direction (S, N, A)."""
 
 
 def algorithm_1(
-    mdp: MDP, estimate: Step, gradient: Step, rewards: Tensor, T: int, eta: float, log_prior: Tensor, alpha: float
+    mdp: MDP,
+    estimate: Step,
+    gradient: Step,
+    S: int,
+    T: int,
+    eta: float,
+    log_prior: Tensor,
+    alpha: float,
+    policy_step: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """T iterations of Algorithm 1 as Theorem 4.1 has it, no trajectory ends: (rewards, mean errors, mean square gradients).
+    """(rewards (S, N, A), errors (S,), squares (S,)) of S runs of T iterations from rewards 0, where no trajectory ends.
 
-    Iteration k: pi_{k+1} = pi_0 exp(Q_k / alpha) / Z with Q_k the soft Q of pi_k, one soft policy improvement; then
-    theta_{k+1} = theta_k + eta * estimate(theta_k, pi_{k+1}), theta the table of rewards (S, N, A).
-    errors: max_{s,a} |log pi_{k+1} - log pi_{theta_k}|, AIHF Eq. 20a; square gradients: |gradient(theta_k, pi_{theta_k})|^2,
-    Eq. 20b. Both are means over k, (S,); pi_theta is the soft optimum of theta.
+    Iteration k: pi_{k+1} = pi_0 exp(Q_{k+1} / alpha) / Z, then theta_{k+1} = theta_k + eta * estimate(theta_k, pi_{k+1}), where
+    theta is the table of rewards. policy_step "improvement": Q_{k+1} is the soft Q of pi_k, as in the proof of Theorem 4.1;
+    "update": Q_{k+1} is the soft Bellman operator applied to Q_k, which is what a critic can afford.
+    errors: mean over k of max_{s,a} |log pi_{k+1} - log pi_{theta_k}|, AIHF Eq. 20a, with pi_theta the soft optimum of theta.
+    squares: mean over k of |gradient(theta_k, pi_{theta_k})|^2, Eq. 20b.
     """
-    errors = squares = torch.zeros(len(rewards), dtype=torch.float64)
+    rewards = q = torch.zeros(S, *log_prior.shape, dtype=torch.float64)
+    errors = squares = torch.zeros(S, dtype=torch.float64)
     policy = best = log_prior.log_softmax(-1).expand_as(rewards)
     for _ in range(T):
-        policy = soft_policy(policy_q(mdp, rewards, 0.0, policy, log_prior, alpha), log_prior, alpha)
+        if policy_step == "improvement":
+            q = policy_q(mdp, rewards, 0.0, policy, log_prior, alpha)
+        else:
+            q = soft_bellman(mdp, rewards, 0.0, q, log_prior, alpha)
+        policy = soft_policy(q, log_prior, alpha)
         change = 1.0
-        while change > 1e-10:  # policy iteration is Newton's method: the error after this step is its square
+        while change > 1e-6:  # soft policy iteration is Newton's method: what is left then is the square of the change
             last, best = best, soft_policy(policy_q(mdp, rewards, 0.0, best, log_prior, alpha), log_prior, alpha)
             change = float((best - last).abs().max())
         errors = errors + (policy - best).abs().amax((-2, -1)) / T
