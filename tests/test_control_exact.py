@@ -561,5 +561,5 @@ def test_a_wrong_algorithm_1_does_not_have_the_rate(wrong):
             lambda rewards, policy: joint.estimate(rewards, joint.prior.expand_as(policy)),
         ),
     }[wrong]
-    few, many = (scaled(T, joint.run(T, "update", *change)) for T in (50, 800))
+    few, many = (scaled(T, joint.run(T, "update", *change)) for T in (50, 400))
     assert (many > 2 * few).any()
