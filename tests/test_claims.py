@@ -1,10 +1,17 @@
 """The ledger docs/claims.md names what exists and counts what it says; and statements of the papers that no other file tests."""
 
+import ast
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+
 import bandit
 import exact
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from test_exact import BETA, flat_gradient, scored
 from test_rft import noise
 from test_toy import D, P
@@ -113,6 +120,27 @@ def test_irft_is_the_reward_loss_of_irl_and_dpo_that_of_preferences():
         assert (irft_loss(c, g, rc, rg, BETA) - reward_loss(*other, BETA)).abs().max() > 1e-2
 
 
+# ---- Eq. 24, 30 and 35 (AIHF) ----
+def check_gradient(gradient, d: np.ndarray, p: np.ndarray) -> bool:
+    """Autograd through sum_i d_i log pi_i + sum_ij p_ij log sigmoid(R_i - R_j), of Eq. 23, 28 and 34."""
+    leaf = torch.tensor([-1.0, 0.4, 0.1, -0.3, 1.2], dtype=torch.float64, requires_grad=True)
+    choices = torch.nn.functional.logsigmoid(leaf[:, None] - leaf[None, :])
+    value = (torch.from_numpy(d) * leaf.log_softmax(0)).sum() + (torch.from_numpy(p) * choices).sum()
+    (expected,) = torch.autograd.grad(value, leaf)
+    return np.allclose(gradient(leaf.detach().numpy(), d, p), expected.numpy(), rtol=0, atol=1e-10)
+
+
+def test_the_gradients_among_actions_by_autograd():
+    for d, p in ((D, 0 * P), (0 * D, P), (D, P)):
+        assert check_gradient(bandit.gradient, d, p)
+        for wrong in (
+            lambda r, d, p: -bandit.gradient(r, d, p),
+            lambda r, d, p: bandit.gradient(r, d, p.T) if p.any() else bandit.gradient(r, d + 1, p),
+            lambda r, d, p: bandit.gradient(r, d, p) / (d.sum() + p.sum()),
+        ):
+            assert not check_gradient(wrong, d, p)
+
+
 # ---- App. A.2.2 (AIHF): one source is much larger than the other ----
 def test_the_larger_source_rules_aihf_and_not_rlhf():
     """AIHF's policy comes as 1 / c near that of the source that has c times the counts; RLHF's does not move at all."""
@@ -156,3 +184,185 @@ def test_lemma_b_3_holds_with_the_constant_of_its_proof_and_not_with_the_printed
             assert (found["needed"] > found["printed"]) == (reach < 0.5)
     found = exact.lemma_b_3(0.01)
     assert found["needed"] / found["printed"] == pytest.approx(34.6, abs=0.5)
+
+
+# ---- the ledger ----
+WORDS = ("exact", "shown", "not shown", "not run")
+
+
+def numbers(*parts: str) -> set[str]:
+    """{"Eq. 1", ...} of parts such as "Eq. 1, 3 to 5" and "Lemma B.1"; the letters of 5a and 5b are dropped."""
+    found = set()
+    for part in parts:
+        part = re.sub(r"\[.*?\]", "", part)  # the draft's numbers
+        number = r"(?:[A-Z]\.)?\d+(?:\.\d+)?[a-z]?"
+        for kind, listed in re.findall(
+            rf"(Eq\.|Lemma|Theorem|Assumption|Algorithm|Example|Table|Fig\.) ({number}(?:\s*(?:,|to)\s*{number})*)",
+            part,
+        ):
+            for item in re.split(r"\s*,\s*", listed):
+                first, *last = (n.rstrip("abc") for n in re.split(r"\s*to\s*", item))
+                names = [str(n) for n in range(int(first), int(last[0]) + 1)] if last else [first]
+                found |= {f"{kind} {n}" for n in names}
+    return found
+
+
+PAPERS = {  # all that is numbered in each, but for diagrams
+    "RFT": numbers(
+        "Eq. 1 to 19", "Lemma 3.1, 3.2, B.1, B.2, B.3", "Theorem 3.1, B.1", "Assumption B.1, B.2", "Algorithm 1, 2", "Example 1, 2",
+        "Table 1 to 8", "Fig. 1, 2",
+    ),
+    "AIHF": numbers(
+        "Eq. 1 to 88", "Lemma 4.1, A.1, A.2, A.3", "Theorem 4.1", "Assumption 1, 2", "Algorithm 1", "Example 2", "Table 1 to 6",
+        "Fig. 2 to 9",
+    ),
+    "IRL": numbers("Eq. 1 to 14", "Lemma 1, 2", "Assumption 1", "Algorithm 1", "Table 1 to 3", "Fig. 2, 3"),
+}  # fmt: skip
+
+
+def ledger(text: str) -> dict[str, list[list[str]]]:
+    """{paper: rows of its table, six cells each}."""
+    found = {}
+    for section in text.split("\n## ")[1:]:
+        lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+        cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+        found[section.split(":")[0].splitlines()[0]] = cells
+    return {paper: found.get(paper, []) for paper in PAPERS}
+
+
+@functools.cache
+def names_of(path: Path) -> set[str]:
+    """Functions, classes and constants at a file's top, and methods as Class.name."""
+    found = set()
+    for node in ast.parse(path.read_text()).body if path.is_file() else []:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            found |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+    return found
+
+
+@functools.cache
+def flags_of(path: Path) -> set[str]:
+    """Flags of a program: the fields of its class Args, and of the classes of common/args.py if that has one as its base."""
+
+    def fields(file: Path, name: str) -> set[str]:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                own = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+                return own.union(
+                    *(fields(ROOT / "common" / "args.py", b.id) for b in node.bases if isinstance(b, ast.Name))
+                )
+        return set()
+
+    return {f"--{name.replace('_', '-')}" for name in fields(path, "Args")} if path.suffix == ".py" else set()
+
+
+def command_fault(command: str) -> str:
+    match = re.fullmatch(r"(?:python|bash|accelerate launch|pytest -n 0) ([\w/]+\.(?:py|sh))((?: .*)?)", command)
+    if not match or not (ROOT / match[1]).is_file():
+        return f"no such program: {command}"
+    unknown = set(re.findall(r"--[\w-]+", match[2])) - flags_of(ROOT / match[1])
+    return f"no such flag: {command}: {sorted(unknown)}" if unknown else ""
+
+
+def faults(text: str) -> list[str]:
+    """What is wrong with the text of docs/claims.md; empty if nothing is."""
+    found = []
+    letters = set(re.findall(r"^\| ([A-Z]) \|", text, re.M))
+    for paper, rows in ledger(text).items():
+        covered = numbers(*(row[0] for row in rows))
+        found += [f"{paper}: no row for {name}" for name in sorted(PAPERS[paper] - covered)]
+        found += [f"{paper}: {name} is not in the paper" for name in sorted(covered - PAPERS[paper])]
+        for row in rows:
+            where = f"{paper}, {row[0]}"
+            if len(row) != 6 or row[2] not in WORDS or not row[1]:
+                found.append(f"{where}: not six cells with one of {WORDS} in the third")
+                continue
+            _, _, word, symbols, tests, result = row
+            for cell, of_tests in ((symbols, False), (tests, True)):
+                quoted = re.findall("`([^`]+)`", cell)
+                for name in quoted:
+                    path, _, symbol = name.partition("::")
+                    right = (
+                        path.startswith("tests/test_") and symbol.startswith("test_")
+                        if of_tests
+                        else "test" not in path
+                    )
+                    if not right or symbol not in names_of(ROOT / path):
+                        found.append(f"{where}: no such {'test' if of_tests else 'symbol'}: {name}")
+                if cell != ", ".join(f"`{name}`" for name in quoted):
+                    found.append(f"{where}: names only are listed, not {cell}")
+            for quoted in re.findall("`([^`]+)`", result):
+                if re.match("python|bash|accelerate|pytest|make", quoted) and (fault := command_fault(quoted)):
+                    found.append(f"{where}: {fault}")
+            if word == "exact" and not (symbols and tests):
+                found.append(f"{where}: exact without a symbol or a test")
+            if word in ("shown", "not shown") and not (tests and re.search(r"\d", result)):
+                found.append(f"{where}: {word} without a test or a number")
+            if word == "not shown" and len(re.findall(r"\w{3,}[^.]*[.:](?: |$)", re.sub("`.*?`", "", result))) < 2:
+                found.append(f"{where}: what was measured, or why it was not shown, is missing")
+            if word == "not run" and not re.search(r"\([A-Z]\) below|in work: \w+|takes \w+", result):
+                found.append(f"{where}: does not say what it would take")
+            found += [
+                f"{where}: ({x}) is not below" for x in re.findall(r"\(([A-Z])\) below", result) if x not in letters
+            ]
+    for line in (counts_line(text), *counts_table(text)):
+        if line not in text:
+            found.append(f"the sum is not up to date: {line}")
+    return found
+
+
+def counts(text: str) -> dict[str, Counter]:
+    return {paper: Counter(row[2] for row in rows if len(row) > 2) for paper, rows in ledger(text).items()}
+
+
+def counts_line(text: str) -> str:
+    total = sum(counts(text).values(), Counter())
+    return ", ".join(f"{total[word]} {word}" for word in WORDS)
+
+
+def counts_table(text: str) -> list[str]:
+    return [f"| {paper} | " + " | ".join(str(n[word]) for word in WORDS) + " |" for paper, n in counts(text).items()]
+
+
+def test_the_ledger_names_what_exists_and_has_a_row_for_everything():
+    assert not faults((ROOT / "docs" / "claims.md").read_text())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/status.md"])
+def test_the_sum_of_the_ledger_is_told_where_readers_look(page):
+    line = counts_line((ROOT / "docs" / "claims.md").read_text())
+    assert line in (ROOT / page).read_text(), f"{page} should say: {line}"
+
+
+CHANGES = {  # in the ledger: old, new
+    "a function that is gone": ("`irft.py::irft_loss`", "`irft.py::irft_lose`"),
+    "a method that is gone": ("`aihf.py::AIHF.reward_step`", "`aihf.py::AIHF.reward_stop`"),
+    "a file that is gone": ("`toy/bandit.py::softmax`", "`toy/bandits.py::softmax`"),
+    "a test that is gone": ("::test_dpo_loss_by_hand`", "::test_dpo_loss_by_foot`"),
+    "a test in another file": ("`tests/test_aihf.py::test_dpo_loss_by_hand`", "`tests/test_rft.py::test_dpo_loss_by_hand`"),
+    "a helper for a test": ("`tests/test_toy.py::test_bandit`", "`tests/test_toy.py::verify_bandit`"),
+    "a program that is gone": ("`python toy/example1.py`", "`python toy/example0.py`"),
+    "a script that is gone": ("`bash benchmark/rft_small.sh`", "`bash benchmark/rft_tiny.sh`"),
+    "a flag that is gone": ("`python irft.py --T 1`", "`python irft.py --U 1`"),
+    "a flag of another program": ("`python toy/example2.py --comparisons 0`", "`python toy/example2.py --compared 0`"),
+    "a word of our own": ("| exact | `sft.py::nll_loss` |", "| proved | `sft.py::nll_loss` |"),
+    "exact without a test": ("| `tests/test_claims.py::test_the_reward_is_beta_times_the_log_ratio_and_log_z` |", "| |"),
+    "a row less": ("| Table 7 | ", "| Table 6 | "),
+    "a row too many": ("| Table 7 | ", "| Table 7, Table 9 | "),
+    "no reason": ("It takes the models of Table 4. Every run prints samples.", "Later."),
+    "measured and no reason": (" The reward knows length and tidiness, not the post.", ""),
+    "a letter that is not below": ("(D) below. At", "(H) below. At"),
+    "another sum": (" exact, ", "0 exact, "),
+    "another word": ("| Table 7 | Two versions of the base model differ on the leaderboard. | not run |", "| Table 7 | Two versions. | shown |"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_wrong_ledger_is_told_apart(name):
+    text, (old, new) = (ROOT / "docs" / "claims.md").read_text(), CHANGES[name]
+    assert old in text
+    assert faults(text.replace(old, new, 1))
