@@ -1,6 +1,7 @@
 """The ledger docs/claims.md names what exists and counts what it says; and statements of the papers that no other file tests."""
 
 import ast
+import copy
 import functools
 import re
 from collections import Counter
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from test_aihf import language  # noqa: F401 (fixture)
 from test_exact import BETA, flat_gradient, scored
-from test_rft import noise
+from test_rft import all_logprobs, noise
+from test_theory import irft_path, setting  # noqa: F401 (fixtures)
 from test_toy import D, P
 
+import irft
 from aihf import dpo_loss, preference_loss
 from common.data import collate
 from common.logprobs import response_logprobs
@@ -171,6 +175,51 @@ def test_aihf_is_the_weighted_average_of_sft_and_btl_for_two_actions_alone():
     sft, btl, aihf = bandit.sft_policy(shown), bandit.softmax(bandit.btl_rewards(wins)), bandit.aihf_policy(shown, wins)
     assert [sft[0], btl[0], aihf[0]] == pytest.approx([0.297, 0.259, 0.433], abs=1e-3)
     assert averaged(shown, wins)[0] < 0.3
+
+
+# ---- Algorithm 2 (RFT), line 5 ----
+def check_answers(train, monkeypatch) -> bool:
+    """irft.train's answers have the log-probs of the policy at the start of their iteration, and go to the prompts of its chunk."""
+    seen, policies, make_pairs, sample_rows = [], [], irft.make_pairs, irft.evals.sample_rows
+
+    def noted(run, t, plan, demonstrations, policy, *rest):
+        policies.append(all_logprobs(policy))
+        pairs = make_pairs(run, t, plan, demonstrations, policy, *rest)
+        assert [p["prompt_ids"] for p in pairs] == [demonstrations[i]["prompt_ids"] for i in plan.chunks[t]]
+        return pairs
+
+    def sampled(run, generator, rows, *rest):
+        rollout = sample_rows(run, generator, rows, *rest)
+        seen.append((rows, rollout))
+        return rollout
+
+    monkeypatch.setattr(irft, "make_pairs", noted)
+    monkeypatch.setattr(irft.evals, "sample_rows", sampled)
+    train(T=2, num_chunks=2, num_train_epochs=1, beta=0.1)
+    gaps = []
+    for rows, rollout in seen:
+        found = torch.tensor([sum(tokens) for tokens in rollout.logprobs])
+        places = [
+            (exact.PROMPTS.index(r["prompt_ids"]), exact.RESPONSES.index(y))
+            for r, y in zip(rows, rollout.response_ids, strict=True)
+        ]
+        gaps.append(
+            [max(abs(float(table[i]) - float(f)) for i, f in zip(places, found, strict=True)) for table in policies]
+        )
+    assert len(seen) == 2 and (policies[0] - policies[1]).abs().max() > 0.1
+    return max(gaps[0][0], gaps[1][1]) < 1e-4 and gaps[1][0] > 0.01
+
+
+def test_answers_come_from_the_policy_at_the_start_of_their_iteration(irft_path, monkeypatch):  # noqa: F811
+    assert check_answers(irft_path, monkeypatch)
+
+
+def test_answers_of_the_first_policy_are_told_apart(irft_path, monkeypatch):  # noqa: F811
+    make_generator = irft.make_generator
+    monkeypatch.setattr(
+        irft, "make_generator", lambda run, policy, *rest: make_generator(run, copy.deepcopy(policy), *rest)
+    )
+    assert not check_answers(irft_path, monkeypatch)
 
 
 # ---- Lemma B.3 (RFT) ----
