@@ -3,12 +3,14 @@
 import ast
 import copy
 import functools
+import math
 import re
 from collections import Counter
 from pathlib import Path
 
 import bandit
 import exact
+import mdp
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,8 @@ def check_optimum(rewarding, beta: float) -> bool:
     value = (total_logp.exp() * rewarding(scores, logp, ref, mask, beta).sum(-1)).sum()
     best = exact.optimal_policy(total_ref, scores, beta)
     bound = beta * (exact.log_partition(total_ref, scores, beta) - exact.kl(total_logp, best))
-    return exact.kl(total_logp, best) > 0.1 and abs((value - bound).item()) < 1e-11
+    is_policy = abs(best.exp().sum().item() - 1) < 1e-12  # then KL >= 0, and nothing is above beta log Z
+    return is_policy and exact.kl(total_logp, best) > 0.1 and abs((value - bound).item()) < 1e-11
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
@@ -86,11 +89,13 @@ def test_the_value_of_a_policy_is_that_of_the_optimum_less_beta_times_its_distan
 
 # ---- Eq. 14 (RFT): the reward is the log-ratio of its optimum, up to a constant ----
 def test_the_reward_is_beta_times_the_log_ratio_and_log_z():
+    """With log Z added up here: a wrong one in toy/exact.py would cancel between the policy and the reward."""
     rewards, ref = noise(Y, seed=5), exact.response_logprobs(exact.make_model(), PROMPT).detach()
     for beta in (0.1, 2.0):
-        ratio = exact.optimal_policy(ref, rewards, beta) - ref
-        back = beta * (ratio + exact.log_partition(ref, rewards, beta))
+        log_z = math.log(sum(math.exp(q + r / beta) for q, r in zip(ref.tolist(), rewards.tolist(), strict=True)))
+        back = beta * (exact.optimal_policy(ref, rewards, beta) - ref + log_z)
         torch.testing.assert_close(back, rewards, rtol=0, atol=1e-12)
+        assert abs(exact.log_partition(ref, rewards, beta).item() - log_z) < 1e-12
 
 
 # ---- Sec. 3.2 (AIHF): Eq. 8 is the choice of the optimum between two answers ----
@@ -233,6 +238,37 @@ def test_lemma_b_3_holds_with_the_constant_of_its_proof_and_not_with_the_printed
             assert (found["needed"] > found["printed"]) == (reach < 0.5)
     found = exact.lemma_b_3(0.01)
     assert found["needed"] / found["printed"] == pytest.approx(34.6, abs=0.5)
+
+
+# ---- Lemma A.1, Eq. 39b, and Lemma A.2, Eq. 79 (AIHF) ----
+def check_smoothness(occupancy, alpha: float) -> bool:
+    """Visits, and so the gradient of the demonstrations' likelihood, are Lipschitz in a table of rewards; the constants are ours.
+
+    With |Q - Q'| <= |r - r'| / (1 - gamma) (Eq. 39a), and |pi - pi'|_1 <= |Q - Q'| / alpha for the policies of each state:
+    |d - d'|_1 <= max_s |pi - pi'|_1 / (1 - gamma)^2 <= |r - r'| / (alpha (1 - gamma)^3). The gradient is (d_E - d) / alpha.
+    """
+    process, prior = mdp.random_mdp(fall=0.0, stumble=0.0), noise(4, 3, seed=1).log_softmax(-1)
+    rewards, steps = 2 * noise(200, 4, 3, seed=3), noise(200, 4, 3, seed=4)
+    steps *= torch.logspace(-4, 1, 200, dtype=torch.float64)[:, None, None]
+    norm, left = (lambda x: x.abs().amax((-2, -1))), 1 - process.gamma
+    policies = [
+        mdp.soft_policy(mdp.optimal_q(process, r, 0.0, prior, alpha), prior, alpha) for r in (rewards, rewards + steps)
+    ]
+    visits = [occupancy(process, policy) for policy in policies]
+    moved = (visits[0] - visits[1]).abs().sum((-2, -1))
+    turned = (policies[0].exp() - policies[1].exp()).abs().sum(-1).amax(-1)
+    within = (moved <= turned / left**2 + 1e-12) & (turned <= norm(steps) / alpha / left + 1e-12)
+    return bool(within.all()) and bool((moved > 0.01 * turned / left**2).any())
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_visits_and_gradient_are_lipschitz_in_the_rewards(alpha):
+    assert check_smoothness(lambda process, policy: mdp.occupancy(process, policy)[0], alpha)
+    assert not check_smoothness(lambda process, policy: 30 * mdp.occupancy(process, policy)[0], alpha)
+    assert not check_smoothness(
+        lambda process, policy: mdp.occupancy(process, policy)[0].sign() * policy.argmax(-1, True), alpha
+    )
+    assert not check_smoothness(lambda process, policy: 0 * policy, alpha)
 
 
 # ---- the ledger ----
