@@ -26,7 +26,8 @@ from aihf import dpo_loss, preference_loss
 from common.data import collate
 from common.logprobs import response_logprobs
 from irft import irft_loss
-from rft import nll_loss, reward_loss, token_rewards
+from rft import reward_loss, token_rewards
+from sft import nll_loss
 
 Y, PROMPT = len(exact.RESPONSES), exact.PROMPTS[1]
 
