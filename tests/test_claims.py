@@ -141,6 +141,9 @@ def check_gradient(gradient, d: np.ndarray, p: np.ndarray) -> bool:
 
 
 def test_the_gradients_among_actions_by_autograd():
+    """They are also zero at the rewards log d_i of Eq. 25, and at the solution of Eq. 31."""
+    assert np.abs(bandit.gradient(np.log(D + 1), D + 1, 0 * P)).max() < 1e-12
+    assert np.abs(bandit.gradient(bandit.btl_rewards(P), 0 * D, P)).max() < 1e-9
     for d, p in ((D, 0 * P), (0 * D, P), (D, P)):
         assert check_gradient(bandit.gradient, d, p)
         for wrong in (
