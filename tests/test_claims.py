@@ -42,7 +42,8 @@ def check_sft(loss, expert) -> bool:
     """The mean loss is KL(D || pi) + H(D), and has its gradient, so that both have one minimum."""
     model = exact.make_model()
     batch = collate([(PROMPT, y) for y in exact.RESPONSES], pad_token_id=exact.EOS)
-    mean = (expert * loss(response_logprobs(model, batch).logprobs, batch.response_mask)).sum()
+    tokens = response_logprobs(model, batch).logprobs.masked_fill(~batch.response_mask, math.nan)
+    mean = (expert * loss(tokens, batch.response_mask)).sum()
     distance = exact.kl(expert.log(), exact.response_logprobs(model, PROMPT))
     entropy = -(expert * expert.log()).sum()
     same = abs((mean - distance - entropy).item()) < 1e-12
@@ -52,6 +53,7 @@ def check_sft(loss, expert) -> bool:
 def test_sft_minimises_the_kl_from_the_expert(expert):
     assert check_sft(nll_loss, expert)
     assert not check_sft(lambda x, m: -nll_loss(x, m), expert)
+    assert not check_sft(lambda x, m: -x.sum(-1), expert)
     assert not check_sft(lambda x, m: nll_loss(x, m) / m.sum(-1), expert)
     assert not check_sft(lambda x, m: nll_loss(x[:, :-1], m[:, :-1]), expert)
 
@@ -64,8 +66,11 @@ def check_optimum(rewarding, beta: float) -> bool:
     """
     policy, reference = exact.make_model(), exact.make_model(seed=1)
     batch = collate([(PROMPT, y) for y in exact.RESPONSES], pad_token_id=exact.EOS)
-    logp, ref = (response_logprobs(model, batch).logprobs.detach() for model in (policy, reference))
     scores, mask = noise(Y, seed=5), batch.response_mask
+    logp, ref = (
+        response_logprobs(model, batch).logprobs.detach().masked_fill(~mask, padding)
+        for model, padding in ((policy, math.nan), (reference, 1e9))
+    )
     total_logp, total_ref = scored(policy, PROMPT).detach(), scored(reference, PROMPT).detach()
     value = (total_logp.exp() * rewarding(scores, logp, ref, mask, beta).sum(-1)).sum()
     best = exact.optimal_policy(total_ref, scores, beta)
