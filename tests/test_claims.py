@@ -394,6 +394,8 @@ def faults(text: str) -> list[str]:
                     found.append(f"{where}: {fault}")
             if word == "exact" and not (symbols and tests):
                 found.append(f"{where}: exact without a symbol or a test")
+            if word == "exact" and re.search(r"(_runs|_scripts|_launch)\.py::", tests):
+                found.append(f"{where}: a test of a whole run proves no equation")
             if word in ("shown", "not shown") and not (tests and re.search(r"\d", result)):
                 found.append(f"{where}: {word} without a test or a number")
             if word == "not shown" and len(re.findall(r"\w{3,}[^.]*[.:](?: |$)", re.sub("`.*?`", "", result))) < 2:
@@ -445,6 +447,10 @@ CHANGES = {  # in the ledger: old, new
     "a flag of another program": ("`python toy/example2.py --comparisons 0`", "`python toy/example2.py --compared 0`"),
     "a word of our own": ("| exact | `sft.py::nll_loss` |", "| proved | `sft.py::nll_loss` |"),
     "exact without a test": ("| `tests/test_claims.py::test_the_reward_is_beta_times_the_log_ratio_and_log_z` |", "| |"),
+    "exact by a run": (
+        "`tests/test_claims.py::test_the_reward_is_beta_times_the_log_ratio_and_log_z`",
+        "`tests/test_rft_runs.py::test_a_run_leaves_what_it_promises`",
+    ),
     "a row less": ("| Table 7 | ", "| Table 6 | "),
     "a row too many": ("| Table 7 | ", "| Table 7, Table 9 | "),
     "no reason": ("It takes the models of Table 4. Every run prints samples.", "Later."),
