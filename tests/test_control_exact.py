@@ -442,14 +442,12 @@ def test_one_policy_step_brings_q_nearer_by_gamma(alpha, prior):
     best = mdp.optimal_q(LASTS, rewards, 0.0, prior, alpha)
     q = mdp.policy_q(LASTS, rewards, 0.0, policy, prior, alpha)
     improved = mdp.soft_policy(q, prior, alpha)
+    evaluated = mdp.policy_q(LASTS, rewards, 0.0, improved, prior, alpha)
+    updated = mdp.soft_bellman(LASTS, rewards, 0.0, q, prior, alpha)
     distance, rounding = norm(q - best), 1e-10
     assert (norm(improved - mdp.soft_policy(best, prior, alpha)) < 2 / alpha * distance + rounding).all()
-    assert (
-        norm(mdp.policy_q(LASTS, rewards, 0.0, improved, prior, alpha) - best) < LASTS.gamma * distance + rounding
-    ).all()
-    assert (
-        norm(mdp.soft_bellman(LASTS, rewards, 0.0, q, prior, alpha) - best) < LASTS.gamma * distance + rounding
-    ).all()
+    assert (norm(evaluated - best) < LASTS.gamma * distance + rounding).all()
+    assert (norm(updated - best) < LASTS.gamma * distance + rounding).all()
     assert (norm(best[1:] - best[:-1]) < norm(rewards[1:] - rewards[:-1]) / (1 - LASTS.gamma) + rounding).all()
 
 
@@ -534,14 +532,14 @@ def test_theorem_4_1(policy_step):
 
     The theorem: with a reward step of eta_0 / T^sigma, the mean error of log pi is O(1/T) + O(T^-sigma), and the mean square
     gradient O(1/T) + O(T^-sigma) + O(T^(sigma-1)); sigma = 1/2 gives 1 / sqrt(T) for both. Tested: sqrt(T) times each stays
-    below 1.25 times its value at the smallest T, with exact expectations and with one sample a step.
+    below 1.4 times its value at the smallest T, with exact expectations and with one sample a step.
     Also, the rates found. One soft policy improvement is a Newton step, so its error goes like the square of the reward step:
     1/T when sampling. One Bellman update reaches the bound. Exact gradients climb by sum_k eta |gradient|^2 up to O(eta).
     """
     joint, sizes = Joint(), (100, 400, 1600)
     runs = {T: joint.run(T, policy_step) for T in sizes}
     found = {T: scaled(T, run) for T, run in runs.items()}
-    assert (found[400] < 1.25 * found[100]).all() and (found[1600] < 1.25 * found[100]).all()
+    assert (found[400] < 1.4 * found[100]).all() and (found[1600] < 1.4 * found[100]).all()
     exact_error, error = (found[1600] / found[100])[0]
     if policy_step == "improvement":
         assert error == pytest.approx(1 / 4, rel=0.3) and exact_error == pytest.approx(1 / 16, rel=0.3)

@@ -134,10 +134,10 @@ def algorithm_1(
         else:
             q = soft_bellman(mdp, rewards, 0.0, q, log_prior, alpha)
         policy = soft_policy(q, log_prior, alpha)
-        change = 1.0
-        while change > 1e-6:  # soft policy iteration is Newton's method: what is left then is the square of the change
+        for _ in range(20):  # soft policy iteration is Newton's method: what is left is the square of the last change
             last, best = best, soft_policy(policy_q(mdp, rewards, 0.0, best, log_prior, alpha), log_prior, alpha)
-            change = float((best - last).abs().max())
+            if (best - last).abs().max() < 1e-6:
+                break
         errors = errors + (policy - best).abs().amax((-2, -1)) / T
         squares = squares + (gradient(rewards, best) ** 2).sum((-2, -1)) / T
         rewards = rewards + eta * estimate(rewards, policy)
