@@ -325,6 +325,7 @@ def expert_episodes(args: Args) -> tuple[Episodes, np.ndarray, Path]:
     expert = dataclasses.replace(
         args, method="sac", num_seeds=args.expert_seeds, seed=args.expert_seed, total_steps=args.expert_steps,
         random_steps=args.expert_steps // 10, alpha=args.expert_alpha, eval_every=args.checkpoint_every, resume="",
+        render=False,
     )  # fmt: skip
     made_by = {name: getattr(expert, name) for name in EXPERT} | control.versions()
     folder = Path(args.data_dir) / f"{args.env}__{control.cache_key(made_by)}"
