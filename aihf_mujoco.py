@@ -158,8 +158,11 @@ class Policy(MLP):
             return torch.tanh(self(observations)[0])
 
 
+BOUND = 10.0  # of a learned reward, either way, as in the base code
+
+
 class Reward(MLP):
-    """(S, B, O + A + 1) rows of Episodes.rows -> (S, B), within +-10 as in the base code."""
+    """(S, B, O + A + 1) rows of Episodes.rows -> (S, B), within +-BOUND."""
 
     scale: Tensor  # (S, 1): 1, until RLHF's reward is trained (D5)
 
@@ -168,7 +171,7 @@ class Reward(MLP):
         self.register_buffer("scale", torch.ones(len(generators), 1))
 
     def forward(self, rows: Tensor) -> Tensor:
-        return (super().forward(rows)[..., 0] * self.scale).clamp(-10, 10)
+        return (super().forward(rows)[..., 0] * self.scale).clamp(-BOUND, BOUND)
 
 
 # ---- the policy step ----
@@ -454,7 +457,9 @@ class Learner:
             gap = demonstration_loss(demonstrated, self.each(data.weights), sampled, weights)
             square = mean_square(demonstrated, self.each(data.weights)) + mean_square(sampled, weights)
             loss = args.demo_weight * gap + args.reward_l2 * square
+            clamped = (torch.cat([sampled, demonstrated], -1).abs() >= BOUND).float().mean(-1)
             self.count({"reward/demonstration_gap": -gap.detach(), "reward/square": square.detach() / 2})
+            self.count({"reward/clamped": clamped})
         if args.preference_weight:
             count = min(args.preference_batch_size, args.num_preferences)
             which = torch.stack([torch.randint(args.num_preferences, (count,), generator=g) for g in self.generators])
@@ -649,6 +654,7 @@ def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
 # ---- a run, from the expert to the curves ----
 def train(args: Args) -> Learner:
     torch.set_num_threads(1)  # matrices of 64 columns: a second thread only costs
+    screen = control.drawing(args.env) if args.render and not args.dry_run else None
     control.make_environment(args.env)
     if args.dry_run:
         print("\n  ".join(plan(args)))
@@ -662,9 +668,9 @@ def train(args: Args) -> Learner:
         run.print(f"  true returns: {data.table()}   {data.made_in}")
     learner.learn()
     path = run.save_weights("final", {"policy": learner.sac.policy, "reward": learner.reward})
-    if args.render:
-        control.render(
-            args.env, args.seed, lambda o: learner.sac.policy.best(learner.each(o[0]))[:1], run.dir / "frames.png"
+    if screen is not None:
+        control.draw(
+            screen, args.seed, lambda o: learner.sac.policy.best(learner.each(o[0]))[:1], run.dir / "frames.png"
         )
     last = [row for row in read_metrics(run.dir / "metrics.jsonl") if row["step"] == run.position["step"]]
     run.print(f"{name}: true return " + ", ".join(f"{row['eval/return']:.0f}" for row in last) + f"   weights: {path}")
@@ -754,7 +760,7 @@ class Args:
     """weigh step t of an episode with gamma^t, as Lemma 4.1; off: all alike, as the base code."""
     bc_steps: Annotated[int, AT_LEAST_1] = 10_000
     """gradient steps of behaviour cloning, >= 1."""
-    ipl_steps: Annotated[int, AT_LEAST_1] = 20_000
+    ipl_steps: Annotated[int, AT_LEAST_1] = 5000
     """gradient steps of IPL, >= 1."""
     ipl_l2: Annotated[float, NOT_NEGATIVE] = 0.5
     """lambda of IPL: weight of the mean square of the implied reward."""
@@ -870,6 +876,7 @@ METRICS = {  # name -> meaning, unit, range
     "eval/reward/accuracy": "share of 500 other pairs of segments, medium over low, that the reward orders so",
     "reward/demonstration_gap": "mean reward of the demonstrations' steps minus that of the policy's; falls to 0 as they meet",
     "reward/square": "mean r^2 of both",
+    "reward/clamped": "share of both whose reward is at a bound, +-10",
     "reward/preference_loss": "-log sigmoid of the difference of the segments' sums; near log 2 = 0.693 at the start",
     "sac/q": "mean Q of the batch",
     "sac/critic_loss": "mean squared error of Q",

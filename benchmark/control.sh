@@ -24,7 +24,7 @@ go() {
   fi
 }
 
-for env in HalfCheetah Hopper Walker2d; do go "$env/bc" --env "$env-v5" --method bc; done # makes the data too
+for env in HalfCheetah Hopper Walker2d; do go "$env/bc" --env "$env-v5" --method bc --eval-every 2500; done # makes the data too
 wait
 for env in HalfCheetah Hopper Walker2d; do
   task=(--env "$env-v5")
@@ -32,7 +32,7 @@ for env in HalfCheetah Hopper Walker2d; do
   go "$env/aihf" "${task[@]}"
   go "$env/rlhf" "${task[@]}" --demo-weight 0
   go "$env/irl" "${task[@]}" --preference-weight 0
-  go "$env/ipl" "${task[@]}" --method ipl
+  go "$env/ipl" "${task[@]}" --method ipl --eval-every 1000
 done
 cheetah=(--env HalfCheetah-v5 --total-steps 60000)
 for n in 1 4; do

@@ -245,31 +245,41 @@ def cache_key(made_by: dict) -> str:
 
 
 # ---- pictures ----
-def render(name: str, seed: int, act: Callable[[Tensor], Tensor], path: Path, frames: int = 8) -> None:
-    """Play an episode and write a strip of frames to a PNG. Raises UserError where nothing can be drawn."""
-    os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen; before mujoco is imported
+def drawing(name: str):
+    """An environment that draws frames without a screen. Call it before any other is made: mujoco reads MUJOCO_GL once.
+
+    Raises UserError where nothing can be drawn.
+    """
+    os.environ.setdefault("MUJOCO_GL", "egl")
     import gymnasium
-    from PIL import Image
 
     try:
         env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
-        observation, strip, done = env.reset(seed=seed)[0], [], False
-        low, high = env.action_space.low, env.action_space.high
-        every = max(time_limit(env) // (10 * frames), 1)  # the first tenth, in which most falls come
-        while not done and len(strip) < frames:
-            for _ in range(every):
-                action = act(torch.from_numpy(observation.astype(np.float32))[None, None])[0, 0].numpy()
-                observation, _, terminated, truncated, _ = env.step(low + (action + 1) * (high - low) / 2)
-                done = done or terminated or truncated
-                if done:
-                    break
-            strip.append(env.render())
+        env.reset(seed=0)
+        env.render()
     except Exception as error:  # the libraries of OpenGL raise errors of many kinds
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"--render: found no way to draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({reason}); expected a GL library,"
-            " such as libegl1"
+            " such as libegl1, and pygame for environments without MuJoCo"
         ) from None
+    return env
+
+
+def draw(env, seed: int, act: Callable[[Tensor], Tensor], path: Path, frames: int = 8) -> None:
+    """Play the first tenth of an episode and write a strip of frames to a PNG. act: (1, 1, O) -> (1, 1, A)."""
+    from PIL import Image
+
+    observation, strip, over = env.reset(seed=seed)[0], [], False
+    low, high = env.action_space.low, env.action_space.high
+    every = max(time_limit(env) // (10 * frames), 1)
+    for t in range(every * frames):
+        if not over:
+            action = act(torch.from_numpy(observation.astype(np.float32))[None, None])[0, 0].numpy()
+            observation, _, terminated, truncated, _ = env.step(low + (action + 1) * (high - low) / 2)
+            over = terminated or truncated
+        if t % every == 0:
+            strip.append(env.render())
     Image.fromarray(np.concatenate(strip, axis=1)).save(path)
 
 
@@ -290,6 +300,8 @@ class ControlRun(Run):
         except OSError as error:
             name = "resume" if args.resume else "output_dir"
             require(False, name, f"{self.dir}, which could not be opened ({error})", "a folder that can be written")
+        for name in ("samples", "evals", "generations"):  # of language models
+            (self.dir / name).rmdir()
         self.position, self.update = {"outer_iteration": 0, "step": 0}, {}
         self.saved, self.last_step, self.seconds = "", 0, {}
 
