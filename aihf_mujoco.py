@@ -268,7 +268,7 @@ def draw_pairs(preferred: Episodes, rejected: Episodes, count: int, args: Args, 
 
 EXPERT = (  # settings that make an expert and its episodes
     "env", "total_steps", "random_steps", "hidden", "learning_rate", "batch_size", "alpha", "gamma", "tau", "num_envs", "seed",
-    "eval_every", "eval_episodes", "checkpoint_episodes",
+    "num_seeds", "eval_every", "eval_episodes", "checkpoint_episodes",
 )  # fmt: skip
 
 
@@ -323,8 +323,8 @@ def sort_episodes(episodes: Episodes, checkpoint: np.ndarray, args: Args) -> lis
 def expert_episodes(args: Args) -> tuple[Episodes, np.ndarray, Path]:
     """(--checkpoint-episodes of each checkpoint, the checkpoint of each, their folder), made once for all methods and seeds."""
     expert = dataclasses.replace(
-        args, method="sac", num_seeds=1, seed=args.expert_seed, total_steps=args.expert_steps,
-        random_steps=args.expert_steps // 10, eval_every=args.checkpoint_every, resume="",
+        args, method="sac", num_seeds=args.expert_seeds, seed=args.expert_seed, total_steps=args.expert_steps,
+        random_steps=args.expert_steps // 10, alpha=args.expert_alpha, eval_every=args.checkpoint_every, resume="",
     )  # fmt: skip
     made_by = {name: getattr(expert, name) for name in EXPERT} | control.versions()
     folder = Path(args.data_dir) / f"{args.env}__{control.cache_key(made_by)}"
@@ -571,9 +571,14 @@ class Learner:
         return control.play(self.examined, seeds, act)
 
     def play_checkpoints(self) -> tuple[Episodes, np.ndarray]:
-        """(--checkpoint-episodes of each policy that a sac run has saved, sampled as it explored, the checkpoint of each)."""
+        """(--checkpoint-episodes of each policy that a sac run has saved, sampled as it explored, the checkpoint of each).
+
+        They are those of the seed with the highest mean return in the last three evaluations.
+        """
         from safetensors.torch import load_file
 
+        returns = [[row["eval/return"] for row in self.run.logged() if row["seed"] == s][-3:] for s in self.seeds]
+        best = int(np.mean(returns, axis=1).argmax())
         paths, played = sorted((self.run.dir / "policies").glob("*.safetensors")), []
         with self.run.phase("episodes of the checkpoints", len(paths)) as advance:
             for c, path in enumerate(paths):
@@ -581,7 +586,8 @@ class Learner:
                 self.sac.policy.load_state_dict(weights)
                 act = lambda observations: self.sac.sample(observations, self.noise(observations.shape[1]))[0]  # noqa: E731
                 with torch.no_grad():
-                    played += self.examine(self.episode_seeds(self.args.checkpoint_episodes, CHECKPOINTS, c), act)
+                    seeds = self.episode_seeds(self.args.checkpoint_episodes, CHECKPOINTS, c)
+                    played.append(self.examine(seeds, act)[best])
                 advance(1)
         fields = Episodes.__dataclass_fields__
         episodes = Episodes(*(np.concatenate([getattr(e, name) for e in played]) for name in fields))
@@ -784,8 +790,12 @@ class Args:
     """episodes of an evaluation, >= 1."""
     expert_steps: Annotated[int | Auto, POSITIVE] = "auto"
     """environment steps of the expert that makes the data, > 0."""
+    expert_alpha: Annotated[float | Auto, NOT_NEGATIVE] = "auto"
+    """temperature of the expert, >= 0; 0: learned."""
+    expert_seeds: Annotated[int | Auto, POSITIVE] = "auto"
+    """experts that are trained at once; the one with the highest return at the end makes the data."""
     expert_seed: Annotated[int, NOT_NEGATIVE] = 0
-    """seed of the expert, of the episodes of its checkpoints and of the choice of pairs and demonstrations."""
+    """first seed of the experts; also that of the episodes of the checkpoints, and of the choice of pairs and demonstrations."""
     checkpoint_every: Annotated[int | Auto, POSITIVE] = "auto"
     """environment steps of the expert between its checkpoints, > 0."""
     checkpoint_episodes: Annotated[int, AT_LEAST_1] = 5
@@ -850,19 +860,26 @@ class Args:
 
 SETTINGS = {  # what auto means, by --env
     "HalfCheetah-v5": dict(
-        total_steps=100_000, random_steps=1000, eval_every=5000, expert_steps=100_000, checkpoint_every=5000
+        total_steps=100_000, random_steps=1000, eval_every=5000, expert_steps=100_000, checkpoint_every=5000, expert_alpha=0.2,
+        expert_seeds=1,
     ),
     "Hopper-v5": dict(
-        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=5000
+        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=5000, expert_alpha=0.0,
+        expert_seeds=3,
     ),
     "Walker2d-v5": dict(
-        total_steps=300_000, random_steps=1000, eval_every=10_000, expert_steps=300_000, checkpoint_every=5000
+        total_steps=300_000, random_steps=1000, eval_every=10_000, expert_steps=200_000, checkpoint_every=5000, expert_alpha=0.0,
+        expert_seeds=3,
     ),
-    "Pendulum-v1": dict(total_steps=8000, random_steps=400, eval_every=1000, expert_steps=8000, checkpoint_every=500),
+    "Pendulum-v1": dict(
+        total_steps=8000, random_steps=400, eval_every=1000, expert_steps=8000, checkpoint_every=500, expert_alpha=0.2,
+        expert_seeds=1,
+    ),
     "other": dict(
-        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=10_000
+        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=10_000, expert_alpha=0.0,
+        expert_seeds=3,
     ),
-}
+}  # fmt: skip
 
 
 METRICS = {  # name -> meaning, unit, range
