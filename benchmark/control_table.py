@@ -114,7 +114,7 @@ def load(folder: Path) -> Run | None:
 
 @dataclass
 class Data:
-    """What all methods of an environment learned from, and the expert that made it."""
+    """What all methods of an environment learned from, and the experts of which the best made it."""
 
     classes: dict[str, Episodes]  # Tab. 1: name -> episodes
     expert: Run | None
@@ -125,12 +125,28 @@ class Data:
         return float(self.classes["demonstrations"].returns.mean())
 
 
+EXPERT_FLAGS = {  # a setting of an expert -> the flag that gives it
+    "total_steps": "expert_steps",
+    "seed": "expert_seed",
+    "num_seeds": "expert_seeds",
+    "alpha": "expert_alpha",
+    "eval_every": "checkpoint_every",
+}
+
+
+def made_for(made_by: dict, args: dict) -> bool:
+    """Say if a data set was made by a run's settings; gymnasium and MuJoCo may have other versions now."""
+    names = set(aihf_mujoco.EXPERT) - {"random_steps"}
+    return all(made_by.get(name) == args.get(EXPERT_FLAGS.get(name, name)) for name in names)
+
+
 def load_data(root: Path, run: Run) -> Data | None:
     """The data of a run, sorted by its settings; None where they have not been made."""
     env = run.args["env"]
     found = sorted((root / "data").glob(f"{env}__*/episodes.npz"))
+    found = [p for p in found if made_for(read_json(p.parent / "made_by.json", "--runs"), run.args)]
     if len(found) > 1:
-        raise UserError(f"--runs: found {len(found)} data sets of {env} in {root / 'data'}, expected one")
+        raise UserError(f"--runs: found {len(found)} such data sets of {env} in {root / 'data'}, expected one")
     if not found:
         return None
     known = {f.name for f in fields(aihf_mujoco.Args)}
@@ -343,13 +359,16 @@ def sac_check(experts: list[Run]) -> str:
             a, hidden = run.args, run.args["hidden"]
             setting = f"alpha {a['alpha']:g}" if a["alpha"] else "alpha learned"
             label = f"ours, {a['env']}, ({hidden}, {hidden}), {setting}, batch {a['batch_size']}, {seeds_of(run)}"
-            at = {int(step): run.values["eval/return"][:, i].mean() for i, step in enumerate(run.steps)}
+            at = {int(step): run.values["eval/return"][:, i] for i, step in enumerate(run.steps)}
             cells = []
             for step in SAC_STEPS:
-                text = f"{at[step]:.0f}" if step in at else ""
-                if text and step in reference:
+                if step not in at:
+                    cells.append("")
+                    continue
+                text = f"{at[step].mean():.0f}" + (f" ± {at[step].std():.0f}" if len(at[step]) > 1 else "")
+                if step in reference:
                     mean, sd = reference[step]
-                    text += f" ({(at[step] - mean) / sd:+.1f} sd)"
+                    text += f" ({(at[step].mean() - mean) / sd:+.1f} sd)"
                 cells.append(text)
             rows.append([label, *cells])
         shown = [f"{reference[s][0]} ± {reference[s][1]}" if s in reference else "" for s in SAC_STEPS]
@@ -411,9 +430,10 @@ def curves(runs: Runs, data: dict[str, Data], path: Path) -> None:
                 ax.annotate(kind, (0.99 * longest, level), fontsize=7, color="#444444", **place)
                 shown.append(np.array([level]))
             if expert := data[env].expert:
-                draw_expert = expert.values["eval/return"].mean(0)
-                ax.plot(expert.steps / 1000, draw_expert, color=COLORS["expert"], lw=0.9, label="SAC, true reward")
-                shown.append(draw_expert)
+                best = np.argmax(list(expert.late().values()))
+                own = expert.values["eval/return"][best]
+                ax.plot(expert.steps / 1000, own, color=COLORS["expert"], lw=0.9, label="expert: SAC, true reward")
+                shown.append(own)
         fit(ax, shown)
         ax.set(xlabel="environment steps, thousands", xlim=(0, longest))
         seeds = sorted({len(r.seeds) for name, r in named.items() if name in ONLINE})

@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "benchmark"))
 import control_table as table
 
 CONTROL = ("aihf", "rlhf", "irl")
+EXPERT = dict(expert_steps=100_000, expert_alpha=0.0, expert_seeds=2, checkpoint_every=10_000)
 FINAL = {"aihf": 400.0, "rlhf": 100.0, "irl": 300.0, "ipl": 50.0, "bc": 200.0}  # true return at the end, of seed 1
 
 
@@ -24,7 +25,7 @@ def make_log(folder, method: str, evaluations: dict[int, list[dict]], finished: 
     rows = [
         {"step": step, "seed": 1 + s, **row} for step, of_seeds in evaluations.items() for s, row in enumerate(of_seeds)
     ]
-    args = aihf_mujoco.Args(method=method, num_seeds=len(next(iter(evaluations.values()))), **settings)
+    args = aihf_mujoco.Args(method=method, num_seeds=len(next(iter(evaluations.values()))), **{**EXPERT, **settings})
     (folder / "args.json").write_text(json.dumps({"script": "aihf_mujoco", "args": dataclasses.asdict(args)}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if finished:
@@ -66,7 +67,16 @@ def runs(tmp_path_factory):
         folder.mkdir(parents=True)
         episodes, checkpoint = make_episodes([0.0, 200.0, 550.0, 950.0, 1000.0])
         control.write_episodes(folder / "episodes.npz", episodes, checkpoint=checkpoint)
-        make_run(folder / "expert", "sac", [5000.0], steps=11, env=f"{env}-v5")
+        made_by = dataclasses.asdict(aihf_mujoco.Args(env=f"{env}-v5", **EXPERT))
+        made_by |= {name: made_by[flag] for name, flag in table.EXPERT_FLAGS.items()} | {"gymnasium": "0.0"}
+        (folder / "made_by.json").write_text(
+            json.dumps({name: made_by[name] for name in (*aihf_mujoco.EXPERT, "gymnasium")})
+        )
+        other = root / "data" / f"{env}-v5__another"  # of other settings
+        other.mkdir()
+        (other / "made_by.json").write_text(json.dumps({**made_by, "alpha": 0.2}))
+        (other / "episodes.npz").write_bytes(b"")
+        make_run(folder / "expert", "sac", [5000.0, 5100.0], steps=11, env=f"{env}-v5", alpha=0.0)
     for env, names in table.expected_runs().items():
         for name in (name for name in names if name not in FINAL):
             shift = [0.0, 1.0, 2.0] if name.startswith("irl") else [90.0, 91.0, 92.0]
@@ -137,14 +147,16 @@ def test_two_runs_are_compared_seed_by_seed_at_the_last_step_of_both(tmp_path):
 def test_demonstrations_are_those_that_the_runs_learn_from(runs, monkeypatch):
     run = table.load(runs / "Hopper" / "aihf")
     found = table.load_data(runs, run).classes["demonstrations"]
-    made = control.read_episodes(next((runs / "data").glob("Hopper*/episodes.npz")))
+    made = control.read_episodes(runs / "data" / "Hopper-v5__0123abcd" / "episodes.npz")
     monkeypatch.setattr(aihf_mujoco, "expert_episodes", lambda args: (made[0], made[1]["checkpoint"], runs))
     data = aihf_mujoco.Data(aihf_mujoco.Args(**run.args))
     assert len(found) == 2 and found.returns.tolist() == data.demonstrations.returns.tolist()
 
 
 def test_tables_and_figures_of_all_runs(runs, tmp_path, capsys):
-    table.show(table.Args(runs=str(runs), output=str(tmp_path), sac=(str(next(runs.glob("data/Hopper*/expert"))),)))
+    table.show(
+        table.Args(runs=str(runs), output=str(tmp_path), sac=(str(runs / "data" / "Hopper-v5__0123abcd" / "expert"),))
+    )
     text = (tmp_path / "control.md").read_text()
     assert "Missing" not in text and "Unfinished" not in text
     for name in ("control.png", "control_reward.png", "control_ablation.png"):
@@ -172,9 +184,9 @@ def test_tables_and_figures_of_all_runs(runs, tmp_path, capsys):
     assert ablations["HalfCheetah", "AIHF", "reward steps 5"][3].startswith(f"{changed - main} [")
     assert len(ablations) == 12
     sac = rows_of(text, "SAC on the true reward")
-    assert sum(row[0].startswith("ours, Hopper-v5, (64, 64), alpha 0.2") for row in sac) == 2
+    assert sum(row[0].startswith("ours, Hopper-v5, (64, 64), alpha learned") for row in sac) == 2
     hopper = next(row for row in sac if row[0].startswith("ours, Hopper-v5"))
-    assert hopper[1:] == [f"5000 ({(5000 - 2613) / 991:+.1f} sd)", "", "", ""]
+    assert hopper[1:] == [f"5050 ± 50 ({(5050 - 2613) / 991:+.1f} sd)", "", "", ""]
     assert capsys.readouterr().out.startswith(text)
 
 
