@@ -9,7 +9,7 @@ PIP_ARGS ?=
 BIN = $(VENV)/bin
 ENGINES = $(VENV)-engines
 SITE = $(VENV)-site
-REQUIREMENTS = requirements.txt requirements/core.txt requirements/dev.txt
+REQUIREMENTS = requirements.txt requirements/core.txt requirements/dev.txt requirements/mujoco.txt
 # Idle OpenMP threads that spin slow everything else on a small machine.
 export KMP_BLOCKTIME ?= 0
 export TOKENIZERS_PARALLELISM ?= false

@@ -102,7 +102,7 @@ def demonstration_loss(
     return policy - (demonstrated_weights * demonstrated).sum(-1) / demonstrated_weights.sum(-1)
 
 
-def preference_loss(preferred: Tensor, rejected: Tensor) -> Tensor:
+def segment_loss(preferred: Tensor, rejected: Tensor) -> Tensor:
     """-log sigmoid(sum_L r(preferred) - sum_L r(rejected)), Bradley-Terry on segments, Eq. 8. (..., L) each -> (...)."""
     return -F.logsigmoid(preferred.sum(-1) - rejected.sum(-1))
 
@@ -114,9 +114,9 @@ def implied_reward(q: Tensor, next_v: Tensor, gamma: float) -> Tensor:
 
 
 def ipl_loss(preferred: Tensor, rejected: Tensor, l2: float) -> Tensor:
-    """preference_loss of implied rewards plus l2 times their mean square, IPL's Eq. 4. (..., L) each -> (...)."""
+    """segment_loss of implied rewards plus l2 times their mean square, IPL's Eq. 4. (..., L) each -> (...)."""
     square = (preferred**2).mean(-1) + (rejected**2).mean(-1)
-    return preference_loss(preferred, rejected) + l2 * square / 2
+    return segment_loss(preferred, rejected) + l2 * square / 2
 
 
 def advantage_weights(q: Tensor, v: Tensor, temperature: float) -> Tensor:
@@ -268,7 +268,7 @@ def draw_pairs(preferred: Episodes, rejected: Episodes, count: int, args: Args, 
 
 EXPERT = (  # settings that make an expert and its episodes
     "env", "total_steps", "random_steps", "hidden", "learning_rate", "batch_size", "alpha", "gamma", "tau", "num_envs", "seed",
-    "eval_every", "eval_episodes", "checkpoint_episodes",
+    "num_seeds", "eval_every", "eval_episodes", "checkpoint_episodes",
 )  # fmt: skip
 
 
@@ -323,8 +323,9 @@ def sort_episodes(episodes: Episodes, checkpoint: np.ndarray, args: Args) -> lis
 def expert_episodes(args: Args) -> tuple[Episodes, np.ndarray, Path]:
     """(--checkpoint-episodes of each checkpoint, the checkpoint of each, their folder), made once for all methods and seeds."""
     expert = dataclasses.replace(
-        args, method="sac", num_seeds=1, seed=args.expert_seed, total_steps=args.expert_steps,
-        random_steps=args.expert_steps // 10, eval_every=args.checkpoint_every, resume="", render=False,
+        args, method="sac", num_seeds=args.expert_seeds, seed=args.expert_seed, total_steps=args.expert_steps,
+        random_steps=args.expert_steps // 10, alpha=args.expert_alpha, eval_every=args.checkpoint_every, resume="",
+        render=False,
     )  # fmt: skip
     made_by = {name: getattr(expert, name) for name in EXPERT} | control.versions()
     folder = Path(args.data_dir) / f"{args.env}__{control.cache_key(made_by)}"
@@ -397,7 +398,8 @@ class Learner:
                     self.reward_step()
                     advance(1)
             with torch.no_grad():
-                rewards = self.reward(self.each(self.data.pairs.rows.flatten(0, 2)))
+                pairs = self.data.pairs
+                rewards = self.reward(self.each(pairs.rows[pairs.counted > 0]))
                 self.reward.scale.copy_(args.rlhf_reward_std / rewards.std(1, keepdim=True))
 
     # ---- the environment ----
@@ -449,7 +451,7 @@ class Learner:
 
     # ---- the reward step ----
     def reward_step(self) -> None:
-        """One gradient step on w1 demonstration_loss + preference_loss + --reward-l2 r^2 (Eq. 19)."""
+        """One gradient step on w1 demonstration_loss + segment_loss + --reward-l2 r^2 (Eq. 19)."""
         args, data, loss = self.args, self.data, 0.0
         if args.demo_weight:
             rows, weights = self.recent_steps()
@@ -465,7 +467,7 @@ class Learner:
             which = torch.stack([torch.randint(args.num_preferences, (count,), generator=g) for g in self.generators])
             counted = data.pairs.counted[which]
             rewards = self.reward(data.pairs.rows[which].flatten(1, 3)).view(counted.shape) * counted
-            losses = preference_loss(rewards[:, :, 0], rewards[:, :, 1]).mean(-1)
+            losses = segment_loss(rewards[:, :, 0], rewards[:, :, 1]).mean(-1)
             square = mean_square(rewards.flatten(1), counted.flatten(1))
             loss = loss + args.preference_weight * losses + args.reward_l2 * square
             self.count({"reward/preference_loss": losses.detach()})
@@ -516,7 +518,7 @@ class Learner:
         alive = counted * (1 - gone[..., 0])
         logprobs = squashed_logprob(*self.sac.policy(observations), actions)
         descend(self.sac.policy_optimizer, -((alive * advantage * logprobs).sum(-1) / alive.sum(-1)).sum())
-        self.count({"ipl/preference_loss": preference_loss(rewards[:, :, 0], rewards[:, :, 1]).detach().mean(-1)})
+        self.count({"ipl/preference_loss": segment_loss(rewards[:, :, 0], rewards[:, :, 1]).detach().mean(-1)})
 
     def value(self, observations: Tensor, shape: tuple[int, int]) -> Tensor:
         """V(s) = E_pi[Q(s, a)] from one action, which carries no gradient to the policy. (S, B, O) -> (S, B)."""
@@ -571,9 +573,14 @@ class Learner:
         return control.play(self.examined, seeds, act)
 
     def play_checkpoints(self) -> tuple[Episodes, np.ndarray]:
-        """(--checkpoint-episodes of each policy that a sac run has saved, sampled as it explored, the checkpoint of each)."""
+        """(--checkpoint-episodes of each policy that a sac run has saved, sampled as it explored, the checkpoint of each).
+
+        They are those of the seed with the highest mean return in the last three evaluations.
+        """
         from safetensors.torch import load_file
 
+        returns = [[row["eval/return"] for row in self.run.logged() if row["seed"] == s][-3:] for s in self.seeds]
+        best = int(np.mean(returns, axis=1).argmax())
         paths, played = sorted((self.run.dir / "policies").glob("*.safetensors")), []
         with self.run.phase("episodes of the checkpoints", len(paths)) as advance:
             for c, path in enumerate(paths):
@@ -581,7 +588,8 @@ class Learner:
                 self.sac.policy.load_state_dict(weights)
                 act = lambda observations: self.sac.sample(observations, self.noise(observations.shape[1]))[0]  # noqa: E731
                 with torch.no_grad():
-                    played += self.examine(self.episode_seeds(self.args.checkpoint_episodes, CHECKPOINTS, c), act)
+                    seeds = self.episode_seeds(self.args.checkpoint_episodes, CHECKPOINTS, c)
+                    played.append(self.examine(seeds, act)[best])
                 advance(1)
         fields = Episodes.__dataclass_fields__
         episodes = Episodes(*(np.concatenate([getattr(e, name) for e in played]) for name in fields))
@@ -760,7 +768,7 @@ class Args:
     """weigh step t of an episode with gamma^t, as Lemma 4.1; off: all alike, as the base code."""
     bc_steps: Annotated[int, AT_LEAST_1] = 10_000
     """gradient steps of behaviour cloning, >= 1."""
-    ipl_steps: Annotated[int, AT_LEAST_1] = 20_000
+    ipl_steps: Annotated[int, AT_LEAST_1] = 5000
     """gradient steps of IPL, >= 1."""
     ipl_l2: Annotated[float, NOT_NEGATIVE] = 0.5
     """lambda of IPL: weight of the mean square of the implied reward."""
@@ -784,8 +792,12 @@ class Args:
     """episodes of an evaluation, >= 1."""
     expert_steps: Annotated[int | Auto, POSITIVE] = "auto"
     """environment steps of the expert that makes the data, > 0."""
+    expert_alpha: Annotated[float | Auto, NOT_NEGATIVE] = "auto"
+    """temperature of the expert, >= 0; 0: learned."""
+    expert_seeds: Annotated[int | Auto, POSITIVE] = "auto"
+    """experts that are trained at once; the one with the highest return at the end makes the data."""
     expert_seed: Annotated[int, NOT_NEGATIVE] = 0
-    """seed of the expert, of the episodes of its checkpoints and of the choice of pairs and demonstrations."""
+    """first seed of the experts; also that of the episodes of the checkpoints, and of the choice of pairs and demonstrations."""
     checkpoint_every: Annotated[int | Auto, POSITIVE] = "auto"
     """environment steps of the expert between its checkpoints, > 0."""
     checkpoint_episodes: Annotated[int, AT_LEAST_1] = 5
@@ -850,19 +862,26 @@ class Args:
 
 SETTINGS = {  # what auto means, by --env
     "HalfCheetah-v5": dict(
-        total_steps=100_000, random_steps=1000, eval_every=5000, expert_steps=100_000, checkpoint_every=5000
+        total_steps=100_000, random_steps=1000, eval_every=5000, expert_steps=100_000, checkpoint_every=5000, expert_alpha=0.2,
+        expert_seeds=1,
     ),
     "Hopper-v5": dict(
-        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=5000
+        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=5000, expert_alpha=0.0,
+        expert_seeds=3,
     ),
     "Walker2d-v5": dict(
-        total_steps=300_000, random_steps=1000, eval_every=10_000, expert_steps=300_000, checkpoint_every=5000
+        total_steps=300_000, random_steps=1000, eval_every=10_000, expert_steps=200_000, checkpoint_every=5000, expert_alpha=0.0,
+        expert_seeds=3,
     ),
-    "Pendulum-v1": dict(total_steps=8000, random_steps=400, eval_every=1000, expert_steps=8000, checkpoint_every=500),
+    "Pendulum-v1": dict(
+        total_steps=8000, random_steps=400, eval_every=1000, expert_steps=8000, checkpoint_every=500, expert_alpha=0.2,
+        expert_seeds=1,
+    ),
     "other": dict(
-        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=10_000
+        total_steps=200_000, random_steps=1000, eval_every=5000, expert_steps=200_000, checkpoint_every=10_000, expert_alpha=0.0,
+        expert_seeds=3,
     ),
-}
+}  # fmt: skip
 
 
 METRICS = {  # name -> meaning, unit, range
@@ -882,7 +901,7 @@ METRICS = {  # name -> meaning, unit, range
     "sac/critic_loss": "mean squared error of Q",
     "sac/alpha": "temperature",
     "bc/loss": "negative log density of the demonstrations' actions, nats",
-    "ipl/preference_loss": "preference_loss of the implied rewards; near log 2 = 0.693 at the start",
+    "ipl/preference_loss": "segment_loss of the implied rewards; near log 2 = 0.693 at the start",
 }
 
 

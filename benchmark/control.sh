@@ -24,7 +24,7 @@ go() {
   fi
 }
 
-for env in HalfCheetah Hopper Walker2d; do go "$env/bc" --env "$env-v5" --method bc; done # makes the data too
+for env in HalfCheetah Hopper Walker2d; do go "$env/bc" --env "$env-v5" --method bc --eval-every 2500; done # makes the data too
 wait
 for env in HalfCheetah Hopper Walker2d; do
   task=(--env "$env-v5")
@@ -32,9 +32,9 @@ for env in HalfCheetah Hopper Walker2d; do
   go "$env/aihf" "${task[@]}"
   go "$env/rlhf" "${task[@]}" --demo-weight 0
   go "$env/irl" "${task[@]}" --preference-weight 0
-  go "$env/ipl" "${task[@]}" --method ipl
+  go "$env/ipl" "${task[@]}" --method ipl --eval-every 1000
 done
-cheetah=(--env HalfCheetah-v5 --total-steps 60000)
+cheetah=(--env HalfCheetah-v5 --total-steps 50000)
 for n in 1 4; do
   go "HalfCheetah/aihf_demonstrations_$n" "${cheetah[@]}" --num-demonstrations "$n"
   go "HalfCheetah/irl_demonstrations_$n" "${cheetah[@]}" --num-demonstrations "$n" --preference-weight 0

@@ -4,7 +4,7 @@
 
 A flag that common/ declares is listed once, on flags.md. A script's page lists the flags that the script declares itself, and
 those for which it has another default or meaning. A metric that means the same in six or more scripts is listed once, on
-metrics.md. A script's page lists its other metrics.
+metrics.md. A script's page lists its other metrics. aihf_mujoco.py trains no language model and inherits no flag.
 """
 
 import ast
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import aihf  # noqa: E402
 import aihf_direct  # noqa: E402
+import aihf_mujoco  # noqa: E402
 import aihf_ppo  # noqa: E402
 import evaluate  # noqa: E402
 import irft  # noqa: E402
@@ -27,11 +28,15 @@ import irl_dpo_ultrachat  # noqa: E402
 import irl_ppo_tldr  # noqa: E402
 import rft  # noqa: E402
 import sft  # noqa: E402
+from common.args import BaseArgs  # noqa: E402
 from docs import imports  # noqa: E402
 
-MODULES = (sft, irft, rft, aihf, aihf_ppo, aihf_direct, irl_ppo_tldr, irl_dpo_ultrachat, evaluate)  # in reading order
+MODULES = (  # in reading order
+    sft, irft, rft, aihf, aihf_ppo, aihf_direct, irl_ppo_tldr, irl_dpo_ultrachat, evaluate, aihf_mujoco,
+)  # fmt: skip
 SCRIPTS = {module.__name__: module for module in MODULES}
-TRAINING = [name for name in SCRIPTS if name != "evaluate"]
+SHARING = [name for name, module in SCRIPTS.items() if issubclass(module.Args, BaseArgs)]  # flags of common/
+TRAINING = [name for name in SHARING if name != "evaluate"]
 SHARED_BY = 6  # scripts that log a metric with the same meaning, from which on metrics.md lists it
 
 
@@ -59,8 +64,8 @@ def flag_rows(cls) -> dict[str, tuple[str, str]]:
 def shared_flags() -> dict[str, dict[str, tuple[str, str]]]:
     """Rows of the flags that the scripts inherit: {"every": those of every program, "training": those of training scripts}."""
     inherited = {
-        name: {field: row for base in module.Args.__mro__[1:-1] for field, row in flag_rows(base).items()}
-        for name, module in SCRIPTS.items()
+        name: {field: row for base in SCRIPTS[name].Args.__mro__[1:-1] for field, row in flag_rows(base).items()}
+        for name in SHARING
     }
     every = {k: row for k, row in inherited["evaluate"].items() if all(k in rows for rows in inherited.values())}
     training = {k: row for name in TRAINING for k, row in inherited[name].items() if k not in every}
@@ -76,8 +81,8 @@ def own_flags(name: str) -> dict[str, tuple[str, str]]:
 def shared_metrics() -> dict[tuple[str, str], tuple[str, ...]]:
     """{(metric, meaning): the scripts that log it} of what means the same in SHARED_BY or more scripts."""
     logged = {}
-    for name, module in SCRIPTS.items():
-        for row in module.METRICS.items():
+    for name in SHARING:
+        for row in SCRIPTS[name].METRICS.items():
             logged.setdefault(row, []).append(name)
     return {row: tuple(names) for row, names in logged.items() if len(names) >= SHARED_BY}
 
@@ -118,7 +123,7 @@ def shared_metrics_tables() -> str:
     sets = Counter(shared_metrics().values())
     parts = []
     for names in sorted(sets, key=lambda names: (-len(names), names)):
-        title = {tuple(SCRIPTS): "Every script", tuple(TRAINING): "Every training script"}.get(names, ", ".join(names))
+        title = {tuple(SHARING): "Every script", tuple(TRAINING): "Every training script"}.get(names, ", ".join(names))
         rows = {metric: meaning for (metric, meaning), scripts in shared_metrics().items() if scripts == names}
         parts.append(f"### {title}\n\n{metrics_table(rows)}")
     return "\n\n".join(parts)
