@@ -24,6 +24,7 @@ from helpers import ROOT, child_environment
 import aihf_mujoco as script
 from common import UserError
 from common.args import main
+from common.streams import stream_seed
 from extras import control, run_directory, terminal
 from extras.control import Environments, Episodes
 
@@ -98,7 +99,7 @@ SMALL = dict(
     env="toy", total_steps=48, random_steps=8, eval_every=16, expert_steps=60, checkpoint_every=12, num_envs=2, hidden=8,
     batch_size=6, bc_steps=20, ipl_steps=40, preference_steps=10, critic_warmup=8, reward_every=8, reward_steps=2,
     num_preferences=12, segment_length=3, preference_batch_size=5, policy_window=14, eval_episodes=2, checkpoint_episodes=2,
-    save_steps=20, learning_rate=1e-2, num_demonstrations=2,
+    save_steps=20, learning_rate=1e-2, num_demonstrations=2, expert_alpha=0.2, expert_seeds=1,
 )  # fmt: skip
 METHODS = {
     "sac": dict(method="sac", alpha=0.0),
@@ -875,7 +876,7 @@ def test_cloning_finds_the_actions_of_a_linear_expert(expert):
     data = script.Data(settings())
     generator = torch.Generator().manual_seed(0)
     o = torch.rand(400, 2, generator=generator) * 2 - 1
-    means = torch.tanh(o @ torch.tensor([[0.8, -0.5], [0.3, 0.6]]))
+    means = torch.tanh(o @ torch.tensor([[0.8, -0.5], [0.3, 0.6]]) + 0.6)
     absorbing = torch.tensor([0.0, 0, 0, 0, 1]).expand(300, 5)  # says nothing about actions
     data.rows = torch.cat([torch.cat([o, means, torch.zeros(400, 1)], -1), absorbing])
     of = learner(data, method="bc", bc_steps=400, hidden=32, batch_size=64, learning_rate=3e-3, num_seeds=2)
@@ -887,6 +888,7 @@ def test_cloning_finds_the_actions_of_a_linear_expert(expert):
     first, last = torch.stack(losses[:20]).mean(0), torch.stack(losses[-20:]).mean(0)
     assert (last < first - 2).all()
     assert (of.sac.policy.best(o.expand(2, -1, -1)) - means).abs().mean() < 0.05
+    assert (of.sac.policy.best(torch.zeros(2, 1, 2)) - math.tanh(0.6)).abs().max() < 0.1  # where the absorbing rows are
 
 
 @pytest.mark.parametrize("horizon", ["absorbing", "terminate"])
@@ -1106,7 +1108,7 @@ def test_an_expert_is_made_once_for_all_methods_and_seeds(tmp_path, monkeypatch)
     assert not np.array_equal(first.observations[0], first.observations[2])
     for other in (
         dict(method="bc"), dict(seed=7), dict(num_seeds=3), dict(demo_weight=0.0), dict(total_steps=96), dict(num_preferences=3),
-        dict(horizon="terminate"), dict(random_steps=20), dict(eval_every=8), dict(render=True), dict(prior="bc"), dict(tau=0.005),
+        dict(horizon="terminate"), dict(random_steps=20), dict(eval_every=8), dict(render=True), dict(prior="bc"), dict(alpha=0.1),
     ):  # fmt: skip
         again, _, same = script.expert_episodes(dataclasses.replace(args, **other))
         assert same == folder and np.array_equal(again.observations, episodes.observations)
@@ -1118,7 +1120,7 @@ def test_an_expert_is_made_once_for_all_methods_and_seeds(tmp_path, monkeypatch)
     [
         {name: value}
         for name, value in dict(
-            expert_steps=72, hidden=5, learning_rate=2e-2, batch_size=7, alpha=0.1, gamma=0.9, tau=0.1, num_envs=1,
+            expert_steps=72, hidden=5, learning_rate=2e-2, batch_size=7, expert_alpha=0.1, expert_seeds=2, gamma=0.9, tau=0.1, num_envs=1,
             expert_seed=4, checkpoint_every=20, checkpoint_episodes=3,
         ).items()
     ],
@@ -1131,6 +1133,39 @@ def test_each_setting_of_an_expert_has_data_of_its_own(tmp_path, monkeypatch, gi
         with pytest.raises(Killed):
             script.expert_episodes(one)
     assert len(list((tmp_path / "data").iterdir())) == 2
+
+
+def test_episodes_of_a_checkpoint_are_those_of_its_policy(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    of = run_of(tmp_path / "run", method="sac")
+    path = tmp_path / "run" / "policies" / "00000016.safetensors"
+    weights = load_file(path)
+    weights["policy.biases.2"][..., :2] = 50.0  # says 1 in every state
+    save_file(weights, path)
+    episodes, checkpoint = of.play_checkpoints()
+    ones = [(e.actions[0, : e.lengths[0]] == 1).all() for e in (episodes[i : i + 1] for i in range(len(episodes)))]
+    assert [bool(one) for one in ones] == [c == 1 for c in checkpoint] and set(checkpoint) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_best_of_several_experts_makes_the_data(tmp_path, monkeypatch, seed):
+    log, best = script.ControlRun.log, seed + 1
+    returns = {seed: [90.0, 1.0, 1.0, 1.0], best: [0.0, 2.0, 6.0, 2.0], seed + 2: [0.0, 3.0, 3.0, 3.0]}
+    counts = dict.fromkeys(returns, 0)
+
+    def logged(self, row, **axis):  # the last three evaluations count; the mean of the first one is the highest
+        late = min(counts[axis["seed"]], 3)
+        counts[axis["seed"]] += 1
+        log(self, {**row, "eval/return": returns[axis["seed"]][late]}, **axis)
+
+    monkeypatch.setattr(script.ControlRun, "log", logged)
+    args = small_expert(tmp_path, expert_seeds=3, expert_seed=seed, checkpoint_every=20)
+    episodes, checkpoint, _ = script.expert_episodes(args)
+    assert len(episodes) == 8 and list(checkpoint) == [0, 0, 1, 1, 2, 2, 3, 3]
+    for i, c in enumerate(checkpoint):
+        first = Toy().reset(stream_seed(best, script.CHECKPOINTS, int(c), i % 2) % 2**31)[0]
+        np.testing.assert_array_equal(episodes.observations[i, 0], first.astype(np.float32))
 
 
 def test_versions_of_what_made_an_expert_are_in_its_key(tmp_path, monkeypatch):
@@ -1459,7 +1494,7 @@ def test_a_dry_run_has_no_side_effects(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for words, expected in (
         ([], ["aihf on toy, w1 = 1, 1 seed(s)", "200000 environment steps", "41 evaluations of 10 episodes"]),
-        (["--method", "ipl"], ["ipl on toy", "20000 updates"]),
+        (["--method", "ipl"], ["ipl on toy", f"{script.Args().ipl_steps} updates"]),
         (["--demo-weight", "0"], ["0 reward rounds"]),
         (["--method", "sac", "--render"], ["sac on toy"]),
     ):
@@ -1512,7 +1547,7 @@ def test_frames_are_drawn_side_by_side(tmp_path):
 def test_sac_learns_pendulum(tmp_path):
     pytest.importorskip("gymnasium")
     args = script.Args(
-        env="Pendulum-v1", method="sac", num_seeds=3, total_steps=8000, random_steps=400, eval_every=4000, expert_steps=8000,
+        env="Pendulum-v1", method="sac", num_seeds=3, total_steps=8000, random_steps=400, eval_every=4000, expert_steps=8000, expert_alpha=0.2, expert_seeds=1,
         checkpoint_every=500, output_dir=str(tmp_path / "run"),
     )  # fmt: skip
     script.train(args)
