@@ -975,15 +975,16 @@ def test_ipl_bootstraps_from_where_a_segment_goes_on(expert, horizon):
         )
 
 
-def test_what_the_judge_says_by_numpy(expert):
-    of = work(learner(num_seeds=2), 12)
+@pytest.mark.parametrize("horizon", ["absorbing", "terminate"])
+def test_what_the_judge_says_by_numpy(expert, horizon):
+    of = work(learner(num_seeds=2, horizon=horizon), 12)
     of.evaluate(0)
     for s, row in enumerate(of.run.rows):
         assert row["seed"] == 1 + s
         model = as_linear(of.reward, s)
 
         def score(episodes, model=model):
-            rows, counted = episodes.rows(True)
+            rows, counted = episodes.rows(horizon == "absorbing")
             return np.array(
                 [model(torch.from_numpy(r[c])).sum().item() / LIMIT for r, c in zip(rows, counted, strict=True)]
             )
@@ -1001,7 +1002,7 @@ def test_what_the_judge_says_by_numpy(expert):
         n = len(true)
         spearman = 1 - 6 * (difference**2).sum() / (n * (n**2 - 1))
         assert row["eval/reward/rank_correlation"] == pytest.approx(spearman, abs=1e-6)
-        rewards = model(data.held.rows)[..., 0].sum(-1)
+        rewards = (model(data.held.rows)[..., 0] * data.held.counted).sum(-1)
         assert row["eval/reward/accuracy"] == pytest.approx(
             (rewards[:, 0] > rewards[:, 1]).float().mean().item(), abs=0.005
         )
@@ -1275,6 +1276,8 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_left_alone(expert, tmp_pat
     assert stop.value.code == 143 and not (tmp_path / "cut" / "final.safetensors").exists()
     assert f"SIGTERM: stopped; continue with --resume {tmp_path / 'cut'}" in capfd.readouterr().out
     monkeypatch.setattr(terminal, "asked", 0)
+    newest = max(int(path.name) for path in (tmp_path / "cut" / "checkpoint").iterdir())
+    assert newest == (34 if at == "evaluate" else n * (2 if at == "interact" else 1))  # the update in progress is kept
     rows = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert 2 <= len(rows) < len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
     resumed(tmp_path / "cut", **given)
