@@ -102,7 +102,7 @@ def demonstration_loss(
     return policy - (demonstrated_weights * demonstrated).sum(-1) / demonstrated_weights.sum(-1)
 
 
-def preference_loss(preferred: Tensor, rejected: Tensor) -> Tensor:
+def segment_loss(preferred: Tensor, rejected: Tensor) -> Tensor:
     """-log sigmoid(sum_L r(preferred) - sum_L r(rejected)), Bradley-Terry on segments, Eq. 8. (..., L) each -> (...)."""
     return -F.logsigmoid(preferred.sum(-1) - rejected.sum(-1))
 
@@ -114,9 +114,9 @@ def implied_reward(q: Tensor, next_v: Tensor, gamma: float) -> Tensor:
 
 
 def ipl_loss(preferred: Tensor, rejected: Tensor, l2: float) -> Tensor:
-    """preference_loss of implied rewards plus l2 times their mean square, IPL's Eq. 4. (..., L) each -> (...)."""
+    """segment_loss of implied rewards plus l2 times their mean square, IPL's Eq. 4. (..., L) each -> (...)."""
     square = (preferred**2).mean(-1) + (rejected**2).mean(-1)
-    return preference_loss(preferred, rejected) + l2 * square / 2
+    return segment_loss(preferred, rejected) + l2 * square / 2
 
 
 def advantage_weights(q: Tensor, v: Tensor, temperature: float) -> Tensor:
@@ -325,6 +325,7 @@ def expert_episodes(args: Args) -> tuple[Episodes, np.ndarray, Path]:
     expert = dataclasses.replace(
         args, method="sac", num_seeds=args.expert_seeds, seed=args.expert_seed, total_steps=args.expert_steps,
         random_steps=args.expert_steps // 10, alpha=args.expert_alpha, eval_every=args.checkpoint_every, resume="",
+        render=False,
     )  # fmt: skip
     made_by = {name: getattr(expert, name) for name in EXPERT} | control.versions()
     folder = Path(args.data_dir) / f"{args.env}__{control.cache_key(made_by)}"
@@ -397,7 +398,8 @@ class Learner:
                     self.reward_step()
                     advance(1)
             with torch.no_grad():
-                rewards = self.reward(self.each(self.data.pairs.rows.flatten(0, 2)))
+                pairs = self.data.pairs
+                rewards = self.reward(self.each(pairs.rows[pairs.counted > 0]))
                 self.reward.scale.copy_(args.rlhf_reward_std / rewards.std(1, keepdim=True))
 
     # ---- the environment ----
@@ -449,7 +451,7 @@ class Learner:
 
     # ---- the reward step ----
     def reward_step(self) -> None:
-        """One gradient step on w1 demonstration_loss + preference_loss + --reward-l2 r^2 (Eq. 19)."""
+        """One gradient step on w1 demonstration_loss + segment_loss + --reward-l2 r^2 (Eq. 19)."""
         args, data, loss = self.args, self.data, 0.0
         if args.demo_weight:
             rows, weights = self.recent_steps()
@@ -465,7 +467,7 @@ class Learner:
             which = torch.stack([torch.randint(args.num_preferences, (count,), generator=g) for g in self.generators])
             counted = data.pairs.counted[which]
             rewards = self.reward(data.pairs.rows[which].flatten(1, 3)).view(counted.shape) * counted
-            losses = preference_loss(rewards[:, :, 0], rewards[:, :, 1]).mean(-1)
+            losses = segment_loss(rewards[:, :, 0], rewards[:, :, 1]).mean(-1)
             square = mean_square(rewards.flatten(1), counted.flatten(1))
             loss = loss + args.preference_weight * losses + args.reward_l2 * square
             self.count({"reward/preference_loss": losses.detach()})
@@ -516,7 +518,7 @@ class Learner:
         alive = counted * (1 - gone[..., 0])
         logprobs = squashed_logprob(*self.sac.policy(observations), actions)
         descend(self.sac.policy_optimizer, -((alive * advantage * logprobs).sum(-1) / alive.sum(-1)).sum())
-        self.count({"ipl/preference_loss": preference_loss(rewards[:, :, 0], rewards[:, :, 1]).detach().mean(-1)})
+        self.count({"ipl/preference_loss": segment_loss(rewards[:, :, 0], rewards[:, :, 1]).detach().mean(-1)})
 
     def value(self, observations: Tensor, shape: tuple[int, int]) -> Tensor:
         """V(s) = E_pi[Q(s, a)] from one action, which carries no gradient to the policy. (S, B, O) -> (S, B)."""
@@ -899,7 +901,7 @@ METRICS = {  # name -> meaning, unit, range
     "sac/critic_loss": "mean squared error of Q",
     "sac/alpha": "temperature",
     "bc/loss": "negative log density of the demonstrations' actions, nats",
-    "ipl/preference_loss": "preference_loss of the implied rewards; near log 2 = 0.693 at the start",
+    "ipl/preference_loss": "segment_loss of the implied rewards; near log 2 = 0.693 at the start",
 }
 
 

@@ -34,7 +34,7 @@ for env in HalfCheetah Hopper Walker2d; do
   go "$env/irl" "${task[@]}" --preference-weight 0
   go "$env/ipl" "${task[@]}" --method ipl --eval-every 1000
 done
-cheetah=(--env HalfCheetah-v5 --total-steps 60000)
+cheetah=(--env HalfCheetah-v5 --total-steps 50000)
 for n in 1 4; do
   go "HalfCheetah/aihf_demonstrations_$n" "${cheetah[@]}" --num-demonstrations "$n"
   go "HalfCheetah/irl_demonstrations_$n" "${cheetah[@]}" --num-demonstrations "$n" --preference-weight 0

@@ -1,10 +1,13 @@
 """Control tasks: environments, their episodes as arrays, and a run that has environments where others have tokenizers."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +35,16 @@ def make_environment(name: str):
     except ImportError:
         raise UserError(f"--env: found no gymnasium, expected it: {INSTALL}") from None
     gymnasium.logger.min_level = gymnasium.logger.ERROR
+    keep_mujoco_quiet()
     try:
         env = gymnasium.make(name, disable_env_checker=True)
-    except ImportError as error:  # mujoco, or a version of an environment that has moved out of gymnasium
+    except (
+        ImportError,
+        gymnasium.error.DependencyNotInstalled,
+    ) as error:  # or an old version, which has moved elsewhere
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"--env: found {name}, which cannot be made here ({error}); expected {INSTALL}, and a -v5"
+            f"--env: found {name}, which cannot be made here ({reason}); expected {INSTALL}, and a -v5"
         ) from None
     except (gymnasium.error.Error, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -49,6 +57,17 @@ def make_environment(name: str):
     require(bool(np.isfinite(env.action_space.low).all()), "env", f"{name} without bounds of its actions", "bounds")
     require(time_limit(env) > 0, "env", f"{name} without a time limit", "one")
     return env
+
+
+def keep_mujoco_quiet() -> None:
+    """Show MuJoCo's warnings as Python's, but for what gymnasium's own models use that is deprecated.
+
+    By itself it prints each one every time, and adds it to a file in the current folder.
+    """
+    with contextlib.suppress(ImportError):
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else warnings.warn(text, stacklevel=1))
 
 
 def time_limit(env) -> int:
@@ -125,25 +144,32 @@ class Environments:
                     wrapper = wrapper.env
 
 
-def physics(env) -> list[float]:
-    """The state of MuJoCo's integrator, or the `state` of gymnasium's classic control."""
+def physics(env) -> Tensor:
+    """The state of MuJoCo's integrator, or the `state` of gymnasium's classic control, whose dtype may change with a step.
+
+    After the integrator's come the positions of bodies, which Ant and Humanoid compare the next ones with: they are those of
+    the last step's start, and no function of the state.
+    """
     if not hasattr(env, "data"):
-        return np.asarray(env.state, dtype=np.float64).tolist()
+        return torch.from_numpy(np.array(env.state))
     import mujoco
 
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
     values = np.empty(mujoco.mj_stateSize(env.model, kind))
     mujoco.mj_getState(env.model, env.data, values, kind)
-    return values.tolist()
+    return torch.from_numpy(np.concatenate([values, env.data.xpos.ravel(), env.data.xipos.ravel()]))
 
 
-def set_physics(env, values: list[float]) -> None:
+def set_physics(env, values: Tensor) -> None:
     if not hasattr(env, "data"):
         env.state = np.array(values)
         return
     import mujoco
 
-    mujoco.mj_setState(env.model, env.data, np.array(values), mujoco.mjtState.mjSTATE_INTEGRATION)
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state, positions = np.split(np.array(values), [mujoco.mj_stateSize(env.model, kind)])
+    mujoco.mj_setState(env.model, env.data, state, kind)
+    env.data.xpos.flat, env.data.xipos.flat = np.split(positions, 2)
 
 
 # ---- episodes ----
@@ -219,7 +245,7 @@ def read_episodes(path: Path) -> tuple[Episodes, dict[str, np.ndarray]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         return Episodes(**{name: arrays.pop(name) for name in Episodes.__dataclass_fields__}), arrays
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"{path}: found no readable episodes ({reason}); delete it, and the next run makes it again"
@@ -251,6 +277,7 @@ def drawing(name: str):
     Raises UserError where nothing can be drawn.
     """
     os.environ.setdefault("MUJOCO_GL", "egl")
+    make_environment(name)
     import gymnasium
 
     try:

@@ -154,6 +154,37 @@ def theorem_bound(T: int, K: int, eta: float = 4.0, seed: int = 0) -> float:
     return 2 * gap / (step * T * K) + step * 0.5 * 2 + step**2 * 0.25 * 2 * (K - 1)
 
 
+# ---- RFT Lemma B.3: how smooth the likelihood is ----
+def lemma_b_3(reach: float, seed: int = 0) -> dict[str, float]:
+    """Constants for three responses and the reward r_y(theta) = a_y theta^2 / 2, |theta| <= reach, beta = 1, pi_ref uniform.
+
+    needed: the largest slope of grad l over the interval. printed: L0 (3 L0 + L1) / pi_min^2, the lemma's L. proved: 2
+    (pi_max L1 + 2 L0^2) / pi_min^2, the last line of its proof. jump and G: the largest |g| of one pair and the lemma's bound.
+    L0, L1, pi_min and pi_max are those of Assumption B.1, the smallest that hold on a grid. RFT App. B.
+    """
+    curvature = torch.from_numpy(np.random.default_rng(seed).normal(size=3))
+    theta = torch.linspace(-reach, reach, 401, dtype=torch.float64)
+    expert = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+
+    def policy(t: Tensor) -> Tensor:
+        return (curvature * t**2 / 2).softmax(-1)
+
+    def slope(t: Tensor) -> Tensor:
+        return torch.func.jacfwd(policy)(t)
+
+    pi, first, second = (torch.func.vmap(f)(theta) for f in (policy, slope, torch.func.jacfwd(slope)))
+    scores = first / pi  # grad log pi of each response
+    gradient = (scores * expert).sum(-1)  # of the likelihood; E_pi grad log pi = 0
+    low, high, L0, L1 = pi.min(), pi.max(), first.norm(dim=-1).max(), second.abs().max()
+    return {
+        "needed": float((gradient.diff() / theta.diff()).abs().max()),
+        "printed": float(L0 * (3 * L0 + L1) / low**2),
+        "proved": float(2 * (high * L1 + 2 * L0**2) / low**2),
+        "jump": float((scores[:, :, None] - scores[:, None, :]).abs().max()),
+        "G": float(2 * L0 / low),
+    }
+
+
 @dataclass
 class Args:
     seeds: int = 64
@@ -216,6 +247,12 @@ def example(args: Args) -> bool:
         violated, tightness = lemma_4_1(size, args.draws, 0.1)
         print(f"    |D| = {size:<4} violated in {violated:.4f} of the draws; mean gap / bound = {tightness:.3f}")
         checks[f"Lemma 4.1, |D| = {size}: violations at most delta"] = (violated, 0.1)
+    smooth = {reach: lemma_b_3(reach) for reach in (0.01, 0.1, 1.0)}
+    print("RFT Lemma B.3: the slope of grad l, the printed L, and the last line of the proof, for |theta| below")
+    for reach, found in smooth.items():
+        print(f"    {reach:<4} {found['needed']:.4f}   printed {found['printed']:.4f}   proof {found['proved']:.4f}")
+        checks[f"Lemma B.3, |theta| <= {reach}: slope over the proof's L"] = (found["needed"] / found["proved"], 1.0)
+        checks[f"Lemma B.3, |theta| <= {reach}: |g| over G"] = (found["jump"] / found["G"], 1.0)
     print("RFT Theorem 3.1: min over (t, k) of E ||grad||^2, bound O(1/sqrt(TK) + 1/T)")
     measured = rates(args.seeds)
     for (T, K), value in measured.items():
