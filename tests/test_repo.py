@@ -275,10 +275,7 @@ OWN_PPO = {
     "add_advantages",
     "pad",
 }  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
-OWN_CONTROL = {
-    "demonstration_loss",
-    "preference_loss",
-}  # aihf_mujoco.py's are on trajectories, with exact tests of their own
+OWN_CONTROL = {"demonstration_loss"}  # aihf_mujoco.py's is on trajectories, with an exact test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
     ("aihf.py", "aihf_ppo.py"): (
         "reward_batch_loss",
@@ -463,6 +460,10 @@ QUICK = {  # script -> tests of a whole run, and of one that is killed and resum
     "irl_dpo_ultrachat.py": (
         "test_irl_dpo_runs.py::test_a_run_leaves_what_it_promises",
         f"test_irl_dpo_runs.py::{KILLED}[",
+    ),
+    "aihf_mujoco.py": (
+        "test_control.py::test_rows_of_metrics_are_those_of_the_flags",
+        "test_control.py::test_a_run_that_is_killed_goes_on_from_its_last_checkpoint[",
     ),
     "evaluate.py": ("test_evaluate.py::test_the_json_agrees_with_the_rows", "test_judge.py::test_a_run_that_is_killed_asks_only_for_the_rest"),
 }  # fmt: skip
