@@ -136,8 +136,8 @@ EXPERT_FLAGS = {  # a setting of an expert -> the flag that gives it
 
 def made_for(made_by: dict, args: dict) -> bool:
     """Say if a data set was made by a run's settings; gymnasium and MuJoCo may have other versions now."""
-    names = set(aihf_mujoco.EXPERT) - {"random_steps"}
-    return all(made_by.get(name) == args.get(EXPERT_FLAGS.get(name, name)) for name in names)
+    flags = {name: EXPERT_FLAGS.get(name, name) for name in aihf_mujoco.EXPERT if name != "random_steps"}
+    return all(name in made_by and made_by[name] == args.get(flag, made_by[name]) for name, flag in flags.items())
 
 
 def load_data(root: Path, run: Run) -> Data | None:
@@ -225,7 +225,7 @@ class Claim:
     letter: str
     environment: str
     compared: str
-    step: int
+    step: str
     number: str  # mean and interval
     seeds: str  # of each seed
     verdict: str
@@ -239,7 +239,12 @@ def compare(letter: str, env: str, what: str, first: Run | None, second: Run | N
     if not found:
         return []
     seeds = ", ".join(f"{d:+.0f}" for d in found)
-    return [Claim(letter, env, what, step, cell(found), seeds, verdict(found, side))]
+    return [Claim(letter, env, what, at_step(step, first, second), cell(found), seeds, verdict(found, side))]
+
+
+def at_step(step: int, *runs: Run) -> str:
+    """A step, marked where one of the runs goes on."""
+    return str(step) if all(run.finished for run in runs) else f"{step}, unfinished"
 
 
 def claims(runs: Runs, data: dict[str, Data]) -> list[Claim]:
@@ -263,7 +268,8 @@ def claims(runs: Runs, data: dict[str, Data]) -> list[Claim]:
                 what = f"{METHODS[name]}: learned reward a step; true return; of the policy − of the demonstrations"
                 seeds = ", ".join(f"{a:+.2f}; {b:+.0f}" for a, b in zip(learned, true, strict=True))
                 number = f"{cell(learned, 2)}; {cell(true)}"
-                found.append(Claim("d", env, what, int(run.steps[-1]), number, seeds, rule(learned, true)))
+                step = at_step(int(run.steps[-1]), run)
+                found.append(Claim("d", env, what, step, number, seeds, rule(learned, true)))
     return sorted(found, key=lambda c: c.letter)
 
 
@@ -320,9 +326,7 @@ def rewards(runs: Runs, data: dict[str, Data]) -> str:
 
 
 def claims_table(found: list[Claim]) -> str:
-    rows = [
-        [f"({c.letter})", c.environment, c.compared, str(c.step), c.number, c.seeds, f"**{c.verdict}**"] for c in found
-    ]
+    rows = [[f"({c.letter})", c.environment, c.compared, c.step, c.number, c.seeds, f"**{c.verdict}**"] for c in found]
     text = markdown(["", "", "compared", "at step", "mean [95% interval]", "each seed", "claim"], rows)
     counts = []
     for letter, claim in CLAIMS.items():

@@ -16,6 +16,7 @@ from helpers import ROOT, run
 
 import aihf
 import aihf_direct
+import aihf_mujoco
 import aihf_ppo
 import evaluate
 import irft
@@ -25,7 +26,7 @@ import rft
 import sft
 from docs import generate
 
-MODULES = (aihf, aihf_direct, aihf_ppo, evaluate, irft, irl_dpo_ultrachat, irl_ppo_tldr, rft, sft)
+MODULES = (aihf, aihf_direct, aihf_mujoco, aihf_ppo, evaluate, irft, irl_dpo_ultrachat, irl_ppo_tldr, rft, sft)
 SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 SOURCES = [
@@ -274,6 +275,7 @@ OWN_PPO = {
     "add_advantages",
     "pad",
 }  # irl_ppo_tldr.py's has a step after EOS, and a test of its own
+OWN_CONTROL = {"demonstration_loss"}  # aihf_mujoco.py's is on trajectories, with an exact test of its own
 SHARED = {  # of these, what two scripts have in common all the same: proved for one, it holds for the other
     ("aihf.py", "aihf_ppo.py"): (
         "reward_batch_loss",
@@ -339,7 +341,7 @@ def test_functions_of_the_same_name_in_two_scripts_are_the_same():
     seen = {}
     for path in ROOT.glob("*.py"):
         for name, source in functions(path).items():
-            own = OWN | (OWN_PPO if path.stem == "irl_ppo_tldr" else set())
+            own = OWN | {"irl_ppo_tldr": OWN_PPO, "aihf_mujoco": OWN_CONTROL}.get(path.stem, set())
             if name not in own and "." not in name:
                 assert seen.setdefault(name, source) == source, f"{name} differs in {path.name}"
     for scripts, names in SHARED.items():
@@ -364,8 +366,12 @@ def test_a_diff_of_two_scripts_shows_the_method(scripts):
 
 def test_no_pickle_and_no_unsafe_load():
     for path in SOURCES:
-        text = path.read_text()
-        assert "import pickle" not in text and "torch.load(" not in text and "weights_only=False" not in text, path
+        assert "import pickle" not in path.read_text(), path
+        for call in (node for node in ast.walk(parse(path)) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) == "torch.load":
+                assert "weights_only=True" in map(ast.unparse, call.keywords), path
+            if ast.unparse(call.func) in ("np.load", "numpy.load"):
+                assert "allow_pickle=True" not in map(ast.unparse, call.keywords), path
     assert irft.Args().trust_remote_code is False
 
 
@@ -393,7 +399,7 @@ def test_the_readme_is_short():
 
 
 # ---- sizes ----
-MOST_LINES = {"rft.py": 580, "irl_ppo_tldr.py": 720}
+MOST_LINES = {"rft.py": 580, "irl_ppo_tldr.py": 720, "aihf_mujoco.py": 920}
 
 
 def lines(path: Path) -> int:
@@ -408,7 +414,10 @@ def test_what_a_reader_meets_is_short():
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "evaluate.py"])
 def test_the_maths_comes_first_and_the_loop_before_the_flags(script):
-    """The sections named the maths begin the file, each with a function before line 120; the loop comes next; flags end it."""
+    """The sections named the maths begin the file, each with a function before line 120; the loop comes next; flags end it.
+
+    aihf_mujoco.py has no common/ for its networks, its policy step and its data: they stand between the maths and the loop.
+    """
     text, tree = (ROOT / script).read_text(), parse(ROOT / script)
     headings = [(i, line[7:]) for i, line in enumerate(text.splitlines(), 1) if line.startswith("# ---- ")]
     maths = [i for i, title in headings if title.startswith("the maths")]
@@ -416,8 +425,11 @@ def test_the_maths_comes_first_and_the_loop_before_the_flags(script):
     named = {n.name: n.lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     for heading in maths:
         assert min(line for line in named.values() if line > heading) < 120, heading
-    begin, title = headings[len(maths)]
-    loop = next((named[name] for name in ("RFT", "AIHF", "IRL") if name in named), named["train"])
+    between = ["networks", "the policy step", "the data"] if script == "aihf_mujoco.py" else []
+    rest = headings[len(maths) :]
+    assert all(title.startswith(name) for (_, title), name in zip(rest, between, strict=False)), rest
+    begin, title = rest[len(between)]
+    loop = next((named[name] for name in ("RFT", "AIHF", "IRL", "Learner") if name in named), named["train"])
     assert title.startswith("the loop") and begin < loop < named["Args"], headings
     assert not any(begin < line < loop for line in named.values() if line != loop)
 
@@ -448,6 +460,10 @@ QUICK = {  # script -> tests of a whole run, and of one that is killed and resum
     "irl_dpo_ultrachat.py": (
         "test_irl_dpo_runs.py::test_a_run_leaves_what_it_promises",
         f"test_irl_dpo_runs.py::{KILLED}[",
+    ),
+    "aihf_mujoco.py": (
+        "test_control.py::test_rows_of_metrics_are_those_of_the_flags",
+        "test_control.py::test_a_run_that_is_killed_goes_on_from_its_last_checkpoint[",
     ),
     "evaluate.py": ("test_evaluate.py::test_the_json_agrees_with_the_rows", "test_judge.py::test_a_run_that_is_killed_asks_only_for_the_rest"),
 }  # fmt: skip
