@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,14 +227,15 @@ def play(environments: Environments, seeds: list[list[int]], act: Callable[[Tens
         running &= ~terminated
         if not running.any():
             break
-    return [Episodes(observations[s], actions[s], lengths[s], ended[s], returns[s]) for s in range(shape[0])]
+    return [Episodes(observations[s], actions[s], lengths[s], ended[s], returns[s]) for s in range(len(returns))]
 
 
 def write_episodes(path: Path, episodes: Episodes, **more: np.ndarray) -> None:
     """Write episodes, and arrays with a row for each, to an .npz, whole or not at all."""
     partial = path.with_name(f".partial_{path.name}")
     with open(partial, "wb") as f:
-        np.savez_compressed(f, **vars(episodes), **more)
+        arrays: dict[str, Any] = {**vars(episodes), **more}
+        np.savez_compressed(f, **arrays)
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
@@ -313,6 +315,8 @@ def draw(env, seed: int, act: Callable[[Tensor], Tensor], path: Path, frames: in
 # ---- a run ----
 class ControlRun(Run):
     """A run of one process without a tokenizer. state() and load_state() of its `learner` are what a checkpoint holds."""
+
+    learner: Any
 
     def __init__(self, args, script: str, metrics: dict[str, str]):
         from extras.run_directory import make_directory
