@@ -55,7 +55,8 @@ def make_environment(name: str):
         require(
             isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1, "env", found, "a vector of numbers (Box)"
         )
-    require(bool(np.isfinite(env.action_space.low).all()), "env", f"{name} without bounds of its actions", "bounds")
+    bounds: Any = env.action_space
+    require(bool(bounds.is_bounded()), "env", f"{name} without bounds of its actions", "bounds")
     require(time_limit(env) > 0, "env", f"{name} without a time limit", "one")
     return env
 
