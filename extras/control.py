@@ -39,10 +39,7 @@ def make_environment(name: str):
     keep_mujoco_quiet()
     try:
         env = gymnasium.make(name, disable_env_checker=True)
-    except (
-        ImportError,
-        gymnasium.error.DependencyNotInstalled,
-    ) as error:  # or an old version, which has moved elsewhere
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:  # an old version has moved elsewhere
         reason = " ".join(str(error).split())
         raise UserError(
             f"--env: found {name}, which cannot be made here ({reason}); expected {INSTALL}, and a -v5"
