@@ -256,9 +256,15 @@ def draw_pairs(preferred: Episodes, rejected: Episodes, count: int, args: Args, 
     for episodes in (preferred, rejected):
         which = rng.integers(len(episodes), size=count)
         rows, counted = episodes.rows(args.horizon == "absorbing")
-        first = rng.integers(np.maximum(counted.sum(1)[which] - args.segment_length, 0) + 1)
-        steps = first[:, None] + np.arange(min(args.segment_length, rows.shape[1]))
-        at = (which[:, None], steps.clip(max=rows.shape[1] - 1))
+        length = min(args.segment_length, rows.shape[1])
+        last = np.maximum(episodes.lengths - length, 0)
+        if (
+            args.horizon == "absorbing"
+        ):  # it begins in life and may go on after the end: two ends have nothing to compare
+            last = np.where(episodes.terminated, np.minimum(episodes.lengths - 1, rows.shape[1] - length), last)
+        first = rng.integers(last[which] + 1)
+        steps = first[:, None] + np.arange(length)
+        at = (which[:, None], steps)
         ended = episodes.terminated[which, None] & (steps + 1 >= episodes.lengths[which, None])
         sides.append((rows[at], counted[at], episodes.observations[which[:, None], at[1] + 1], ended))
     arrays = [np.stack(both, 1).astype(np.float32) for both in zip(*sides, strict=True)]
