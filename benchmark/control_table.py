@@ -395,10 +395,10 @@ def draw(ax, steps: np.ndarray, values: np.ndarray, color: str, label: str, ls: 
     """Mean of seeds, an interval at each step, and thin lines of seeds. values (seeds, evaluations)."""
     x = steps / 1000
     for own in values[: len(values) * (len(values) > 1)]:
-        ax.plot(x, own, color=color, alpha=0.35, lw=0.7, ls=ls)
+        ax.plot(x, own, color=color, alpha=0.5, lw=0.8, ls=ls)
     if band and len(values) > 1:
         _, low, high = zip(*(interval(v) for v in values.T), strict=True)
-        ax.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
+        ax.fill_between(x, low, high, color=color, alpha=0.07, lw=0)
     ax.plot(x, values.mean(0), color=color, lw=1.9, ls=ls, label=label)
 
 
