@@ -281,8 +281,8 @@ EXPERT = (  # settings that make an expert and its episodes
 class Data:
     """Demonstrations and preferences, made from checkpoints of an expert (App. A.1.1, after Brown et al., arXiv:1904.06387)."""
 
-    def __init__(self, args: Args):
-        episodes, checkpoint, self.made_in = expert_episodes(args)
+    def __init__(self, args: Args, run: ControlRun | None = None):
+        episodes, checkpoint, self.made_in = expert_episodes(args, run)
         self.low, self.medium, high = sort_episodes(episodes, checkpoint, args)
         order = np.random.default_rng(stream_seed(args.expert_seed, DEMONSTRATIONS)).permutation(len(high))
         require(
@@ -326,7 +326,7 @@ def sort_episodes(episodes: Episodes, checkpoint: np.ndarray, args: Args) -> lis
     return [episodes[members] for members in classes.values()]
 
 
-def expert_episodes(args: Args) -> tuple[Episodes, np.ndarray, Path]:
+def expert_episodes(args: Args, run: ControlRun | None = None) -> tuple[Episodes, np.ndarray, Path]:
     """(--checkpoint-episodes of each checkpoint, the checkpoint of each, their folder), made once for all methods and seeds."""
     expert = dataclasses.replace(
         args, method="sac", num_seeds=args.expert_seeds, seed=args.expert_seed, total_steps=args.expert_steps,
@@ -339,9 +339,9 @@ def expert_episodes(args: Args) -> tuple[Episodes, np.ndarray, Path]:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "made_by.json", made_by)
-        run = str(folder / "expert")
+        own = str(folder / "expert")
         begun = (folder / "expert" / "args.json").exists()
-        learner = train(dataclasses.replace(expert, output_dir=run, resume=run if begun else ""))
+        learner = train(dataclasses.replace(expert, output_dir=own, resume=own if begun else ""), run)
         played, checkpoint = learner.play_checkpoints()
         control.write_episodes(path, played, checkpoint=checkpoint)
     episodes, more = control.read_episodes(path)
@@ -551,13 +551,13 @@ class Learner:
 
     @torch.no_grad()
     def judge(self, s: int, own: Episodes) -> dict[str, float]:
-        """The learned reward of seed s on its policy's and the data's episodes, as means over the time limit's steps."""
+        """The learned reward of seed s on its policy's and the data's episodes, as means over the steps up to the time limit."""
 
         def scores(episodes: Episodes) -> Tensor:
             rows, counted = (torch.from_numpy(x) for x in episodes.rows(self.args.horizon == "absorbing"))
             flat = rows.flatten(0, 1).expand(len(self.seeds), -1, -1)
             rewards = self.reward(flat)[s].view(counted.shape) * counted
-            return rewards.sum(1) / self.environments.limit
+            return rewards.mean(1)
 
         low, medium, _ = known = [scores(e) for e in self.data.known]
         returns = torch.cat([torch.from_numpy(e.returns) for e in self.data.known])
@@ -666,15 +666,17 @@ def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 # ---- a run, from the expert to the curves ----
-def train(args: Args) -> Learner:
+def train(args: Args, within: ControlRun | None = None) -> Learner:
+    """within: the run that waits for this one, an expert."""
     torch.set_num_threads(1)  # matrices of 64 columns: a second thread only costs
     screen = control.drawing(args.env) if args.render and not args.dry_run else None
     control.make_environment(args.env)
     if args.dry_run:
         print("\n  ".join(plan(args)))
         return None
-    data = None if args.method == "sac" else Data(args)
-    run = ControlRun(args, "aihf_mujoco", METRICS)
+    run = ControlRun(args, "aihf_mujoco", METRICS, within)
+    data = None if args.method == "sac" else Data(args, run)
+    run.listen()
     learner = run.learner = Learner(run, data)
     name = args.method if args.method != "aihf" or args.demo_weight else "rlhf"
     run.print(f"aihf_mujoco: {name} on {args.env}, seeds {learner.seeds}, {args.updates} updates, {run.dir}")
@@ -693,11 +695,14 @@ def train(args: Args) -> Learner:
 
 def plan(args: Args) -> list[str]:
     """Lines of --dry-run."""
-    expert = f"expert: {args.expert_steps} environment steps and updates, once for all methods, in {args.data_dir}"
+    expert = (
+        f"{args.expert_seeds} expert(s) of {args.expert_steps} environment steps and updates, once, in {args.data_dir}"
+    )
     steps = {"bc": args.bc_steps, "ipl": args.ipl_steps}.get(args.method)
     if steps:
         return [f"aihf_mujoco --dry-run: {args.method} on {args.env}", expert, f"{steps} updates"]
-    rounds = args.total_steps // args.reward_every * (args.method == "aihf" and args.demo_weight > 0)
+    rounds = args.total_steps // args.reward_every - args.random_steps // args.reward_every
+    rounds *= args.method == "aihf" and args.demo_weight > 0
     return [
         f"aihf_mujoco --dry-run: {args.method} on {args.env}, w1 = {args.demo_weight:g}, {args.num_seeds} seed(s)",
         *([expert] if args.method == "aihf" else []),
@@ -753,7 +758,7 @@ class Args:
     random_steps: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """environment steps before the first update; from scratch with random actions. Base code: 1 episode."""
     critic_warmup: Annotated[int, NOT_NEGATIVE] = 5000
-    """environment steps in which the critic learns alone, so that it does not undo the cloned policy; not with sac."""
+    """environment steps in which the critic learns alone, so that a cloned policy is not moved by an untrained one; not with sac."""
     reward_every: Annotated[int, AT_LEAST_1] = 1000
     """environment steps between reward rounds, >= 1. Base code: 5000."""
     reward_steps: Annotated[int, AT_LEAST_1] = 20

@@ -189,10 +189,14 @@ class Episodes:
         return len(self.lengths)
 
     def cut(self, steps: int) -> "Episodes":
-        """The first `steps` of each; one that is cut has no end."""
+        """The first `steps` of each, which is their time limit; an episode that is cut has no end."""
         whole = self.lengths <= steps
         return Episodes(
-            self.observations, self.actions, np.minimum(self.lengths, steps), self.terminated & whole, self.returns
+            self.observations[:, : steps + 1],
+            self.actions[:, :steps],
+            np.minimum(self.lengths, steps),
+            self.terminated & whole,
+            self.returns,
         )
 
     def rows(self, absorbing: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -316,14 +320,13 @@ class ControlRun(Run):
 
     learner: Any
 
-    def __init__(self, args, script: str, metrics: dict[str, str]):
+    def __init__(self, args, script: str, metrics: dict[str, str], within: "ControlRun | None" = None):
         from extras.run_directory import make_directory
 
         self.args, self.script, self.metrics, self.can_resume = args, script, metrics, True
         self.rank, self.world, self.is_main = 0, 1, True
         self.stop_requested, self.stop_signal, self.in_updates = 0.0, 0, False
         self.dir, self.learner = Path(args.resume or args.output_dir), None
-        terminal.catch(lambda number, frame=None: terminal.on_signal(self, number, frame))
         try:
             make_directory(self)
         except OSError as error:
@@ -333,6 +336,13 @@ class ControlRun(Run):
             (self.dir / name).rmdir()
         self.position, self.update = {"outer_iteration": 0, "step": 0}, {}
         self.saved, self.last_step, self.seconds = "", 0, {}
+        self.hint = within.hint if within else terminal.hint  # an expert goes on with the run that waits for it
+        self.listen()
+
+    def listen(self) -> None:
+        """Have signals stop this run."""
+        terminal.catch(lambda number, frame=None: terminal.on_signal(self, number, frame))
+        terminal.hint = self.hint
 
     def stop_if_asked(self) -> None:
         if self.stop_signal:

@@ -142,7 +142,7 @@ def made_episodes() -> tuple[Episodes, np.ndarray]:
 def expert(monkeypatch, toy):
     """An expert's episodes without its training."""
     episodes, checkpoint = made_episodes()
-    monkeypatch.setattr(script, "expert_episodes", lambda args: (episodes, checkpoint, Path("nowhere")))
+    monkeypatch.setattr(script, "expert_episodes", lambda *_: (episodes, checkpoint, Path("nowhere")))
     return episodes, checkpoint
 
 
@@ -546,7 +546,8 @@ def test_an_episode_that_is_cut_has_no_end():
     episodes = numbered([3, 8, 5, 4], [True, False, True, True]).cut(4)
     assert list(episodes.lengths) == [3, 4, 4, 4] and list(episodes.terminated) == [True, False, False, True]
     rows, counted = episodes.rows(True)
-    assert list(counted.sum(1)) == [8, 4, 4, 8] and not rows[1:3, 4:].any()
+    assert rows.shape[:2] == (4, 4) and list(counted.sum(1)) == [4, 4, 4, 4]
+    assert rows[:, :, -1].tolist() == [[0, 0, 0, 1], [0] * 4, [0] * 4, [0] * 4]
     assert list(episodes[np.array([2, 0])].lengths) == [4, 3] and len(episodes[np.array([2, 0])]) == 2
 
 
@@ -561,27 +562,19 @@ def test_pairs_are_segments_with_the_preferred_first(horizon):
     for p in range(2000):
         for side, episodes, first in ((0, preferred, 10), (1, rejected, 20)):
             rows, counted = pairs.rows[p, side].numpy(), pairs.counted[p, side].numpy()
-            if counted[0] and not rows[0, -1]:  # begins in a step of an episode
-                n, t = int(rows[0, 0]) - first, int(rows[0, 1])
-                seen.add((side, n, t))
-                all_rows, all_counted = episodes[np.array([n])].rows(horizon == "absorbing")
-                assert np.array_equal(rows, all_rows[0, t : t + 3]) and np.array_equal(
-                    counted, all_counted[0, t : t + 3]
-                )
-                assert np.array_equal(pairs.following[p, side].numpy(), episodes.observations[n, t + 1 : t + 4])
-                over, length = episodes.terminated[n], episodes.lengths[n]
-                assert pairs.ended[p, side].tolist() == [float(over and t + i + 1 >= length) for i in range(3)]
-            else:  # after its end
-                assert horizon == "absorbing" and np.array_equal(rows, [[0, 0, 0, 0, 1]] * 3)
-                assert counted.all() and pairs.ended[p, side].all() and not pairs.following[p, side].any()
-                seen.add((side, "absorbing"))
+            assert counted[0] and not rows[0, -1]  # two that begin after the end would have nothing to compare
+            n, t = int(rows[0, 0]) - first, int(rows[0, 1])
+            seen.add((side, n, t))
+            all_rows, all_counted = episodes[np.array([n])].rows(horizon == "absorbing")
+            assert np.array_equal(rows, all_rows[0, t : t + 3])
+            assert np.array_equal(counted, all_counted[0, t : t + 3])
+            assert np.array_equal(pairs.following[p, side].numpy(), episodes.observations[n, t + 1 : t + 4])
+            over, length = episodes.terminated[n], episodes.lengths[n]
+            assert pairs.ended[p, side].tolist() == [float(over and t + i + 1 >= length) for i in range(3)]
     for side, episodes in ((0, preferred), (1, rejected)):
         for n, (length, over) in enumerate(zip(episodes.lengths, episodes.terminated, strict=True)):
-            last = 8 if over and horizon == "absorbing" else length
-            assert {t for s, *at in seen if s == side and at[0] == n for t in at[1:]} == set(
-                range(min(max(last - 3, 0) + 1, length))
-            )
-    assert ((0, "absorbing") in seen) == (horizon == "absorbing")
+            starts = min(length, 6) if over and horizon == "absorbing" else max(length - 3, 0) + 1
+            assert {t for s, m, t in seen if (s, m) == (side, n)} == set(range(starts))
 
 
 def test_a_share_of_the_labels_is_wrong_and_nothing_else_changes():
@@ -1096,7 +1089,7 @@ def files(folder) -> set[str]:
 
 def test_an_expert_is_made_once_for_all_methods_and_seeds(tmp_path, monkeypatch):
     made, train = [], script.train
-    monkeypatch.setattr(script, "train", lambda args: made.append(args) or train(args))
+    monkeypatch.setattr(script, "train", lambda args, run: made.append(args) or train(args, run))
     args = small_expert(tmp_path)
     episodes, checkpoint, folder = script.expert_episodes(args)
     (expert,) = made
@@ -1503,7 +1496,7 @@ def test_a_dry_run_has_no_side_effects(monkeypatch, capsys, tmp_path):
     ):
         status, out, err = typed(monkeypatch, capsys, "--env", "toy", "--dry-run", *words)
         assert status == 0 and not err and all(text in out for text in expected), out
-        assert ("expert: 200000 environment steps" in out) == ("sac" not in words)
+        assert ("3 expert(s) of 200000 environment steps" in out) == ("sac" not in words)
     assert not list(tmp_path.iterdir())
 
 
