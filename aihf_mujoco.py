@@ -758,7 +758,7 @@ class Args:
     random_steps: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """environment steps before the first update; from scratch with random actions. Base code: 1 episode."""
     critic_warmup: Annotated[int, NOT_NEGATIVE] = 5000
-    """environment steps in which the critic learns alone, so that a cloned policy is not moved by an untrained one; not with sac."""
+    """environment steps in which the critic learns alone, before it moves a cloned policy; not with sac."""
     reward_every: Annotated[int, AT_LEAST_1] = 1000
     """environment steps between reward rounds, >= 1. Base code: 5000."""
     reward_steps: Annotated[int, AT_LEAST_1] = 20
