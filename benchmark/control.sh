@@ -34,6 +34,12 @@ for env in HalfCheetah Hopper Walker2d; do
   go "$env/irl" "${task[@]}" --preference-weight 0
   go "$env/ipl" "${task[@]}" --method ipl --eval-every 1000
 done
+more=(--env HalfCheetah-v5 --seed "$((seeds + 1))") # as many seeds again, where a run is shortest
+go "HalfCheetah/aihf_seed_$((seeds + 1))" "${more[@]}"
+go "HalfCheetah/rlhf_seed_$((seeds + 1))" "${more[@]}" --demo-weight 0
+go "HalfCheetah/irl_seed_$((seeds + 1))" "${more[@]}" --preference-weight 0
+go "HalfCheetah/ipl_seed_$((seeds + 1))" "${more[@]}" --method ipl --eval-every 1000
+go "HalfCheetah/bc_seed_$((seeds + 1))" "${more[@]}" --method bc --eval-every 2500
 cheetah=(--env HalfCheetah-v5 --total-steps 50000)
 for n in 1 4; do
   go "HalfCheetah/aihf_demonstrations_$n" "${cheetah[@]}" --num-demonstrations "$n"

@@ -112,6 +112,19 @@ def load(folder: Path) -> Run | None:
     return Run(args, seeds, np.array(steps), values, (folder / "final.safetensors").exists())
 
 
+def load_all(folder: Path) -> Run | None:
+    """A run and those of the same settings with other seeds, <folder>_seed_<first seed>, as one run at their common steps."""
+    found = [run for path in (folder, *sorted(folder.parent.glob(f"{folder.name}_seed_*"))) if (run := load(path))]
+    if len(found) < 2:
+        return found[0] if found else None
+    steps = sorted(set.intersection(*(set(run.steps.tolist()) for run in found)))
+    kept = [np.flatnonzero(np.isin(run.steps, steps)) for run in found]
+    names = set.intersection(*(set(run.values) for run in found))
+    values = {n: np.concatenate([run.values[n][:, k] for run, k in zip(found, kept, strict=True)]) for n in names}
+    seeds = [s for run in found for s in run.seeds]
+    return Run(found[0].args, seeds, np.array(steps), values, all(run.finished for run in found))
+
+
 @dataclass
 class Data:
     """What all methods of an environment learned from, and the experts of which the best made it."""
@@ -567,7 +580,7 @@ def show(args: Args) -> None:
     runs: Runs = {env: {} for env in ENVIRONMENTS}
     for env, names in expected.items():
         for name in names:
-            if (run := load(root / env / name)) is not None:
+            if (run := load_all(root / env / name)) is not None:
                 runs[env][name] = run
     if not any(runs.values()):
         raise UserError(f"--runs: found no evaluation under {root}, expected the folder of benchmark/control.sh")

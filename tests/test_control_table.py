@@ -20,10 +20,13 @@ FINAL = {"aihf": 400.0, "rlhf": 100.0, "irl": 300.0, "ipl": 50.0, "bc": 200.0}  
 
 
 def make_log(folder, method: str, evaluations: dict[int, list[dict]], finished: bool = True, **settings) -> None:
-    """A run folder: {step: a row for each of the seeds 1, 2, ...}."""
+    """A run folder: {step: a row for each of the seeds 1, 2, ..., or those from `seed` on}."""
     folder.mkdir(parents=True)
+    first = settings.get("seed", 1)
     rows = [
-        {"step": step, "seed": 1 + s, **row} for step, of_seeds in evaluations.items() for s, row in enumerate(of_seeds)
+        {"step": step, "seed": first + s, **row}
+        for step, of_seeds in evaluations.items()
+        for s, row in enumerate(of_seeds)
     ]
     args = aihf_mujoco.Args(method=method, num_seeds=len(next(iter(evaluations.values()))), **{**EXPERT, **settings})
     (folder / "args.json").write_text(json.dumps({"script": "aihf_mujoco", "args": dataclasses.asdict(args)}))
@@ -208,3 +211,17 @@ def test_what_is_missing_or_unfinished_is_said(runs, tmp_path):
     (tmp_path / "Hopper" / "rlhf" / "args.json").write_text("{}")
     with pytest.raises(table.UserError, match="--runs: found no rows of seeds in .*rlhf"):
         table.show(table.Args(runs=str(tmp_path), output=str(tmp_path)))
+
+
+def test_a_run_and_its_other_seeds_are_one(tmp_path):
+    make_run(tmp_path / "aihf", "aihf", [100.0, 200.0, 300.0], gap=1.0)
+    make_run(tmp_path / "aihf_seed_4", "aihf", [400.0, 500.0], steps=5, seed=4)  # an evaluation fewer
+    make_run(tmp_path / "aihf_flipped", "aihf", [900.0])
+    alone, run = table.load(tmp_path / "aihf"), table.load_all(tmp_path / "aihf")
+    assert (
+        alone.seeds == [1, 2, 3] and run.seeds == [1, 2, 3, 4, 5] and list(run.steps) == [0, 10000, 20000, 30000, 40000]
+    )
+    assert run.values["eval/return"][:, -1].tolist() == [90.0, 190.0, 290.0, 400.0, 500.0]
+    assert run.values["eval/reward/policy"][:, 0].tolist() == [2.0, 2.0, 2.0, 1.0, 1.0] and run.finished
+    (tmp_path / "aihf_seed_4" / "final.safetensors").unlink()
+    assert not table.load_all(tmp_path / "aihf").finished and table.load_all(tmp_path / "rlhf") is None
