@@ -151,7 +151,7 @@ def test_demonstrations_are_those_that_the_runs_learn_from(runs, monkeypatch):
     run = table.load(runs / "Hopper" / "aihf")
     found = table.load_data(runs, run).classes["demonstrations"]
     made = control.read_episodes(runs / "data" / "Hopper-v5__0123abcd" / "episodes.npz")
-    monkeypatch.setattr(aihf_mujoco, "expert_episodes", lambda args: (made[0], made[1]["checkpoint"], runs))
+    monkeypatch.setattr(aihf_mujoco, "expert_episodes", lambda *_: (made[0], made[1]["checkpoint"], runs))
     data = aihf_mujoco.Data(aihf_mujoco.Args(**run.args))
     assert len(found) == 2 and found.returns.tolist() == data.demonstrations.returns.tolist()
 
