@@ -39,14 +39,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError
 from common.args import Auto, check_values, main, require
 from common.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_1, ZERO_TO_1
 from common.store import read_metrics, write_json
 from common.streams import stream_seed
 from extras import control
 from extras.command_line import given_args
-from extras.control import ControlRun, Environments, Episodes
+from extras.control import ControlRun, Environments
+from extras.episodes import (
+    Episodes,
+    cache_key,
+    draw_pairs,
+    read_episodes,
+    sort_episodes,
+    steps_of,
+    write_episodes,
+)
 
 
 # ---- the maths: the policy step, SAC (Haarnoja et al., arXiv:1812.05905) ----
@@ -239,39 +247,6 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 # ---- the data ----
-@dataclass
-class Pairs:
-    """P preferences over segments of L steps; in dimension 1 the preferred one is first."""
-
-    rows: Tensor  # (P, 2, L, O + A + 1), as Episodes.rows
-    counted: Tensor  # (P, 2, L) 1 where there is a step
-    following: Tensor  # (P, 2, L, O) observation after it
-    ended: Tensor  # (P, 2, L) 1 where the episode has terminated by then
-
-
-def draw_pairs(preferred: Episodes, rejected: Episodes, count: int, args: Args, *key: int) -> Pairs:
-    """Pairs of random segments of random episodes of two classes. A share --flip-labels of them has the wrong order."""
-    rng = np.random.default_rng(stream_seed(args.expert_seed, *key))
-    sides = []
-    for episodes in (preferred, rejected):
-        which = rng.integers(len(episodes), size=count)
-        rows, counted = episodes.rows(args.horizon == "absorbing")
-        length = min(args.segment_length, rows.shape[1])
-        last = np.maximum(episodes.lengths - length, 0)
-        if (
-            args.horizon == "absorbing"
-        ):  # it begins in life and may go on after the end: two ends have nothing to compare
-            last = np.where(episodes.terminated, np.minimum(episodes.lengths - 1, rows.shape[1] - length), last)
-        first = rng.integers(last[which] + 1)
-        steps = first[:, None] + np.arange(length)
-        at = (which[:, None], steps)
-        ended = episodes.terminated[which, None] & (steps + 1 >= episodes.lengths[which, None])
-        sides.append((rows[at], counted[at], episodes.observations[which[:, None], at[1] + 1], ended))
-    arrays = [np.stack(both, 1).astype(np.float32) for both in zip(*sides, strict=True)]
-    wrong = rng.random(count) < args.flip_labels
-    return Pairs(*(torch.from_numpy(np.where(wrong.reshape(-1, *[1] * (a.ndim - 1)), a[:, ::-1], a)) for a in arrays))
-
-
 EXPERT = (  # settings that make an expert and its episodes
     "env", "total_steps", "random_steps", "hidden", "learning_rate", "batch_size", "alpha", "gamma", "tau", "num_envs", "seed",
     "num_seeds", "eval_every", "eval_episodes", "checkpoint_episodes",
@@ -301,31 +276,6 @@ class Data:
         return "   ".join(f"{k} {e.returns.mean():.0f} ± {e.returns.std():.0f} ({len(e)})" for k, e in classes.items())
 
 
-def steps_of(episodes: Episodes, args: Args) -> tuple[Tensor, Tensor]:
-    """((n, O + A + 1) rows of all steps, (n,) weights): 1 each, or gamma^t with --discount-demo."""
-    rows, counted = episodes.rows(args.horizon == "absorbing")
-    weights = (args.gamma if args.discount_demo else 1.0) ** np.arange(rows.shape[1]) * counted
-    return torch.from_numpy(rows[counted]), torch.from_numpy(weights[counted].astype(np.float32))
-
-
-def sort_episodes(episodes: Episodes, checkpoint: np.ndarray, args: Args) -> list[Episodes]:
-    """Low, medium and high: each checkpoint by its place between the untrained policy (0) and the best checkpoint (1)."""
-    levels = np.array([episodes.returns[checkpoint == c].mean() for c in range(checkpoint.max() + 1)])
-    level = ((levels - levels[0]) / max(levels.max() - levels[0], 1e-9))[checkpoint]
-    classes = {
-        "--low-most": level <= args.low_most,
-        "--medium-most": (level > args.low_most) & (level <= args.medium_most),
-        "--high-least": level >= args.high_least,
-    }
-    for name, members in classes.items():
-        if not members.any():
-            found = ", ".join(f"{x:.2f}" for x in (levels - levels[0]) / max(levels.max() - levels[0], 1e-9))
-            raise UserError(
-                f"{name}: found no checkpoint of the expert in its class, expected one or more; levels: {found}"
-            )
-    return [episodes[members] for members in classes.values()]
-
-
 def expert_episodes(args: Args, run: ControlRun | None = None) -> tuple[Episodes, np.ndarray, Path]:
     """(--checkpoint-episodes of each checkpoint, the checkpoint of each, their folder), made once for all methods and seeds."""
     expert = dataclasses.replace(
@@ -334,7 +284,7 @@ def expert_episodes(args: Args, run: ControlRun | None = None) -> tuple[Episodes
         render=False,
     )  # fmt: skip
     made_by = {name: getattr(expert, name) for name in EXPERT} | control.versions()
-    folder = Path(args.data_dir) / f"{args.env}__{control.cache_key(made_by)}"
+    folder = Path(args.data_dir) / f"{args.env}__{cache_key(made_by)}"
     path = folder / "episodes.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -343,8 +293,8 @@ def expert_episodes(args: Args, run: ControlRun | None = None) -> tuple[Episodes
         begun = (folder / "expert" / "args.json").exists()
         learner = train(dataclasses.replace(expert, output_dir=own, resume=own if begun else ""), run)
         played, checkpoint = learner.play_checkpoints()
-        control.write_episodes(path, played, checkpoint=checkpoint)
-    episodes, more = control.read_episodes(path)
+        write_episodes(path, played, checkpoint=checkpoint)
+    episodes, more = read_episodes(path)
     return episodes, more["checkpoint"], folder
 
 

@@ -22,8 +22,7 @@ from benchmark.tables import markdown, read_json, read_log  # noqa: E402
 from common import UserError  # noqa: E402
 from common.args import main
 from common.streams import stream_seed
-from extras import control
-from extras.control import Episodes
+from extras.episodes import Episodes, read_episodes, sort_episodes
 from extras.statistics import bootstrap_interval
 
 ENVIRONMENTS = ("HalfCheetah", "Hopper", "Walker2d")
@@ -164,8 +163,8 @@ def load_data(root: Path, run: Run) -> Data | None:
         return None
     known = {f.name for f in fields(aihf_mujoco.Args)}
     args = aihf_mujoco.Args(**{name: value for name, value in run.args.items() if name in known})
-    episodes, more = control.read_episodes(found[0])
-    low, medium, high = aihf_mujoco.sort_episodes(episodes, more["checkpoint"], args)
+    episodes, more = read_episodes(found[0])
+    low, medium, high = sort_episodes(episodes, more["checkpoint"], args)
     key = stream_seed(args.expert_seed, aihf_mujoco.DEMONSTRATIONS)
     shown = high[np.random.default_rng(key).permutation(len(high))[: args.num_demonstrations]]
     classes = {"non-preferred": low, "preferred": medium, "demonstrations": shown}

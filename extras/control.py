@@ -1,15 +1,11 @@
-"""Control tasks: environments, their episodes as arrays, and a run that has environments where others have tokenizers."""
+"""Control tasks: environments, and a run that has environments where others have tokenizers."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from common.checkpoint import checkpoints
 from common.run import Run
 from common.store import sync_path, write_json, write_manifest
 from extras import terminal
+from extras.episodes import Episodes
 from extras.resume import manifest_problem
 
 INSTALL = "pip install -r requirements/mujoco.txt"
@@ -172,47 +169,6 @@ def set_physics(env, values: Tensor) -> None:
 
 
 # ---- episodes ----
-@dataclass
-class Episodes:
-    """n episodes, zero after their ends. T: the time limit."""
-
-    observations: np.ndarray  # (n, T + 1, O) float32; the last one of an episode is that after its last action
-    actions: np.ndarray  # (n, T, A) float32, in [-1, 1]
-    lengths: np.ndarray  # (n,) steps
-    terminated: np.ndarray  # (n,) bool: the environment ended it, not the time limit
-    returns: np.ndarray  # (n,) true, undiscounted
-
-    def __getitem__(self, which) -> "Episodes":
-        return Episodes(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def cut(self, steps: int) -> "Episodes":
-        """The first `steps` of each, which is their time limit; an episode that is cut has no end."""
-        whole = self.lengths <= steps
-        return Episodes(
-            self.observations[:, : steps + 1],
-            self.actions[:, :steps],
-            np.minimum(self.lengths, steps),
-            self.terminated & whole,
-            self.returns,
-        )
-
-    def rows(self, absorbing: bool) -> tuple[np.ndarray, np.ndarray]:
-        """((n, T, O + A + 1) float32 input of a reward, (n, T) bool whether there is a step).
-
-        absorbing: a terminated episode goes on to the time limit in one state: zeros, and 1 in the last column.
-        """
-        steps = np.arange(self.actions.shape[1])[None]
-        alive = steps < self.lengths[:, None]
-        after = ~alive & self.terminated[:, None] & absorbing
-        rows = np.concatenate([self.observations[:, :-1], self.actions, np.zeros_like(self.actions[..., :1])], -1)
-        rows = np.where(alive[..., None], rows, 0.0).astype(np.float32)
-        rows[after, -1] = 1.0
-        return rows, alive | after
-
-
 def play(environments: Environments, seeds: list[list[int]], act: Callable[[Tensor], Tensor]) -> list[Episodes]:
     """One episode in each of S x N environments -> Episodes of N, for each of S. act: (S, N, O) -> (S, N, A)."""
     environments.begin(seeds)
@@ -232,30 +188,6 @@ def play(environments: Environments, seeds: list[list[int]], act: Callable[[Tens
     return [Episodes(observations[s], actions[s], lengths[s], ended[s], returns[s]) for s in range(len(returns))]
 
 
-def write_episodes(path: Path, episodes: Episodes, **more: np.ndarray) -> None:
-    """Write episodes, and arrays with a row for each, to an .npz, whole or not at all."""
-    partial = path.with_name(f".partial_{path.name}")
-    with open(partial, "wb") as f:
-        arrays: dict[str, Any] = {**vars(episodes), **more}
-        np.savez_compressed(f, **arrays)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-
-
-def read_episodes(path: Path) -> tuple[Episodes, dict[str, np.ndarray]]:
-    """(episodes, the other arrays) of write_episodes. Raises UserError if the file is not whole."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        return Episodes(**{name: arrays.pop(name) for name in Episodes.__dataclass_fields__}), arrays
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{path}: found no readable episodes ({reason}); delete it, and the next run makes it again"
-        ) from None
-
-
 def versions() -> dict[str, str]:
     """Versions of what an environment is made of."""
     from importlib.metadata import PackageNotFoundError, version
@@ -267,11 +199,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "none"
     return found
-
-
-def cache_key(made_by: dict) -> str:
-    """Short name of a data set: a digest of all that made it."""
-    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
 
 
 # ---- pictures ----
@@ -319,6 +246,7 @@ class ControlRun(Run):
     """A run of one process without a tokenizer. state() and load_state() of its `learner` are what a checkpoint holds."""
 
     learner: Any
+    hint: str
 
     def __init__(self, args, script: str, metrics: dict[str, str], within: "ControlRun | None" = None):
         from extras.run_directory import make_directory

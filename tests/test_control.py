@@ -26,7 +26,9 @@ from common import UserError
 from common.args import main
 from common.streams import stream_seed
 from extras import control, run_directory, terminal
-from extras.control import Environments, Episodes
+from extras import episodes as episodes_of
+from extras.control import Environments
+from extras.episodes import Episodes
 
 LIMIT = 9  # steps of an episode of the toy
 
@@ -556,7 +558,7 @@ def test_pairs_are_segments_with_the_preferred_first(horizon):
     preferred = numbered([8, 6, 2, 8], [False, True, True, True], first=10)
     rejected = numbered([8, 1, 5], [False, True, True], first=20)
     args = settings(horizon=horizon, segment_length=3, flip_labels=0.0)
-    pairs = script.draw_pairs(preferred, rejected, 2000, args, 0)
+    pairs = episodes_of.draw_pairs(preferred, rejected, 2000, args, 0)
     assert pairs.rows.shape == (2000, 2, 3, 5) and pairs.following.shape == (2000, 2, 3, 2)
     seen = set()
     for p in range(2000):
@@ -579,8 +581,8 @@ def test_pairs_are_segments_with_the_preferred_first(horizon):
 
 def test_a_share_of_the_labels_is_wrong_and_nothing_else_changes():
     preferred, rejected = numbered([8] * 3, [False] * 3, first=10), numbered([8] * 3, [False] * 3, first=20)
-    right = script.draw_pairs(preferred, rejected, 4000, settings(), 0)
-    wrong = script.draw_pairs(preferred, rejected, 4000, settings(flip_labels=0.3), 0)
+    right = episodes_of.draw_pairs(preferred, rejected, 4000, settings(), 0)
+    wrong = episodes_of.draw_pairs(preferred, rejected, 4000, settings(flip_labels=0.3), 0)
     flipped = wrong.rows[:, 0, 0, 0] >= 20
     assert flipped.float().mean() == pytest.approx(0.3, abs=0.03) and not (right.rows[:, 0, 0, 0] >= 20).any()
     for name in ("rows", "counted", "following", "ended"):
@@ -603,7 +605,7 @@ def test_pairs_that_judge_are_right_and_other_ones(expert):
 @pytest.mark.parametrize("discount", [True, False])
 def test_steps_of_demonstrations_and_their_weights(horizon, discount):
     episodes = numbered([3, 8], [True, False])
-    rows, weights = script.steps_of(episodes, settings(horizon=horizon, discount_demo=discount, gamma=0.9))
+    rows, weights = episodes_of.steps_of(episodes, settings(horizon=horizon, discount_demo=discount, gamma=0.9))
     expected = [(n, t) for n in range(2) for t in range(8) if n == 1 or t < 3 or horizon == "absorbing"]
     assert len(rows) == len(weights) == len(expected)
     for row, weight, (n, t) in zip(rows.tolist(), weights.tolist(), expected, strict=True):
@@ -896,9 +898,9 @@ def test_ipl_orders_pairs_and_moves_towards_better_actions(expert, horizon):
     rows = torch.cat([o, push.clamp(-0.99, 0.99), torch.zeros(p, 2, length, 1)], -1)
     none = torch.zeros(p, 2, length)
     after = x + 0.2 * push.sum(-1, keepdim=True)
-    pairs = script.Pairs(rows, none + 1, torch.cat([after, after**2], -1), none)
+    pairs = episodes_of.Pairs(rows, none + 1, torch.cat([after, after**2], -1), none)
     data = script.Data(settings(horizon=horizon))
-    data.pairs = script.Pairs(*(getattr(pairs, f.name)[:200] for f in dataclasses.fields(pairs)))
+    data.pairs = episodes_of.Pairs(*(getattr(pairs, f.name)[:200] for f in dataclasses.fields(pairs)))
     of = learner(
         data,
         method="ipl",
@@ -1029,7 +1031,7 @@ def leveled(levels: list[float]) -> tuple[Episodes, np.ndarray]:
 
 def test_checkpoints_are_sorted_between_the_untrained_and_the_best():
     episodes, checkpoint = leveled([-100, -150, -61, -59, -31, -29, -12, -9, 0, -95])
-    low, medium, high = script.sort_episodes(episodes, checkpoint, settings())
+    low, medium, high = episodes_of.sort_episodes(episodes, checkpoint, settings())
     assert sorted(set(low.observations[:, 0, 0] // 2)) == [0, 1, 2, 9]
     assert sorted(set(medium.observations[:, 0, 0] // 2)) == [3, 4]
     assert sorted(set(high.observations[:, 0, 0] // 2)) == [7, 8]
@@ -1046,7 +1048,7 @@ def test_too_few_checkpoints_is_one_line(levels, name):
     with pytest.raises(
         UserError, match=f"^{name}: found no checkpoint of the expert in its class, .*; levels: 0.00, "
     ) as error:
-        script.sort_episodes(episodes, checkpoint, settings())
+        episodes_of.sort_episodes(episodes, checkpoint, settings())
     assert "\n" not in str(error.value)
 
 
@@ -1177,7 +1179,7 @@ def test_versions_of_what_made_an_expert_are_in_its_key(tmp_path, monkeypatch):
     assert len(folders) == 3
     for folder in folders:
         made_by = json.loads((folder / "made_by.json").read_text())
-        assert folder.name == f"toy__{control.cache_key(made_by)}" and {"hidden", "seed", "mujoco"} <= set(made_by)
+        assert folder.name == f"toy__{episodes_of.cache_key(made_by)}" and {"hidden", "seed", "mujoco"} <= set(made_by)
 
 
 def test_a_corrupt_file_of_episodes_is_one_line(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 import aihf_mujoco
-from extras import control
+from extras import episodes as episodes_file
 
 sys.path.append(str(ROOT / "benchmark"))
 import control_table as table
@@ -47,12 +47,12 @@ def make_run(folder, method: str, last: list[float], steps: int = 6, gap: float 
     make_log(folder, method, rows, total_steps=10_000 * (steps - 1), **settings)
 
 
-def make_episodes(levels: list[float], each: int = 5) -> tuple[control.Episodes, np.ndarray]:
+def make_episodes(levels: list[float], each: int = 5) -> tuple[episodes_file.Episodes, np.ndarray]:
     """Episodes of one step, whose returns are those levels for each checkpoint, give or take 1."""
     rng, n = np.random.default_rng(0), len(levels) * each
     returns = np.repeat(levels, each) + rng.uniform(-1, 1, n)
     observations, actions = np.zeros((n, 2, 3), np.float32), np.zeros((n, 1, 2), np.float32)
-    episodes = control.Episodes(observations, actions, np.ones(n, int), np.zeros(n, bool), returns)
+    episodes = episodes_file.Episodes(observations, actions, np.ones(n, int), np.zeros(n, bool), returns)
     return episodes, np.repeat(np.arange(len(levels)), each)
 
 
@@ -69,7 +69,7 @@ def runs(tmp_path_factory):
         folder = root / "data" / f"{env}-v5__0123abcd"
         folder.mkdir(parents=True)
         episodes, checkpoint = make_episodes([0.0, 200.0, 550.0, 950.0, 1000.0])
-        control.write_episodes(folder / "episodes.npz", episodes, checkpoint=checkpoint)
+        episodes_file.write_episodes(folder / "episodes.npz", episodes, checkpoint=checkpoint)
         made_by = dataclasses.asdict(aihf_mujoco.Args(env=f"{env}-v5", **EXPERT))
         made_by |= {name: made_by[flag] for name, flag in table.EXPERT_FLAGS.items()} | {"gymnasium": "0.0"}
         (folder / "made_by.json").write_text(
@@ -150,7 +150,7 @@ def test_two_runs_are_compared_seed_by_seed_at_the_last_step_of_both(tmp_path):
 def test_demonstrations_are_those_that_the_runs_learn_from(runs, monkeypatch):
     run = table.load(runs / "Hopper" / "aihf")
     found = table.load_data(runs, run).classes["demonstrations"]
-    made = control.read_episodes(runs / "data" / "Hopper-v5__0123abcd" / "episodes.npz")
+    made = episodes_file.read_episodes(runs / "data" / "Hopper-v5__0123abcd" / "episodes.npz")
     monkeypatch.setattr(aihf_mujoco, "expert_episodes", lambda *_: (made[0], made[1]["checkpoint"], runs))
     data = aihf_mujoco.Data(aihf_mujoco.Args(**run.args))
     assert len(found) == 2 and found.returns.tolist() == data.demonstrations.returns.tolist()
