@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import UserError
 from common.args import Auto, check_values, main, require
 from common.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_1, ZERO_TO_1
 from common.store import read_metrics, write_json
@@ -494,8 +495,10 @@ class Learner:
         means = {name: (total / self.counts[name]).tolist() for name, total in self.totals.items()}
         self.totals, self.counts = {}, {}
         for s, row in enumerate(rows):
-            measured = {**row, **{name: values[s] for name, values in means.items()}}
-            self.run.log({name: float(value) for name, value in measured.items()}, step=step, seed=self.seeds[s])
+            measured = {name: float(x) for name, x in row.items()} | {name: values[s] for name, values in means.items()}
+            self.run.log(measured, step=step, seed=self.seeds[s])
+            if wrong := [name for name, value in measured.items() if not math.isfinite(value)]:
+                raise UserError(f"found {wrong[0]} of seed {self.seeds[s]} not finite at step {step}: it has diverged")
         if args.method == "sac":
             self.run.save_weights(f"policies/{step:08d}", {"policy": self.sac.policy})
 

@@ -1015,6 +1015,15 @@ def test_means_of_metrics_are_over_what_was_counted_since_the_last_evaluation():
     assert [row["eval/return"] for row in of.run.rows[:2]] == [row["eval/return"] for row in of.run.rows[2:]]
 
 
+def test_a_seed_that_has_diverged_ends_the_run_and_is_named():
+    of = learner(method="sac", num_seeds=2)
+    of.count({"sac/q": torch.tensor([1.0, 2.0])})
+    of.count({"sac/critic_loss": torch.tensor([1.0, math.inf])})
+    with pytest.raises(UserError, match="found sac/critic_loss of seed 2 not finite at step 0: it has diverged"):
+        of.evaluate(0)
+    assert len(of.run.rows) == 2
+
+
 @pytest.mark.parametrize("order, expected", [([0, 1, 2, 3, 4], 1.0), ([4, 3, 2, 1, 0], -1.0), ([1, 0, 2, 4, 3], 0.8)])
 def test_rank_correlation(order, expected):
     x = torch.tensor([0.1, 0.5, 2.0, 30.0, 31.0])

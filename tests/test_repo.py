@@ -399,7 +399,7 @@ def test_the_readme_is_short():
 
 
 # ---- sizes ----
-MOST_LINES = {"rft.py": 580, "irl_ppo_tldr.py": 720, "aihf_mujoco.py": 880}
+MOST_LINES = {"rft.py": 580, "irl_ppo_tldr.py": 720, "aihf_mujoco.py": 890}
 
 
 def lines(path: Path) -> int:
