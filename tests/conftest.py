@@ -43,6 +43,7 @@ LONGEST = (  # files that take longest, the longest first: begun early, they lea
     "test_irl_runs",
     "test_irl_ppo",
     "test_theory",
+    "test_control",
     "test_rft",
     "test_aihf",
     "test_bad_input",
