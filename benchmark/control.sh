@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The AIHF paper's Fig. 5 and Tab. 1 on our scale: AIHF, RLHF, inverse RL alone, BC and IPL on three control tasks, and what changes with
 # the data, the horizon and the reward's steps. One expert and one data set for each environment. A run that is there is used
-# again; one that was cut off goes on. LANES runs at a time, one core each; about five core-hours.
+# again; one that was cut off goes on. LANES runs at a time, one core each; about four core-hours. MORE=1 adds seeds on HalfCheetah.
 #   LANES=2 SEEDS=3 bash benchmark/control.sh [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,12 +34,14 @@ for env in HalfCheetah Hopper Walker2d; do
   go "$env/irl" "${task[@]}" --preference-weight 0
   go "$env/ipl" "${task[@]}" --method ipl --eval-every 1000
 done
-more=(--env HalfCheetah-v5 --seed "$((seeds + 1))") # as many seeds again, where a run is shortest
-go "HalfCheetah/aihf_seed_$((seeds + 1))" "${more[@]}"
-go "HalfCheetah/rlhf_seed_$((seeds + 1))" "${more[@]}" --demo-weight 0
-go "HalfCheetah/irl_seed_$((seeds + 1))" "${more[@]}" --preference-weight 0
-go "HalfCheetah/ipl_seed_$((seeds + 1))" "${more[@]}" --method ipl --eval-every 1000
-go "HalfCheetah/bc_seed_$((seeds + 1))" "${more[@]}" --method bc --eval-every 2500
+if [ -n "${MORE:-}" ]; then # as many seeds again, where a run is shortest
+  more=(--env HalfCheetah-v5 --seed "$((seeds + 1))")
+  go "HalfCheetah/aihf_seed_$((seeds + 1))" "${more[@]}"
+  go "HalfCheetah/rlhf_seed_$((seeds + 1))" "${more[@]}" --demo-weight 0
+  go "HalfCheetah/irl_seed_$((seeds + 1))" "${more[@]}" --preference-weight 0
+  go "HalfCheetah/ipl_seed_$((seeds + 1))" "${more[@]}" --method ipl --eval-every 1000
+  go "HalfCheetah/bc_seed_$((seeds + 1))" "${more[@]}" --method bc --eval-every 2500
+fi
 cheetah=(--env HalfCheetah-v5 --total-steps 50000)
 for n in 1 4; do
   go "HalfCheetah/aihf_demonstrations_$n" "${cheetah[@]}" --num-demonstrations "$n"
