@@ -46,7 +46,8 @@ def refused(tmp_path, monkeypatch, capsys):
             else:
                 module = SCRIPTS[script]
                 entry = next(getattr(module, n) for n in ("train", "evaluate", "make") if hasattr(module, n))
-                main(lambda: entry(parse_args(module.Args, "", module.SETTINGS)))
+                parse = getattr(module, "parse", lambda: parse_args(module.Args, "", module.SETTINGS))
+                main(lambda: entry(parse()))
         except SystemExit as stop:
             problem = None if stop.code == 2 else f"exit status {stop.code}"
         except BaseException as error:  # what a user would see as a traceback
