@@ -20,7 +20,7 @@ from common.run import Run
 from common.store import sync_path, write_json, write_manifest
 from extras import terminal
 from extras.episodes import Episodes
-from extras.resume import manifest_problem
+from extras.resume import cut_metrics, newest_whole
 
 INSTALL = "pip install -r requirements/mujoco.txt"
 
@@ -306,23 +306,17 @@ class ControlRun(Run):
 
     def load_checkpoint(self) -> dict | None:
         """With --resume, load the newest checkpoint that is whole, and cut metrics.jsonl back to it. Returns its position."""
-        found = checkpoints(self) if self.args.resume else []
-        for path in reversed(found):
-            if problem := manifest_problem(path):
-                self.print(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
-                continue
-            self.learner.load_state(torch.load(path / "state.pt", weights_only=True))
-            self.position = json.loads((path / "position.json").read_text())
-            size, metrics = self.position.pop("metrics_bytes"), self.dir / "metrics.jsonl"
-            if metrics.exists():
-                os.truncate(metrics, min(size, metrics.stat().st_size))
-            self.print(f"resumed from {path}")
-            self.saved, self.last_step = str(self.position), self.position["step"]
-            return self.position
-        if found:
-            raise UserError(f"--resume: none of the {len(found)} checkpoints in {self.dir / 'checkpoint'} is whole")
-        (self.dir / "metrics.jsonl").unlink(missing_ok=True)
-        return None
+        if not self.args.resume:
+            return None
+        path = newest_whole(self)
+        if path is None:
+            return None
+        position = json.loads((path / "position.json").read_text())
+        cut_metrics(self, path, position.pop("metrics_bytes"))
+        self.learner.load_state(torch.load(path / "state.pt", weights_only=True))
+        self.print(f"resumed from {path}")
+        self.position, self.saved, self.last_step = position, str(position), position["step"]
+        return position
 
     def save_weights(self, name: str, modules: dict[str, torch.nn.Module]) -> Path:
         """Write the weights of modules to <name>.safetensors in the run's folder, whole or not at all."""

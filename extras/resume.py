@@ -16,15 +16,26 @@ def load_checkpoint(run) -> dict | None:
     UserError if checkpoints exist and none is whole, or if the newest whole one does not fit this launch (read_checkpoint).
     """
     run.accelerator.wait_for_everyone()
+    path = newest_whole(run)
+    if path is None:
+        return None
+    run.position = read_checkpoint(run, path)
+    run.print(f"resumed from {path}")
+    run.saved, run.last_step = str(run.position), run.position["step"]
+    return run.position
+
+
+def newest_whole(run) -> Path | None:
+    """Find the newest checkpoint that is whole; name those that are not. None, without metrics.jsonl, if none was written.
+
+    Raises UserError if checkpoints exist and none is whole.
+    """
     found = checkpoints(run)
     for path in reversed(found):
         if problem := manifest_problem(path):
             run.print(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
             continue
-        run.position = read_checkpoint(run, path)
-        run.print(f"resumed from {path}")
-        run.saved, run.last_step = str(run.position), run.position["step"]
-        return run.position
+        return path
     if found:
         raise UserError(f"--resume: none of the {len(found)} checkpoints in {run.dir / 'checkpoint'} is whole")
     if run.is_main:
@@ -54,6 +65,12 @@ def read_checkpoint(run, path: Path) -> dict:
         raise UserError(
             f"--resume: found {path.name}, which another version wrote ({error}); expected a checkpoint of this one"
         ) from error
+    cut_metrics(run, path, size)
+    return position
+
+
+def cut_metrics(run, path: Path, size: int) -> None:
+    """Cut metrics.jsonl back to the bytes that it had at a checkpoint. Raises UserError if rows are lost."""
     metrics = run.dir / "metrics.jsonl"
     if run.is_main and metrics.exists():
         if metrics.stat().st_size < size:
@@ -62,7 +79,6 @@ def read_checkpoint(run, path: Path) -> dict:
                 " lost; put it back, or delete it to go on without them"
             )
         os.truncate(metrics, size)
-    return position
 
 
 def manifest_problem(folder: Path) -> str | None:

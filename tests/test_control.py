@@ -1329,6 +1329,14 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(expert, tmp_pat
         resumed(cut)
 
 
+def test_lost_rows_of_metrics_are_noticed(expert, tmp_path):
+    run_of(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(UserError, match="^--resume: found .*metrics.jsonl of .* bytes, expected .* rows are lost"):
+        resumed(tmp_path / "run")
+
+
 def test_a_full_disk_is_one_line_and_leaves_what_is_there(expert, tmp_path, monkeypatch):
     save = torch.save
 
