@@ -165,12 +165,21 @@ def run(script_main: Callable[[], None]) -> None:
         status = stop.code
     finally:
         warnings.formatwarning = shown
-    if "RANK" in os.environ and status:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else 1)  # the launcher ends the other ranks
+    if "RANK" in os.environ:
+        leave_ranks(status)
     if status:
         sys.exit(status)
+
+
+def leave_ranks(status: int | str | None) -> None:
+    """End a process of a launcher at once: everything is saved, and after a failure the launcher ends the other ranks.
+
+    If the interpreter took itself down first, a thread of gloo could still hold a tensor and abort a run that had finished
+    (pytorch/pytorch#179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 SECONDS_BETWEEN_LINES = 15  # of progress where stderr is no terminal

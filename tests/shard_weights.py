@@ -9,6 +9,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 
+from extras.terminal import leave_ranks
 from extras.vllm_engine import checksum, full_weights
 
 
@@ -67,8 +68,9 @@ def main(engine: str, kind: str, folder: str) -> None:
         optimizer.step()
         step(sharded(input_ids=ids, labels=ids).loss)
     assert sums[0] != sums[1]
-    print("equal", flush=True)
+    print("equal")
     torch.distributed.destroy_process_group()
+    leave_ranks(0)
 
 
 if __name__ == "__main__":

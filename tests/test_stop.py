@@ -167,6 +167,16 @@ def test_a_stop_that_something_holds_up_is_forced():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130 and time.time() - started < 20
 
 
+def test_a_rank_that_has_finished_takes_no_status_from_the_interpreters_end():
+    """A thread of gloo may abort there, and the launcher would call the whole run a failure."""
+    program = "import atexit, os; atexit.register(os.abort); from extras import terminal; terminal.run(lambda: print('saved'))"
+    for rank, status in ({}, -signal.SIGABRT), ({"RANK": "0"}, 0):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=os.environ | rank, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (status, "saved\n"), done.stderr
+
+
 def test_a_signal_that_comes_again_is_the_same_one_for_ten_seconds(monkeypatch, capfd):
     """As a launcher passes it on; later it means at once, updates or not."""
     left = []
