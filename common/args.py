@@ -78,6 +78,8 @@ class BaseArgs:
     attn_implementation: str = "auto"
     """attention of transformers: sdpa, eager, flash_attention_2, ...; auto: flash attention where installed, on CUDA in bf16;
     else sdpa, or eager where a model has none. With flash attention batches have no padding."""
+    share_prompts: bool = True
+    """score answers to one prompt in one row where the model can: the same numbers, with less work (docs/shared_prompts.md)."""
     template: Literal["auto", "paper"] = "auto"
     """auto: the chat template of --model's tokenizer, else the RFT paper's "### Instruction"; paper: the latter for any model, as
     the paper does for zephyr too. Saved tokenizers then have no chat template, so that all that follows asks alike."""
@@ -122,7 +124,7 @@ class RunArgs(BaseArgs):
     sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two
     scalar_models: ClassVar[int] = 0  # beside the policy: 1 is a reward model, 2 a value model too
     # flag -> how a run behaved before the flag existed, if that is not its default or its default is auto
-    before: ClassVar[dict] = {"template": "auto", "turns": "last"}
+    before: ClassVar[dict] = {"template": "auto", "turns": "last", "share_prompts": False}
 
     max_samples: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """demonstrations to use, the first N in a seeded order; 0 means all. RFT paper, as SPIN: 50,000 of UltraChat200k."""

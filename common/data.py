@@ -224,21 +224,26 @@ class Batch:
     response_ids: Tensor  # (B, T) right-padded
     response_mask: Tensor  # (B, T) bool, True through EOS
     response_start: Tensor  # (B,) index of the first response token in input_ids
+    prompt_of: Tensor | None = None  # (B,) equal numbers for equal prompts; None if all prompts differ
 
     def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: x.to(device) for name, x in given.items() if x is not None})
 
 
 def collate(sequences: list[tuple[list[int], list[int]]], pad_token_id: int) -> Batch:
     """[(prompt_ids, response_ids)] -> Batch."""
     starts = torch.tensor([len(prompt) for prompt, _ in sequences])
     lengths = torch.tensor([len(response) for _, response in sequences])
+    seen: dict[tuple, int] = {}
+    prompt_of = [seen.setdefault(tuple(prompt), len(seen)) for prompt, _ in sequences]
     return Batch(
         pad_right([[*prompt, *response] for prompt, response in sequences], pad_token_id),
         (torch.arange(int((starts + lengths).max())) < (starts + lengths)[:, None]).long(),
         pad_right([response for _, response in sequences], pad_token_id),
         torch.arange(int(lengths.max())) < lengths[:, None],
         starts,
+        torch.tensor(prompt_of) if len(seen) < len(sequences) else None,
     )
 
 

@@ -3,7 +3,7 @@
 Dims: B sequences, L prompt + response tokens, T response tokens, V vocabulary, N response tokens in the batch.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +42,11 @@ def response_logprobs(model, batch: Batch, temperature: float = 1.0) -> Response
     # The plain version holds B x L x V logits, which can take more memory than the rest of the step. This one makes only the
     # logits that predict response tokens, in chunks. Its values and gradients equal the plain version's (tests/test_logprobs.py).
     from extras.fused_head import score_positions
+    from extras.packing import model_inputs
 
     mask = batch.response_mask
-    inputs, begin = model_inputs(language_model(model).config, batch)
-    row, t = mask.nonzero(as_tuple=True)  # (N,), (N,)
-    where = (begin + batch.response_start - 1)[row] + t  # token t is predicted at the position before it
-    scores = score_positions(model, inputs, where, batch.response_ids[mask], temperature)  # (3, N)
+    inputs, before, _ = model_inputs(language_model(model), batch)
+    scores = score_positions(model, inputs, before[mask], batch.response_ids[mask], temperature)  # (3, N)
 
     def scatter(values: Tensor) -> Tensor:  # (N,) -> (B, T)
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
@@ -84,20 +83,6 @@ def score_tokens(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> T
         entropy = -(logp.exp() * logp).sum(-1)
         correct = logits.argmax(-1) == targets
     return torch.stack([chosen, entropy, correct.to(logp.dtype)])
-
-
-def model_inputs(config, batch: Batch) -> tuple[dict[str, Any], Tensor]:
-    """Return the inputs of a forward pass, and the index (B,) in its flattened output where each sequence begins.
-
-    The rows are right-padded, or packed into one row without padding where the model's attention supports that.
-    """
-    from extras import packing
-
-    if packing.padding_free(config):
-        return packing.packed_inputs(batch)
-    rows, length = batch.input_ids.shape
-    begin = torch.arange(rows, device=batch.input_ids.device) * length
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, begin
 
 
 def language_model(model) -> torch.nn.Module:

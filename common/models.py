@@ -70,7 +70,7 @@ def load_model(args, name: str = "", flag: str = "--model", only_check: bool = F
     """
     from transformers import AutoModelForCausalLM
 
-    from extras import loading, noise
+    from extras import loading, noise, shared_prompts
 
     name = name or args.model
     config = load_config(name, args.trust_remote_code, flag)
@@ -86,7 +86,8 @@ def load_model(args, name: str = "", flag: str = "--model", only_check: bool = F
     )
     loading.refuse_unfit(model, info, name, flag)
     loading.freeze_other_modalities(model)
-    return noise.without_noise(model)
+    model = noise.without_noise(model)
+    return model if only_check else shared_prompts.settle(model, args, f"{flag} {name}")
 
 
 def autocast_forward(run, model):

@@ -41,14 +41,13 @@ class ScalarModel(torch.nn.Module):
         if not hasattr(inner, "score"):  # an encoder: its own forward reads the right token
             logits = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             return logits[:, 0].float() - self.center
-        inputs, begin = logprobs.model_inputs(inner.config, batch)
+        from extras.packing import model_inputs
+
+        inputs, before, last = model_inputs(inner, batch)
         hidden = getattr(inner, inner.base_model_prefix)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        first = begin + batch.response_start  # (B,) index of each first response token
         if not every:
-            return self.head(inner, hidden[first + batch.response_mask.sum(-1) - 1])
-        offsets = torch.arange(batch.response_mask.shape[1], device=hidden.device)
-        index = (first[:, None] - 1 + offsets).clamp(max=len(hidden) - 1)  # (B, T)
-        values = self.head(inner, hidden[index])
+            return self.head(inner, hidden[last])
+        values = self.head(inner, hidden[before])  # (B, T)
         return torch.where(batch.response_mask, values, torch.zeros_like(values))
 
     @property
@@ -105,7 +104,7 @@ def load_scalar_model(
     """
     from transformers import AutoModelForSequenceClassification
 
-    from extras import loading, noise
+    from extras import loading, noise, shared_prompts
 
     options: dict = {"device_map": "meta"} if only_check else {}
     if head_seed is not None:
@@ -119,7 +118,8 @@ def load_scalar_model(
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=stream) / math.sqrt(weight.shape[1] + 1))
     loading.refuse_not_finite(model, name, flag)
-    return ScalarModel(noise.without_noise(model))
+    model = noise.without_noise(model)
+    return ScalarModel(model if only_check else shared_prompts.settle(model, args, f"{flag} {name}"))
 
 
 def prepare_scalar(args, name: str, flag: str) -> ScalarModel:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
 from extras import terminal
 from extras.out_of_memory import names_flag_when_out_of_memory
+from extras.shared_prompts import same_prompts, scoring_order
 from extras.terminal import progress
 
 
@@ -224,9 +226,9 @@ class Run:
     def score_batches(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
         """score(batch) -> a result per row, on this rank, over length-sorted batches of [(prompt ids, response ids)].
 
-        Without gradient; results in the order of `sequences`.
+        Sequences with the same prompt stand together. Without gradient; results in the order of `sequences`.
         """
-        order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
+        order = scoring_order(self.args, sequences)
         size, out = self.args.per_device_eval_batch_size, [None] * len(sequences)
         with torch.no_grad():
             for i in range(0, len(order), size):
@@ -238,11 +240,16 @@ class Run:
         return out
 
     def map_sequences(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
-        """score_batches shared over ranks, gathered in order on all of them."""
-        shared = self.shared(advance)
-        return self.map_rows(
-            len(sequences), lambda mine: self.score_batches([sequences[i] for i in mine], score, shared)
-        )
+        """score_batches shared over ranks, gathered in order on all of them. A rank scores all sequences with one prompt."""
+        groups = same_prompts(self.args, sequences)
+
+        def work(mine: list[int]) -> list[list]:
+            own = [sequences[i] for k in mine for i in groups[k]]
+            scored = iter(self.score_batches(own, score, self.shared(advance)))
+            return [list(itertools.islice(scored, len(groups[k]))) for k in mine]
+
+        results = dict(zip(itertools.chain(*groups), itertools.chain(*self.map_rows(len(groups), work)), strict=True))
+        return [results[i] for i in range(len(sequences))]
 
     def stored(self, path: Path, make: Callable[[], list[dict]], since: int | None = None) -> list[dict]:
         """Rows of a Parquet file of this run; if it is not there, made by make() in all ranks together and written by rank 0.

@@ -425,7 +425,7 @@ def test_metrics_of_pairs_are_what_they_say():
 
 
 def test_batches_are_not_edited_in_place(model):
-    batch = collate(SEQUENCES, 0)
+    batch = collate([*SEQUENCES, SEQUENCES[0]], 0)
     before = copy.deepcopy(batch)
     response_logprobs(model, batch).logprobs.sum().backward()
     for field in dataclasses.fields(Batch):
@@ -438,7 +438,7 @@ def test_kl_estimates_agree_with_the_exact_kl():
     policy, ref = exact.make_model("gpt_neox", 0), exact.make_model("gpt_neox", 1)
     prompt = exact.PROMPTS[1]
     run = Run.__new__(Run)
-    run.args, run.accelerator = SimpleNamespace(per_device_eval_batch_size=32), SimpleNamespace(device="cpu")
+    run.args, run.accelerator = irft.Args(per_device_eval_batch_size=32), SimpleNamespace(device="cpu")
     run.rank, run.world = 0, 1
     sequences = [(prompt, y) for y in exact.RESPONSES]
     ours, theirs = evals.sequence_logprobs(run, policy, sequences), evals.sequence_logprobs(run, ref, sequences)
