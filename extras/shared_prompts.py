@@ -33,7 +33,7 @@ def settle(model, args, owner: str):
     owner: the flag and the name of the model. The decision is an attribute of the model, which copies of it have too.
     """
     limits = Limits(getattr(text_config(model.config), "hidden_size", 1024), token_limit(model))
-    key = type(model).__name__, str(model.dtype), model.config._attn_implementation, model.config.to_json_string()
+    key = identity(model)
     if args.share_prompts and key not in DECISIONS:
         DECISIONS[key] = refusal(model, limits)
     reason = DECISIONS[key] if args.share_prompts else "--no-share-prompts"
@@ -44,6 +44,11 @@ def settle(model, args, owner: str):
         print(line, flush=True)
     SAID.add(line)
     return model
+
+
+def identity(model) -> tuple[str, ...]:
+    """Return the key of the model in DECISIONS."""
+    return type(model).__name__, str(model.dtype), model.config._attn_implementation, model.config.to_json_string()
 
 
 def refusal(model, limits: Limits) -> str:

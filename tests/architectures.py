@@ -27,8 +27,8 @@ import irft  # noqa: E402
 from common import UserError, models  # noqa: E402
 from common.data import collate  # noqa: E402
 from common.generation import Generator  # noqa: E402
-from common.logprobs import response_logprobs  # noqa: E402
-from extras import adapters  # noqa: E402
+from common.logprobs import plain_logprobs, response_logprobs  # noqa: E402
+from extras import adapters, packing, shared_prompts  # noqa: E402
 from extras.agreement import check_agreement  # noqa: E402
 
 VOCABULARY, WINDOW = 320, 64
@@ -261,6 +261,45 @@ def outcome(name: str) -> tuple[str, str]:
     return ("wrong", str(far)) if far else ("passes", f"{max(found.values()):.0e}")
 
 
+def gradients(model, logprobs: torch.Tensor) -> torch.Tensor:
+    """Gradients of all weights, one after the other, of the log-probs (B, T) with another weight for each."""
+    model.zero_grad()
+    (logprobs * torch.linspace(1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def sharing(name: str) -> str:
+    """Say whether answers to one prompt are scored in one row: yes, `in its window`, or `no: reason`. AssertionError if wrongly.
+
+    Values and gradients of packed rows must be those of the plain version, which scores separate rows.
+    """
+    model = build(name).eval()
+    limits = shared_prompts.settle(model, irft.Args(), name).shared_prompts
+    if limits is None:
+        reason = shared_prompts.DECISIONS[shared_prompts.identity(model)]
+        return f"no: {reason.split(', by')[0].removeprefix(type(model).__name__).strip()}"
+    sizes = (
+        {3: (12, 1, 20, 12), 30: (1, 20, 8, 30), 17: (2, 2)}
+        if limits.tokens > WINDOW
+        else {2: (2, 1, 3), 4: (3,), 3: (1, 3)}
+    )
+    draw = random.Random(1)
+    sequences = [
+        (prompt, [draw.randrange(5, 290) for _ in range(n)])
+        for prompt, answers in (([draw.randrange(5, 290) for _ in range(p)], own) for p, own in sizes.items())
+        for n in answers
+    ]
+    batch = collate(sequences, 0)
+    model.shared_prompts = limits._replace(width=10**6)  # tokens alone decide
+    rows = packing.cheapest_rows(batch, model.shared_prompts)
+    assert rows and len(rows.leaders) == 3 and limits.tokens >= rows.tokens and rows.tokens in (8, 89), rows
+    plain, found = plain_logprobs(model, batch), response_logprobs(model, batch).logprobs
+    expected = gradients(model, plain)
+    assert (far := (found - plain).abs().max()) < TOLERANCE, far
+    assert (far := (gradients(model, found) - expected).norm() / expected.norm()) < TOLERANCE, far
+    return "yes" if limits.tokens == float("inf") else "in its window"
+
+
 BEGIN, END = "<!-- architectures -->\n", "<!-- end -->\n"
 PAGE = ROOT / "docs" / "models.md"
 TABLE_ROW = re.compile(r"^\| `([\w-]+)` \| `\w+` \| (passes|refused|not built) \|", re.M)
@@ -269,6 +308,11 @@ TABLE_ROW = re.compile(r"^\| `([\w-]+)` \| `\w+` \| (passes|refused|not built) \
 def documented() -> dict[str, str]:
     """{model_type: outcome} of the table in docs/models.md."""
     return dict(TABLE_ROW.findall(PAGE.read_text()))
+
+
+def documented_sharing() -> dict[str, str]:
+    """{model_type: what `sharing` says} of the architectures that pass, from the last column of the table."""
+    return dict(re.findall(r"^\| `([\w-]+)` \| `\w+` \| passes \|.*\| (.+) \|$", PAGE.read_text(), re.M))
 
 
 def reason(detail: str) -> str:
@@ -286,13 +330,17 @@ def table() -> str:
     for name, kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         status, detail = outcome(name)
         counts[status] = counts.get(status, 0) + 1
-        rows.append(f"| `{name}` | `{kind}` | {status} | {detail if status == 'passes' else reason(detail)} |\n")
+        shares = sharing(name) if status == "passes" else "-"
+        rows.append(
+            f"| `{name}` | `{kind}` | {status} | {detail if status == 'passes' else reason(detail)} | {shares} |\n"
+        )
         print(rows[-1], end="", flush=True)
     versions = (
         f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, peft {version('peft')}"
     )
     counted = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    head = "| `model_type` | class | result | largest difference, nats per token; or why not |\n|---|---|---|---|\n"
+    head = "| `model_type` | class | result | largest difference, nats per token; or why not | shared prompts |\n"
+    head += "|---|---|---|---|---|\n"
     return f"{versions}; of {len(rows)} architectures: {counted}.\n\n{head}{''.join(rows)}"
 
 

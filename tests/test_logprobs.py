@@ -9,6 +9,7 @@ import architectures
 import exact
 import pytest
 import torch
+from architectures import gradients
 from helpers import ROOT, LookUp
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -139,12 +140,6 @@ def full_scores(model, batch: Batch, temperature: float):
         out[1, i, :length] = -(part.exp() * part).sum(-1)
         out[2, i, :length] = part.argmax(-1) == ids
     return out
-
-
-def gradients(model, logprobs) -> torch.Tensor:
-    model.zero_grad()
-    (logprobs * torch.linspace(1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 class Wrapper(torch.nn.Module):
