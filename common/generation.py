@@ -6,13 +6,12 @@ Dims: B prompts of a batch, P prompt tokens, V vocabulary.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from common.data import end_of_turn
 from common.engine import evaluating
-from common.logprobs import temper
 
 
 @dataclass
@@ -75,7 +74,7 @@ def stop_tokens(model, tokenizer) -> set[int]:
 class Generator:
     """Sampler `hf`: forward passes of transformers with a KV cache. It runs anywhere, also on a CPU.
 
-    Prompts are sorted by length and left-padded in batches. A row that has ended leaves the batch and the cache.
+    It answers batch_size prompts at a time, from the longest to the shortest. As answers end, others start in their places.
     """
 
     def __init__(self, model, tokenizer, batch_size: int, max_new_tokens: int):
@@ -94,18 +93,9 @@ class Generator:
         """Sample one response to each prompt, as Sampler.sample says. UserError if the model cannot be sampled from."""
         from extras.agreement import one_line_error
 
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        done: dict[int, tuple[list[int], bool, list[float]]] = {}
         with evaluating(self.model):
-            for start in range(0, len(order), self.batch_size):
-                part = order[start : start + self.batch_size]
-                uniforms = torch.stack([self._stream(seed, row_ids[i]) for i in part])
-                with one_line_error(self.model, self.check is not None):
-                    responses = self._batch([prompts[i] for i in part], uniforms, temperature)
-                done |= dict(zip(part, responses, strict=True))
-                advance(len(part))
-            columns = zip(*(done[i] for i in range(len(prompts))), strict=True) if prompts else ((), (), ())
-            rollout = Rollout(prompts, *map(list, columns))
+            with one_line_error(self.model, self.check is not None):
+                rollout = self._answer(prompts, row_ids, seed, temperature, advance)
             if self.check and prompts:
                 check, self.check = self.check, None
                 check(rollout, temperature)
@@ -119,47 +109,30 @@ class Generator:
         return torch.rand(self.max_new_tokens, generator=stream, dtype=torch.float64)
 
     @torch.no_grad()
-    def _batch(self, prompts, uniforms, temperature):
-        """Return [(response ids, finished, log-probs)] of one batch of prompts. uniforms: (B, max_new_tokens)."""
-        from extras import caches
+    def _answer(self, prompts, row_ids, seed, temperature, advance) -> Rollout:
+        from extras.decoding import Decoder, choose_tokens
 
-        device = self.model.device
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, P) left-padded
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        decoder = Decoder(self.model, prompts, self.batch_size, self.max_new_tokens)
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
-        finished = [False] * len(prompts)
-        rows = list(range(len(prompts)))  # of the batch, in the order of its cache
-        cache: dict[str, Any] = {}
-        extra = caches.accepted(self.model, "position_ids", "logits_to_keep")
-        for step in range(self.max_new_tokens):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            given = {"position_ids": positions, "logits_to_keep": 1}
-            seen = None if "cache_params" in cache else mask  # a state-space model's state has no padding in it
-            out = self.model(
-                input_ids=ids, attention_mask=seen, use_cache=True, **cache, **{n: given[n] for n in extra}
-            )
-            logits = out.logits[:, -1]  # (rows, V)
-            scored = temper(logits, temperature or 1.0)
-            token = inverse_cdf(scored, uniforms[rows, step].to(device)) if temperature else logits.argmax(-1)
-            chosen = scored.log_softmax(-1).gather(-1, token[:, None])[:, 0].tolist()
-            for j, (i, t) in enumerate(zip(rows, token.tolist(), strict=True)):
-                if not finished[i]:
-                    responses[i].append(t)
-                    logprobs[i].append(chosen[j])
-                    finished[i] = t in self.eos_ids
-            keep = [j for j, i in enumerate(rows) if not finished[i]]
-            if not keep or step + 1 == self.max_new_tokens:
-                break
-            cache, ids = caches.cache_of(self.model, out), token[:, None]
-            if len(keep) < len(rows) and all(caches.drops_rows(c) for c in cache.values()):
-                index = torch.tensor(keep, device=device)
-                for c in cache.values():
-                    caches.keep_rows(c, index)
-                ids, mask, rows = ids[index], mask[index], [rows[j] for j in keep]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
-        return list(zip(responses, finished, logprobs, strict=True))
+        streams: dict[int, list[float]] = {}  # of the prompts that are being answered
+        while decoder.unfinished:
+            rows, logits = decoder.next_logits(responses)  # (B, V)
+            streams |= {i: self._stream(seed, row_ids[i]).tolist() for i in rows if not responses[i]}
+            uniforms = [streams[i][len(responses[i])] if i in streams else 0.0 for i in rows]
+            chosen = choose_tokens(logits, torch.tensor(uniforms, dtype=torch.float64, device=logits.device), temperature)
+            ended = []
+            for i, (token, logprob) in zip(rows, torch.stack(chosen, -1).tolist(), strict=True):
+                if i in streams:  # else it has ended, in a cache that cannot drop it
+                    responses[i].append(int(token))
+                    logprobs[i].append(logprob)
+                    if token in self.eos_ids or len(responses[i]) == self.max_new_tokens:
+                        ended.append(i)
+                        del streams[i]
+            if ended:
+                decoder.drop(ended)
+                advance(len(ended))
+        return Rollout(prompts, responses, [y[-1] in self.eos_ids for y in responses], logprobs)
 
 
 def inverse_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
