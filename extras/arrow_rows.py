@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from common.store import digest, sync_path
-from extras.lazy import LARGE
+from extras.lazy import is_large
 
 FORMAT = 1  # of the files; another number makes all of them anew
 SIZE = 1024  # rows of a record batch
@@ -355,7 +355,7 @@ def read_parquet(path: Path, lazy: bool) -> list:
     import pyarrow.parquet as pq
 
     found = pq.read_metadata(path)
-    if not lazy or sum(found.row_group(i).total_byte_size for i in range(found.num_row_groups)) < LARGE:
+    if not lazy or not is_large(sum(found.row_group(i).total_byte_size for i in range(found.num_row_groups))):
         return pq.read_table(path).to_pylist()
     schema = pq.read_schema(path).remove_metadata()
     return kept(path.with_name(f"cache-{path.stem}.arrow"), digest(path), lambda rows: copy_parquet(path, rows), schema)

@@ -63,10 +63,15 @@ def read_at(values: Sequence, places: Sequence[int]) -> list:
 
 
 # ---- sources ----
-def is_large(*paths: Path) -> bool:
-    """True where files, and all files of folders, are together so large that their rows are not held as a list."""
+def is_large(size: int) -> bool:
+    """True for a source of so many bytes that its rows are not held as a list."""
+    return size >= LARGE
+
+
+def size_of(*paths: Path) -> int:
+    """Bytes of files, and of all files of folders."""
     files = itertools.chain.from_iterable(path.rglob("*") if path.is_dir() else [path] for path in paths)
-    return sum(p.stat().st_size for p in files if p.is_file()) >= LARGE
+    return sum(p.stat().st_size for p in files if p.is_file())
 
 
 def read_lines(path: Path, flag: str) -> Lazy:
@@ -104,7 +109,7 @@ def read_parquet(path: Path) -> Lazy:
 
 def read_dataset(dataset) -> Sequence:
     """Rows of a `datasets` set, which is an Arrow file already: a list of a small one, else Lazy."""
-    if dataset.data.nbytes < LARGE:
+    if not is_large(dataset.data.nbytes):
         return dataset.to_list()
     table = dataset.with_format("arrow")
 

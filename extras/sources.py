@@ -12,7 +12,7 @@ import tiny
 from common import UserError
 from common.data import UnusableRow
 from common.store import BrokenFile, read_pairs
-from extras.lazy import LARGE, Lazy, is_large, joined, pick, read_at, read_dataset, read_lines, read_parquet
+from extras.lazy import Lazy, is_large, joined, pick, read_at, read_dataset, read_lines, read_parquet, size_of
 from extras.left_out import warn_left_out
 
 DATASETS = {  # short name -> (hub id, configuration, training split, held-out split); a local path of the name wins
@@ -60,11 +60,11 @@ class Source:
 
         path = Path(self.name)
         if path.exists():
-            return data_digest(self.name) if is_large(path) else ""
+            return data_digest(self.name) if is_large(size_of(path)) else ""
         if self.name == "pydoc" or looks_like_path(self.name):
             return ""
         sets = open_hub(self.name, self.split, self.flag)[0]
-        return " ".join(own._fingerprint for own in sets) if sum(own.data.nbytes for own in sets) >= LARGE else ""
+        return " ".join(own._fingerprint for own in sets) if is_large(sum(own.data.nbytes for own in sets)) else ""
 
 
 def load_rows(
@@ -86,7 +86,7 @@ def load_rows(
     if path.is_dir():
         raw, own_split = read_folder(path, split, flag)
     elif path.is_file():
-        raw, own_split = read_file(path, flag, is_large(path)), False
+        raw, own_split = read_file(path, flag, is_large(size_of(path))), False
     elif looks_like_path(name):
         raise UserError(f"{flag}: found no file {name}, expected a .json, .jsonl or .parquet file, a folder, or a name")
     else:
@@ -241,7 +241,7 @@ def read_folder(path: Path, split: str, flag: str) -> tuple[Sequence, bool]:
         names[p] = next((s.split("-")[0] for s in places if s.startswith(("train", *HELD_OUT_NAMES))), p.stem)
     wanted, own_split = pick_splits(sorted(set(names.values())), split)
     chosen = [p for p in files if names[p] in wanted]
-    large = is_large(*chosen)
+    large = is_large(size_of(*chosen))
     return joined([read_file(p, flag, large) for p in chosen]), own_split
 
 
