@@ -45,7 +45,7 @@ from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIV
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, gold, metrics, preference_data, records
+from extras import agreement, gold, lazy, metrics, preference_data, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -525,7 +525,7 @@ def encode_tldr(
     longest = max_length - max_prompt_length
     how["longest_response"] = min(longest, how.get("longest_response") or longest)
     texts = ("response", "chosen", "rejected")
-    stripped = [{k: v.strip() if k in texts and v else v for k, v in row.items()} for row in rows]
+    stripped = lazy.mapped(rows, lambda row: {k: v.strip() if k in texts and v else v for k, v in row.items()})
     frame = tldr_frame(tokenizer)
     return encode(stripped, tokenizer, max_length, max_prompt_length, flag, render=render, frame=frame, **how)
 

@@ -24,13 +24,6 @@ class UnusableRow(UserError):
     """A row that cannot be used: it is left out and counted, since real data sets have some."""
 
 
-def load_rows(name: str, split: str, *kind, **how) -> list[dict]:
-    """Rows of a data set, {row, prompt, response, ...}, with the arguments of extras/sources.py::load_rows."""
-    from extras.sources import load_rows as read
-
-    return read(name, split, *kind, **how)
-
-
 # ---- templates ----
 def render_prompt(tokenizer, prompt) -> str:
     """The text before the response: the tokenizer's chat template if it has one, else PLAIN_TEMPLATE.
@@ -99,6 +92,7 @@ def encode(
     distinct: bool = False,
     render: Callable | None = None,
     frame: Frame | None = None,
+    into=None,
 ) -> list[dict]:
     """Rows -> dicts with row, prompt, prompt_ids, response_ids, prompt_text, response_text (and rejected_ids, rejected_text).
 
@@ -111,16 +105,16 @@ def encode(
     prompt holds a control token, or whose response has no tokens of its own; with `distinct`, pairs whose responses have the
     same tokens. limit: stop when so many rows are kept (0: take all); later rows are not looked at. UserError if no row
     is left. render(tokenizer, prompt) -> text replaces render_prompt; `frame` is what it writes around a response.
+    into: takes the rows, 1,024 at a time, in place of a list (extras/encoded.py).
     """
     from extras.left_out import LeftOut
     from extras.templates import Wording
 
     longest = min(max_prompt_length, max_length - 1)  # room for one token of response
     wording, left_out = Wording(tokenizer, frame), LeftOut(flag)
-    kept: list[dict] = []
-    seen = 0
+    kept, seen, most = [] if into is None else into, 0, len(rows) if into is None else 1024
     while seen < len(rows) and (not limit or len(kept) < limit):
-        part = rows[seen : seen + limit - len(kept)] if limit else rows
+        part = rows[seen : seen + min(limit - len(kept) if limit else len(rows), most)]
         seen += len(part)
         items = encode_prompts(part, tokenizer, render or render_prompt, wording, left_out)
         left_out.long += [(i["row"], len(i["prompt_ids"])) for i in items if len(i["prompt_ids"]) > longest]

@@ -4,19 +4,28 @@ import warnings
 
 from common import models
 from common.args import require
-from common.data import encode, load_rows
+from common.data import encode
 from common.streams import data_order
+from extras.lazy import pick
+from extras.sources import Source
 
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
 
 
-def encode_subset(args, tokenizer, rows: list[dict], n: int, *key: int, encode=encode, **how) -> list[dict]:
-    """Draw n of the rows that can be used (all if n is 0) and encode them. The key decides which; their order stays.
+def encode_subset(args, tokenizer, source: Source, n: int, *key: int, encode=encode, **how) -> list[dict]:
+    """Draw n of the source's rows that can be used (all if n is 0) and encode them. The key decides which; their order stays.
 
     Rows are drawn until n are kept, so prompts that are too long do not make them fewer. how: more arguments of encode.
     """
-    drawn = [rows[i] for i in data_order(len(rows), *key)] if n else rows
-    encoded = encode(drawn, tokenizer, args.max_length, args.max_prompt_length, limit=n, **how)
+    from extras.encoded import encode_source
+
+    def make(into):
+        rows = source.rows()
+        drawn = pick(rows, data_order(len(rows), *key)) if n else rows
+        return encode(drawn, tokenizer, *lengths, limit=n, into=into, **how)
+
+    lengths = args.max_length, args.max_prompt_length
+    encoded = encode_source(source, tokenizer, encode, make, n=n, key=key, lengths=lengths, how=how)
     return sorted(encoded, key=lambda row: row["row"])
 
 
@@ -30,9 +39,8 @@ def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
 
     encode: turns rows into tokens; data.encode, or a function of a script with the same arguments.
     """
-    rows = load_rows(args.dataset, "train", turns=args.turns)
-    longest = longest_response(args)
-    encoded = encode_subset(args, tokenizer, rows, args.max_samples, args.seed, encode=encode, longest_response=longest)
+    source, how = Source(args.dataset, "train", turns=args.turns), dict(longest_response=longest_response(args))
+    encoded = encode_subset(args, tokenizer, source, args.max_samples, args.seed, encode=encode, **how)
     long = [d for d in encoded if len(d["response_ids"]) > args.max_new_tokens]
     if long:
         found = f"found {len(long)} of {len(encoded)} demonstrations longer than --max-new-tokens {args.max_new_tokens}"
@@ -52,21 +60,20 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     demonstrations beside the rejected ones. encode: as in load_demonstrations.
     """
     from extras import gold, judge
-    from extras.records import say_known
+    from extras.records import count_shared, say_known
 
     gold.refuse_unusable(args)
     models.check_window(args)
     judge.refuse_unusable(args)
     if args.eval_dataset != "auto":
-        rows = load_rows(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns)
+        source = Source(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns)
     elif preferences:
-        rows = load_rows(preferences, "test", "preferences", "--preference-dataset")
+        source = Source(preferences, "test", "preferences", "--preference-dataset")
     else:
-        rows = load_rows(args.dataset, "test", turns=args.turns)
+        source = Source(args.dataset, "test", turns=args.turns)
     how = dict(flag="--eval-dataset", encode=encode, longest_response=longest_response(args))
-    rows = encode_subset(args, tokenizer, rows, args.eval_samples, EVAL_SEED, **how)
-    prompts = {r["prompt_text"] for r in training}
-    if known := sum(r["prompt_text"] in prompts for r in rows):
+    rows = encode_subset(args, tokenizer, source, args.eval_samples, EVAL_SEED, **how)
+    if known := count_shared(rows, training):
         found = f"found {known} of {len(rows)} held-out prompts among those trained on"
         warnings.warn(f"--eval-dataset: {found}: what is measured on them is not held out", stacklevel=2)
     say_known(args, rows)

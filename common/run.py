@@ -215,13 +215,10 @@ class Run:
     @names_flag_when_out_of_memory("per_device_eval_batch_size")
     def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:
         """work(indices) -> results on each rank's share of range(n), gathered in order on all ranks."""
-        from accelerate.utils import gather_object
+        from extras.gather import gather_rows
 
-        mine = list(range(self.rank, n, self.world))
-        results = list(zip(mine, work(mine), strict=True))
-        if self.world > 1:
-            results = gather_object(results)
-        return [r for _, r in sorted(results, key=lambda pair: pair[0])]
+        results = work(list(range(self.rank, n, self.world)))
+        return results if self.world == 1 else gather_rows(self.accelerator, n, results)
 
     def score_batches(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
         """score(batch) -> a result per row, on this rank, over length-sorted batches of [(prompt ids, response ids)].

@@ -86,12 +86,12 @@ class BrokenFile(UserError, ValueError):
     """A Parquet file that cannot be read."""
 
 
-def read_pairs(path: Path) -> list[dict]:
-    """Rows of a Parquet file. BrokenFile, in one line, if it is not whole."""
-    import pyarrow.parquet as pq
+def read_pairs(path: Path, lazy: bool = True) -> list:
+    """Rows of a Parquet file: dicts, or of a large one, if lazy, Rows of extras/arrow_rows.py. BrokenFile if it is not whole."""
+    from extras.arrow_rows import read_parquet
 
     try:
-        return pq.read_table(path).to_pylist()
+        return read_parquet(path, lazy)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # pyarrow's errors are of these types

@@ -106,7 +106,7 @@ def cached_gold_scores(run, rows: list[dict], responses: list[str], block: int =
     path = cache_file("gold", run.args.gold_reward_model, config.to_json_string(use_diff=False), precision)
     finished = [r.get("response_finished", True) for r in rows]
     asked = zip(rows, responses, finished, strict=True)
-    pairs = [json.dumps([r["prompt"], t] + ([] if done else ["unfinished"])) for r, t, done in asked]
+    pairs = (json.dumps([r["prompt"], t] + ([] if done else ["unfinished"])) for r, t, done in asked)
     keys = [hashlib.sha256(p.encode()).hexdigest() for p in pairs]
     gold = functools.cache(lambda: GoldReward(run))  # loaded if a score is missing
 
@@ -236,7 +236,7 @@ def expert_rows(
     written, finished = [a["text"] for a in answers], [a["finished"] for a in answers]
     ids = respond(tokenizer, texts, written, finished, frame)
     kept = [
-        {**r, "response_text": a["text"], "response_ids": own[: longest(r)], "response_finished": a["finished"]}
+        r | {"response_text": a["text"], "response_ids": own[: longest(r)], "response_finished": a["finished"]}
         for r, a, own in zip(rows, answers, ids, strict=True)
         if a["text"] and own
     ]

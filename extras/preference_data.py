@@ -5,12 +5,12 @@ import warnings
 import numpy as np
 
 from common import demos
-from common.args import require
 from common.data import encode
 from common.demos import EVAL_SEED, encode_subset
 from common.evals import pairwise_wins, sequence_scores
 from common.store import write_pairs
-from extras.sources import load_rows, source_id
+from extras.records import count_shared
+from extras.sources import Source, source_id
 
 PREFERENCE_METRICS = {  # a learned reward model, with --eval-preference-dataset
     "eval/reward/accuracy_preferences": "share of people's held-out pairs with r(chosen) > r(rejected), ties half (IRL Fig. 2a)",
@@ -37,19 +37,15 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
     Where it is --dataset itself, no row serves as demonstration and as preference. Pairs whose responses have the same
     tokens are dropped and counted; prompts shared with the demonstrations are counted.
     """
+    from extras.arrow_rows import renamed
+
     flag, name = "--preference-dataset", args.preference_dataset
-    rows = load_rows(name, "train", "preferences", flag)
-    if source_id(name) == source_id(args.dataset):
-        taken = {d["row"] for d in demonstrations}
-        rows = [r for r in rows if r["row"] not in taken]
-        expected = f"rows left over by the {len(taken)} demonstrations of --dataset (lower --max-samples)"
-        require(bool(rows), "preference_dataset", f"none of {name}", expected)
-    kept = [
-        {**{k: v for k, v in r.items() if not k.startswith("response")}, "chosen_ids": r["response_ids"]}
-        for r in encode_subset(args, tokenizer, rows, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
-    ]
-    prompts = {d["prompt_text"] for d in demonstrations}
-    if shared := sum(p["prompt_text"] in prompts for p in kept):
+    taken = {d["row"] for d in demonstrations} if source_id(name) == source_id(args.dataset) else ()
+    source = Source(name, "train", "preferences", flag, taken=frozenset(taken))
+    rows = encode_subset(args, tokenizer, source, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
+    names = ("row", "prompt", "prompt_ids", "prompt_text", "rejected_text", "rejected_ids", "rejected_finished")
+    kept = renamed(rows, {**dict(zip(names, names, strict=True)), "chosen_ids": "response_ids"})
+    if shared := count_shared(kept, demonstrations):
         warnings.warn(f"{flag}: found {shared} of {len(kept)} prompts among the demonstrations' too", stacklevel=2)
     return kept
 
@@ -59,8 +55,8 @@ def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
     flag, name = "--eval-preference-dataset", args.eval_preference_dataset
     if name == "none":
         return []
-    rows = load_rows(name, "all", "preferences", flag)
-    return encode_subset(args, tokenizer, rows, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
+    source = Source(name, "all", "preferences", flag)
+    return encode_subset(args, tokenizer, source, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
 
 
 def evaluate_preferences(run, reward_model, pairs: list[dict], iteration: int) -> dict[str, float]:

@@ -26,6 +26,16 @@ def prompt_keys(row: dict) -> set[int]:
     return {int.from_bytes(hashlib.sha256(w).digest()[:8], "big", signed=True) for w in words}
 
 
+def count_shared(rows: list[dict], others: list[dict]) -> int:
+    """Return the number of rows whose prompt, as the model sees it, is that of one of the others too."""
+
+    def name(row: dict) -> bytes:  # in place of the text: all texts of a large set take too much memory
+        return hashlib.sha256(row["prompt_text"].encode("utf-8", "surrogatepass")).digest()
+
+    seen = {name(row) for row in others}
+    return sum(name(row) in seen for row in rows)
+
+
 def record_prompts(run, *trained: list[dict]) -> None:
     """Keep the prompts that the run trains on in its folder, for load_held_out of runs on its models."""
     if run.is_main:

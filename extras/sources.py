@@ -3,12 +3,16 @@
 import hashlib
 import json
 import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
 from common import UserError
 from common.data import UnusableRow
 from common.store import BrokenFile, read_pairs
+from extras.lazy import Lazy, is_large, joined, pick, read_at, read_dataset, read_lines, read_parquet, size_of
 from extras.left_out import warn_left_out
 
 DATASETS = {  # short name -> (hub id, configuration, training split, held-out split); a local path of the name wins
@@ -28,49 +32,112 @@ FORMATS = (
 
 
 # ---- sources ----
+@dataclass(frozen=True)
+class Source:
+    """Rows of a data set by the arguments of load_rows, without those whose ids are `taken` by another use."""
+
+    name: str
+    split: str
+    kind: str = "demonstrations"
+    flag: str = "--dataset"
+    turns: str = "auto"
+    taken: frozenset[int] = frozenset()
+
+    def rows(self) -> Sequence[dict]:
+        """UserError if all rows are taken."""
+        rows = load_rows(self.name, self.split, self.kind, self.flag, self.turns)
+        if not self.taken:
+            return rows
+        left = pick(rows, [i for i, row in enumerate(rows) if row["row"] not in self.taken])
+        if not left:
+            expected = f"rows left over by the {len(self.taken)} demonstrations of --dataset (lower --max-samples)"
+            raise UserError(f"{self.flag}: found none of {self.name}, expected {expected}")
+        return left
+
+    def content(self) -> str:
+        """Identity of what a large source holds; empty for a small one, whose rows are read anew at every start."""
+        from extras.provenance import data_digest
+
+        path = Path(self.name)
+        if path.exists():
+            return data_digest(self.name) if is_large(size_of(path)) else ""
+        if self.name == "pydoc" or looks_like_path(self.name):
+            return ""
+        sets = open_hub(self.name, self.split, self.flag)[0]
+        return " ".join(own._fingerprint for own in sets) if is_large(sum(own.data.nbytes for own in sets)) else ""
+
+
 def load_rows(
     name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset", turns: str = "auto"
-) -> list[dict]:
+) -> Sequence[dict]:
     """Rows of a data set. split: train, test, or all (a source named as held-out data: its test split, else every row).
 
     name: pydoc, a .json/.jsonl/.parquet file, a folder, a short name or a hub id; a local path wins. Where the source
     has no held-out split, a tenth of it is held out by a hash of the prompt, so that no prompt is on both sides.
     turns: which assistant turns of a dialogue (column messages) are learned: first, last, or all, a row each; auto as in
     default_turns. Turn k (from 0) of row i of n becomes row i + k n, and a dialogue is held out as a whole.
+    Rows of a small source are a list; those of a large one are read again whenever they are asked for (extras/lazy.py).
     UserError, in one line with the flag and the row, for anything that cannot be read.
     """
     path = Path(name)
     if name == "pydoc" and not path.exists():
         return [r for test, r in tiny.pydoc_rows(kind) if split == "all" or test == (split == "test")]
+    raw: Sequence
     if path.is_dir():
         raw, own_split = read_folder(path, split, flag)
     elif path.is_file():
-        raw, own_split = read_file(path, flag), False
-    elif path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~")):
+        raw, own_split = read_file(path, flag, is_large(size_of(path))), False
+    elif looks_like_path(name):
         raise UserError(f"{flag}: found no file {name}, expected a .json, .jsonl or .parquet file, a folder, or a name")
     else:
         raw, own_split = read_hub(name, split, flag)
     if not raw:
         raise UserError(f"{flag}: found no rows in {name}, expected at least one")
     turns = default_turns(name) if turns == "auto" else turns
-    sources, unusable = [], []  # sources: the rows that each row of the source gives
-    for i, r in enumerate(raw):
-        try:
-            own = parse_row(r, i, kind, f"{flag} {name}", turns)
-            sources.append([{"row": i + k * len(raw), **row, **unfinished(r)} for k, row in own.items()])
-        except UnusableRow as error:
-            unusable.append(str(error))
-    warn_left_out(unusable, len(raw), len(sources))
-    every = own_split or split == "all"
-    rows = [row for own in sources if every or held_out(own[0]["prompt"]) == (split == "test") for row in own]
-    if not rows:
-        prompts = len({json.dumps(own[0]["prompt"]) for own in sources})
+    every, keep = own_split or split == "all", isinstance(raw, list)
+
+    def parse(r, i: int) -> list[dict]:
+        rows = parse_row(r, i, kind, f"{flag} {name}", turns)
+        return [{"row": i + k * len(raw), **row, **unfinished(r)} for k, row in rows.items()]
+
+    def usable(reasons: list[str]) -> Iterator[list[dict]]:
+        for i, r in enumerate(raw):
+            try:
+                yield parse(r, i)
+            except UnusableRow as error:
+                reasons.append(str(error))
+
+    unusable: list[str] = []
+    ids, kept = array("q"), []  # of the rows in this split
+    for own in usable(unusable):
+        if every or held_out(own[0]["prompt"]) == (split == "test"):
+            ids.extend(row["row"] for row in own)
+            kept += own if keep else []
+    count = len(raw) - len(unusable)
+    warn_left_out(unusable, len(raw), count)
+    if not ids:
+        prompts = len({json.dumps(own[0]["prompt"]) for own in usable([])})
         raise UserError(
-            f"{flag}: found {len(sources)} rows in {name}, none in its {split} part; expected more rows with other prompts"
+            f"{flag}: found {count} rows in {name}, none in its {split} part; expected more rows with other prompts"
             f" (here are {prompts}): a tenth of the prompts is held out, by a hash, each with all its rows; or held-out data of"
             " its own in --eval-dataset"
         )
-    return sorted(rows, key=lambda row: row["row"])
+    if keep:
+        return sorted(kept, key=lambda row: row["row"])
+    order = array("q", sorted(ids))
+
+    def read(places: Sequence[int]) -> list[dict]:
+        numbers = [order[j] for j in places]
+        again = read_at(raw, [number % len(raw) for number in numbers])
+        rows = zip(numbers, again, strict=True)
+        return [next(row for row in parse(r, n % len(raw)) if row["row"] == n) for n, r in rows]
+
+    return Lazy(len(order), read)
+
+
+def looks_like_path(name: str) -> bool:
+    """True for a name that no hub set has."""
+    return Path(name).suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~"))
 
 
 def default_turns(name: str) -> str:
@@ -91,8 +158,10 @@ def held_out(prompt) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10 == 0
 
 
-def read_file(path: Path, flag: str) -> list:
-    """Raw rows of a .json (a list, or a list under one key), .jsonl or .parquet file.
+def read_file(path: Path, flag: str, large: bool = False) -> Sequence:
+    """Raw rows of a .json (a list, or a list under one key), .jsonl or .parquet file; of a large one not all at a time.
+
+    One JSON value is read as a whole however large it is.
 
     Not by `datasets`, which reads the hub and its own folders below: its JSON builder fills absent columns with null, turns
     texts like 2024-01-01 into dates, and stops at a list among objects or half a surrogate pair without naming the line.
@@ -102,7 +171,9 @@ def read_file(path: Path, flag: str) -> list:
         raise UserError(f"{flag}: found {path}, expected a .json, .jsonl or .parquet file")
     try:
         if path.suffix == ".parquet":
-            return read_pairs(path)
+            return read_parquet(path) if large else read_pairs(path, lazy=False)
+        if large and (path.suffix == ".jsonl" or holds_lines(first_lines(path))):
+            return read_lines(path, flag)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # pyarrow's errors are of these types
         cause = error.__context__ if isinstance(error, BrokenFile) else error
@@ -142,13 +213,19 @@ def holds_lines(text: str) -> bool:
     return isinstance(first, dict) and isinstance(second, dict)
 
 
-def read_folder(path: Path, split: str, flag: str) -> tuple[list, bool]:
+def first_lines(path: Path) -> str:
+    """The first two lines of a text, and a sign of more."""
+    with open(path, encoding="utf-8-sig") as f:
+        return f.readline() + f.readline() + f.read(1)
+
+
+def read_folder(path: Path, split: str, flag: str) -> tuple[Sequence, bool]:
     """(raw rows, whether test rows are held apart) of a datasets folder (save_to_disk), or of files named by split."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         from datasets import DatasetDict, load_from_disk
 
         loaded = load_from_disk(str(path))
-        return read_splits(loaded, split) if isinstance(loaded, DatasetDict) else (loaded.to_list(), False)
+        return read_splits(loaded, split) if isinstance(loaded, DatasetDict) else (read_dataset(loaded), False)
     if (path / "adapter_config.json").exists() or list(path.glob("*.safetensors")):
         raise UserError(f"{flag}: found a model or an adapter in {path}, expected a data set folder")
     if (path / "args.json").exists() and (path / "generations").exists():
@@ -163,13 +240,15 @@ def read_folder(path: Path, split: str, flag: str) -> tuple[list, bool]:
         places = (p.stem, p.relative_to(path).parent.name)
         names[p] = next((s.split("-")[0] for s in places if s.startswith(("train", *HELD_OUT_NAMES))), p.stem)
     wanted, own_split = pick_splits(sorted(set(names.values())), split)
-    return [row for p in files if names[p] in wanted for row in read_file(p, flag)], own_split
+    chosen = [p for p in files if names[p] in wanted]
+    large = is_large(size_of(*chosen))
+    return joined([read_file(p, flag, large) for p in chosen]), own_split
 
 
-def read_splits(loaded, split: str) -> tuple[list, bool]:
+def read_splits(loaded, split: str) -> tuple[Sequence, bool]:
     """(raw rows, whether test rows are held apart) of a DatasetDict."""
     wanted, own_split = pick_splits(list(loaded), split)
-    return [row for name in wanted for row in loaded[name].to_list()], own_split
+    return joined([read_dataset(loaded[name]) for name in wanted]), own_split
 
 
 def pick_splits(names: list[str], split: str) -> tuple[list[str], bool]:
@@ -193,16 +272,24 @@ def pick_splits(names: list[str], split: str) -> tuple[list[str], bool]:
     return train or test or names, False
 
 
-def read_hub(name: str, split: str, flag: str) -> tuple[list, bool]:
-    """(raw rows, whether test rows are held apart) of a hub data set, or one line that says it cannot be had."""
+def read_hub(name: str, split: str, flag: str) -> tuple[Sequence, bool]:
+    """(raw rows, whether test rows are held apart) of a hub data set."""
+    sets, own_split = open_hub(name, split, flag)
+    return joined([read_dataset(own) for own in sets]), own_split
+
+
+def open_hub(name: str, split: str, flag: str) -> tuple[list, bool]:
+    """(sets of `datasets`, whether test rows are held apart) of a hub data set, or one line that says it cannot be had."""
     from datasets import load_dataset
 
     hub = DATASETS[name][0] if name in DATASETS else name
     try:
         if name not in DATASETS:
-            return read_splits(load_dataset(hub), split)
+            loaded = load_dataset(hub)
+            wanted, own_split = pick_splits(list(loaded), split)
+            return [loaded[part] for part in wanted], own_split
         _, config, train, test = DATASETS[name]
-        return load_dataset(hub, config, split=train if split == "train" else test).to_list(), True
+        return [load_dataset(hub, config, split=train if split == "train" else test)], True
     except Exception as error:  # the hub client raises dozens of types; the user needs one line
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -1,0 +1,69 @@
+"""Encoded rows of a large source, kept in the cache folder: made once for all processes and all later starts."""
+
+import hashlib
+import inspect
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+
+from common.store import digest
+from extras.arrow_rows import FORMAT, JSON, kept
+from extras.cache import cache_folder
+from extras.sources import Source
+
+TEXT, IDS = pa.large_string(), pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [("row", pa.int64()), pa.field("prompt", TEXT, metadata=JSON), ("prompt_ids", IDS), ("prompt_text", TEXT)]
+    + [(f"{name}_{part}", kind) for name in ("response", "rejected") for part, kind in
+       (("text", TEXT), ("ids", IDS), ("finished", pa.bool_()))]
+)  # fmt: skip
+CODE = ("common/data.py", "common/demos.py", "extras/arrow_rows.py", "extras/encoded.py", "extras/lazy.py")
+CODE += ("extras/left_out.py", "extras/retokenise.py", "extras/sources.py", "extras/templates.py")
+
+
+def encode_source(source: Source, tokenizer, encode: Callable, make: Callable, **settings) -> list:
+    """Rows of data.encode: a list made by make(None) for a small source; for a large one Rows from the cache folder.
+
+    make(into) appends the encoded rows to `into`. encode: the function it calls. settings: all other things that the rows
+    depend on, as JSON takes them. Their file is rows-<digest of everything>.arrow.
+    """
+    if not (content := source.content()):
+        return make(None)
+    key = cache_key(source, content, tokenizer, encode, settings)
+    path = cache_folder() / f"rows-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+
+    def make_and_say(into) -> None:
+        print(f"  {source.flag}: tokens of {source.name} are made once, for {path}", file=sys.stderr, flush=True)
+        make(into)
+
+    return kept(path, key, make_and_say, SCHEMA, sparse=True)
+
+
+def cache_key(source: Source, content: str, tokenizer, encode: Callable, settings: dict) -> str:
+    """Everything that encoded rows and their warnings depend on, as JSON: data, tokenizer, settings, code and libraries."""
+    where = [source.name, source.split, source.kind, source.flag, source.turns, sorted(source.taken)]
+    root = Path(__file__).parent.parent
+    code = [digest(path) for path in (*(root / name for name in CODE), Path(inspect.getfile(encode)))]
+    made_by = {
+        "format": FORMAT,
+        "source": hashlib.sha256(json.dumps([where, content]).encode()).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "settings": settings,
+        "code": [*code, encode.__qualname__],
+        "versions": [version(name) for name in ("transformers", "tokenizers", "jinja2", "datasets")],
+    }
+    return json.dumps(made_by, sort_keys=True)
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Digest of the files that the tokenizer is saved as, its chat template among them."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+        named = [[str(p.relative_to(folder)), digest(p)] for p in files]
+    return hashlib.sha256(json.dumps([type(tokenizer).__name__, named]).encode()).hexdigest()
