@@ -18,6 +18,9 @@ from common import UserError
 from common.args import flag, require
 from extras import terminal
 
+PLANNED = ("tokens_per_second", "generation_tokens_per_second", "num_processes")  # flags of the plan alone
+CHOSEN_ANEW = ("resume", "dry_run", "output_dir", *PLANNED)  # not a setting of the run that is resumed
+
 
 def given_args(cls, description: str):
     """The command line as a `cls`. With --resume it is what the run's args.json holds, and other settings are refused.
@@ -31,14 +34,18 @@ def given_args(cls, description: str):
         expected = f"none beside --resume {args.resume}, which goes on in its own folder"
         require(same, "output_dir", args.output_dir, expected)
         for name, given in vars(command_line(cls, description, saved)).items():
-            if name not in ("resume", "dry_run", "output_dir") and given not in ("auto", getattr(saved, name)):
+            if name not in CHOSEN_ANEW and given not in ("auto", getattr(saved, name)):
                 raise UserError(
                     f"{flag(name)}: found {given}, but the run in {args.resume} has {getattr(saved, name)};"
                     " a resumed run keeps its settings"
                 )
-        args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run)
+        planned = {name: getattr(args, name) for name in PLANNED if hasattr(args, name)}
+        args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run, **planned)
     elif any(word.partition("=")[0] == "--resume" for word in sys.argv[1:]):  # such as --resume "$RUN" of a shell
         require(False, "resume", "an empty text", "a run directory")
+    for name in PLANNED:
+        given = getattr(args, name, 0)
+        require(not given or args.dry_run, name, given, "--dry-run beside it, whose plan it is for")
     for field in dataclasses.fields(cls):  # before a name is looked up: "" would be the current folder
         may_be_empty = field.default == "" or field.name in cls.may_be_empty
         filled = may_be_empty or str(getattr(args, field.name)).strip()
