@@ -24,7 +24,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from extras import terminal
 
-    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import math
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import metrics, preference_data, records
+from extras import cost, metrics, preference_data, records
 
 
 # ---- the maths ----
@@ -114,7 +114,9 @@ def train(args: Args) -> None:
     n, m = args.select_top_k or len(demonstrations), len(preferences)
     K = count_updates(n, m, args)
     if args.dry_run:
-        return Run.print_plan(args, "aihf_direct", *plan_lines(n, m, K, args))
+        return cost.print_plan(
+            args, "aihf_direct", plan_work(demonstrations[:n], preferences, args), *plan_lines(n, m, K, args)
+        )
     held_rows = demos.load_held_out(
         args, tokenizer, demonstrations + preferences, args.preference_dataset if preferences else ""
     )
@@ -348,6 +350,21 @@ def weighted_rows(pairs: list[dict], preferences: list[dict], batches: list, k: 
     ]
     rows = [{**pairs[i], "weight": weights[0], "demonstrated": True} for i in first]
     return rows + [{**preferences[i], "weight": weights[1], "demonstrated": False} for i in second]
+
+
+def plan_work(demonstrations: list[dict], preferences: list[dict], args: Args) -> cost.Work:
+    """--dry-run: what passes through the policy and its reference."""
+    work = cost.Work(args, demonstrations or preferences)
+    rows = cost.written(demonstrations, "response_ids")
+    compared = cost.written(preferences, "chosen_ids", "rejected_ids")
+    if args.objective == "self_play":
+        rows = work.pairs(demonstrations)
+        work.add("answers", "generate", work.answered(demonstrations) * args.T, len(demonstrations))
+        work.add("reference", "score", rows * args.T, len(demonstrations))
+    work.add("reference", "score", compared * (args.T if args.ref == "previous" else 1), len(preferences))
+    work.add("training", "train", (rows + compared) * (args.T * args.num_train_epochs), args.batch_size)
+    work.evaluations(args.T + 1)
+    return work
 
 
 def plan_lines(n: int, m: int, K: int, args: Args) -> list[str]:

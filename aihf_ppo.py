@@ -25,7 +25,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from extras import terminal
 
-    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import math
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, 
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, gold, metrics, preference_data, records, tokenizers
+from extras import agreement, cost, gold, metrics, preference_data, records, tokenizers
 
 
 # ---- the maths: SFT, and the reward ----
@@ -494,15 +494,16 @@ def train(args: Args) -> None:
         tokenizers.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
-        n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
-        steps, answers = count_steps(n, len(preferences), args), n if args.demo_weight else 0
-        return Run.print_plan(
-            args, "aihf_ppo", f"reward from {args.reward_model or args.model}, demonstrations {args.dataset},"
+        rows, size, tokens = demonstrations[: args.select_top_k or None], args.rollout_batch_size, args.max_new_tokens
+        n, steps = len(rows), count_steps(len(rows), len(preferences), args)
+        answers, prompts = n if args.demo_weight else 0, preferences if args.prompts == "preferences" else rows
+        return cost.print_plan(
+            args, "aihf_ppo", cost.with_reward(args, rows, preferences, prompts, steps.updates),
+            f"reward from {args.reward_model or args.model}, demonstrations {args.dataset},"
             f" preferences {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,",
             f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
-            f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
             f"in all {steps.before(args.T)} optimizer steps",
         )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations + preferences, args.preference_dataset)

@@ -22,7 +22,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from extras import terminal
 
-    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import math
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.store import read_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import metrics, records
+from extras import cost, metrics, records
 
 
 # ---- the maths ----
@@ -74,7 +74,7 @@ def train(args: Args) -> None:
     demonstrations = demos.load_demonstrations(args, tokenizer)
     plan = make_plan(args.select_top_k or len(demonstrations), args)
     if args.dry_run:
-        return Run.print_plan(args, "irft", *plan_lines(plan, args))
+        return cost.print_plan(args, "irft", plan_work(plan, demonstrations, args), *plan_lines(plan, args))
     held_rows = demos.load_held_out(args, tokenizer, demonstrations)
 
     run = Run(args, "irft", METRICS)
@@ -177,8 +177,7 @@ def make_pairs(run, t: int, plan: Plan, demonstrations, policy, generator, token
         with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
             rollout = evals.sample_rows(run, generator, rows, args.seed * 10_007 + t, temperature, advance)
         pairs = pair_rows(tokenizer, rows, rollout, t)
-        earlier = range(t) if args.replay == "all" else range(max(t - 1, 0), t) if args.replay == "previous" else ()
-        for s in earlier:
+        for s in replayed(t, args):
             pairs += [p for p in read_pairs(pairs_path(run, s)) if p["iteration"] == s]
         is_reference = args.ref == "previous" or t == 0
         with (
@@ -234,8 +233,7 @@ def make_plan(n: int, args: Args) -> Plan:
     order = data_order(n, args.seed)
     chunks = [order[c * n // args.num_chunks : (c + 1) * n // args.num_chunks] for c in range(args.num_chunks)]
     sizes = [len(chunks[t % args.num_chunks]) for t in range(args.T)]
-    window = {"none": 1, "previous": 2, "all": args.T}[args.replay]
-    pairs = [sum(sizes[max(0, t + 1 - window) : t + 1]) for t in range(args.T)]
+    pairs = [sum(sizes[s] for s in (*replayed(t, args), t)) for t in range(args.T)]
     K = [args.num_train_epochs * math.ceil(m / args.batch_size) for m in pairs]
     schedule = []
     for t in range(args.T):
@@ -248,6 +246,24 @@ def make_plan(n: int, args: Args) -> Plan:
         peak = args.learning_rate if p == 0 else args.later_learning_rate
         schedule.append((sum(K[: span.start]), sum(K[i] for i in span), peak))
     return Plan(chunks, pairs, K, schedule)
+
+
+def replayed(t: int, args: Args) -> range:
+    """Earlier outer iterations whose pairs are trained on again in outer iteration t."""
+    return range({"none": t, "previous": max(t - 1, 0), "all": 0}[args.replay], t)
+
+
+def plan_work(plan: Plan, demonstrations: list[dict], args: Args) -> cost.Work:
+    """--dry-run: what passes through the policy and its reference."""
+    work = cost.Work(args, demonstrations)
+    own = [[demonstrations[i] for i in plan.chunks[t % args.num_chunks]] for t in range(args.T)]
+    for t, rows in enumerate(own):
+        pairs = work.pairs([row for s in (*replayed(t, args), t) for row in own[s]])
+        work.add("answers", "generate", work.answered(rows), len(rows))
+        work.add("reference", "score", pairs, plan.pairs[t])
+        work.add("training", "train", pairs * args.num_train_epochs, args.batch_size)
+    work.evaluations(args.T + 1)
+    return work
 
 
 def plan_lines(plan: Plan, args: Args) -> list[str]:

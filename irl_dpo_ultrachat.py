@@ -26,7 +26,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from extras import terminal
 
-    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import functools
 import hashlib
@@ -50,7 +50,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, gold, metrics, preference_data, records
+from extras import agreement, cost, gold, metrics, preference_data, records
 from extras.cache import weights_digest
 
 
@@ -533,14 +533,15 @@ def train(args: Args) -> None:
         models.load_tokenizer(args, args.expert_model, "--expert-model")
     demonstrations = demos.load_demonstrations(args, tokenizer)
     if args.dry_run:
-        n, tokens = args.select_top_k or len(demonstrations), args.max_new_tokens
-        steps, expert = count_steps(n, args), args.expert_model or "the data set's own"
+        rows, tokens = demonstrations[: args.select_top_k or None], args.max_new_tokens
+        n, steps, expert = len(rows), count_steps(len(rows), args), args.expert_model or "the data set's own"
         reward_steps = f"{steps.K[0]} to {steps.K[-1]}" if args.pairs == "accumulated" else steps.K[0]
         prompts = args.total_prompts or n
         candidates, dpo = prompts * args.num_generations, args.policy_objective == "dpo"
         kind = f"DPO on pairs ({args.pair_choice})" if dpo else "fine-tuning on the best of them"
-        return Run.print_plan(
-            args, "irl_dpo_ultrachat", f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
+        return cost.print_plan(
+            args, "irl_dpo_ultrachat", cost.with_reward(args, rows, [], rows, steps.updates),
+            f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",
             f"{candidates} candidates of {prompts} prompts ({candidates * tokens} tokens at most), each scored once,",

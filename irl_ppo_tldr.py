@@ -24,7 +24,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from extras import terminal
 
-    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIV
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, gold, lazy, metrics, preference_data, records
+from extras import agreement, cost, gold, lazy, metrics, preference_data, records
 
 
 # ---- the maths: SFT, and the reward ----
@@ -547,15 +547,15 @@ def train(args: Args) -> None:
         models.load_tokenizer(args, args.expert_model, "--expert-model")
     demonstrations = prompts = demos.load_demonstrations(args, tokenizer, encode_tldr)
     if args.dry_run:
-        n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
-        steps, expert = count_steps(n, args), args.expert_model or "the data set's own summaries"
+        rows, size, tokens = demonstrations[: args.select_top_k or None], args.rollout_batch_size, args.max_new_tokens
+        n, steps, expert = len(rows), count_steps(len(rows), args), args.expert_model or "the data set's own summaries"
         reward_steps = f"{steps.K[0]} to {steps.K[-1]}" if args.pairs == "accumulated" else steps.K[0]
-        return Run.print_plan(
-            args, "irl_ppo_tldr", f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
+        return cost.print_plan(
+            args, "irl_ppo_tldr", cost.with_reward(args, rows, [], rows, steps.updates),
+            f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",
             f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
-            f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
             f"in all {steps.before(args.T)} optimizer steps",
         )  # fmt: skip
     if args.prompts == "all":

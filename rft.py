@@ -26,7 +26,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from extras import terminal
 
-    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import math
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, 
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, gold, metrics, records, tokenizers
+from extras import agreement, cost, gold, metrics, records, tokenizers
 
 
 # ---- the maths: SFT, and the reward ----
@@ -442,14 +442,14 @@ def train(args: Args) -> None:
         tokenizers.check_same_tokenizer(args, tokenizer, args.reward_model, "--reward-model")
     demonstrations = demos.load_demonstrations(args, tokenizer)
     if args.dry_run:
-        n, size, tokens = args.select_top_k or len(demonstrations), args.rollout_batch_size, args.max_new_tokens
-        steps = count_steps(n, args)
-        return Run.print_plan(
-            args, "rft", f"reward from {args.reward_model or args.model}, data {args.dataset}, T = {args.T}",
+        rows, size, tokens = demonstrations[: args.select_top_k or None], args.rollout_batch_size, args.max_new_tokens
+        n, steps = len(rows), count_steps(len(rows), args)
+        return cost.print_plan(
+            args, "rft", cost.with_reward(args, rows, [], rows, steps.updates),
+            f"reward from {args.reward_model or args.model}, data {args.dataset}, T = {args.T}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {steps.K} reward steps,",
             f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",
-            f"{steps.updates * size} answers ({steps.updates * size * tokens} tokens at most)",
             f"in all {steps.before(args.T)} optimizer steps",
         )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations)

@@ -20,7 +20,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from extras import terminal
 
-    terminal.catch()  # before torch is imported: Ctrl-C ends every phase in one line
+    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import math
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.streams import learning_rate_at, make_optimizer
-from extras import metrics, records
+from extras import cost, metrics, records
 
 
 # ---- the maths ----
@@ -57,8 +57,11 @@ def train(args: Args) -> None:
     updates = math.ceil(count / args.batch_size)  # in one epoch
     total = updates * args.num_train_epochs
     if args.dry_run:
-        return Run.print_plan(
-            args, "sft", f"data {args.dataset}, {count} demonstrations",
+        work, rows = cost.Work(args, demonstrations), demonstrations[:count]
+        work.add("training", "train", cost.written(rows, "response_ids") * args.num_train_epochs, args.batch_size)
+        work.evaluations(args.num_train_epochs + 1)
+        return cost.print_plan(
+            args, "sft", work, f"data {args.dataset}, {count} demonstrations",
             f"{total} updates of {args.batch_size} demonstrations, {args.num_train_epochs} epoch(s)",
         )  # fmt: skip
     held_rows = demos.load_held_out(args, tokenizer, demonstrations)

@@ -158,7 +158,13 @@ class RunArgs(BaseArgs):
     resume: str = ""
     """run directory to continue; its own settings are used."""
     dry_run: bool = False
-    """print the plan (steps, tokens to generate, memory) and exit."""
+    """print the plan (steps, tokens, operations, memory, and hours at a given rate) and exit."""
+    tokens_per_second: Annotated[float | Literal["measure"], NOT_NEGATIVE] = 0.0
+    """for hours in the plan: tokens that a device trains on in a second, >= 0; 0: no hours; measure: of steps made here."""
+    generation_tokens_per_second: Annotated[float, NOT_NEGATIVE] = 0.0
+    """the same of generation: tokens that a device samples in a second, >= 0; 0: as measured, else no hours of generation."""
+    num_processes: Annotated[int, NOT_NEGATIVE] = 0
+    """devices of the plan, >= 0; 0: as many as are launched."""
 
     def check(self) -> None:
         super().check()
@@ -200,7 +206,7 @@ def check_values(args: BaseArgs) -> None:
             require(math.isfinite(value), field.name, value, "a finite number")
         elif isinstance(value, int):
             require(value <= LARGEST, field.name, value, f"at most {LARGEST}")
-        if field.name in ranges:
+        if field.name in ranges and value != "measure":
             expected, holds = ranges[field.name]
             require(holds(value), field.name, value, expected)
 

@@ -75,14 +75,6 @@ class Run:
         self.saved, self.last_step = "", 0  # position of the last checkpoint; step of the last row of metrics
         self.seconds: dict[str, float] = {}
 
-    @staticmethod
-    def print_plan(args: BaseArgs, script: str, *lines: str) -> None:
-        """--dry-run: print what would run, and the memory it would take."""
-        from extras.memory import print_memory_plan
-
-        print(f"{script} --dry-run: model {args.model}, {lines[0]}", *lines[1:], sep="\n  ")
-        print_memory_plan(args)
-
     # ---- signals ----
     def stop_if_asked(self) -> None:
         """After a signal on any rank: write a checkpoint and exit on all ranks, with status 128 + its number."""

@@ -1,5 +1,6 @@
 """The command line and a run's args.json, read with one clear line for every wrong word."""
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -15,6 +16,10 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from common import UserError
 from common.args import flag, require
+from extras import terminal
+
+PLANNED = ("tokens_per_second", "generation_tokens_per_second", "num_processes")  # flags of the plan alone
+CHOSEN_ANEW = ("resume", "dry_run", "output_dir", *PLANNED)  # not a setting of the run that is resumed
 
 
 def given_args(cls, description: str):
@@ -29,14 +34,18 @@ def given_args(cls, description: str):
         expected = f"none beside --resume {args.resume}, which goes on in its own folder"
         require(same, "output_dir", args.output_dir, expected)
         for name, given in vars(command_line(cls, description, saved)).items():
-            if name not in ("resume", "dry_run", "output_dir") and given not in ("auto", getattr(saved, name)):
+            if name not in CHOSEN_ANEW and given not in ("auto", getattr(saved, name)):
                 raise UserError(
                     f"{flag(name)}: found {given}, but the run in {args.resume} has {getattr(saved, name)};"
                     " a resumed run keeps its settings"
                 )
-        args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run)
+        planned = {name: getattr(args, name) for name in PLANNED if hasattr(args, name)}
+        args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run, **planned)
     elif any(word.partition("=")[0] == "--resume" for word in sys.argv[1:]):  # such as --resume "$RUN" of a shell
         require(False, "resume", "an empty text", "a run directory")
+    for name in PLANNED:
+        given = getattr(args, name, 0)
+        require(not given or args.dry_run, name, given, "--dry-run beside it, whose plan it is for")
     for field in dataclasses.fields(cls):  # before a name is looked up: "" would be the current folder
         may_be_empty = field.default == "" or field.name in cls.may_be_empty
         filled = may_be_empty or str(getattr(args, field.name)).strip()
@@ -54,6 +63,34 @@ def check_sources(args, given: str) -> None:
 
 
 # ---- the command line ----
+LIGHT = ("common.args", "common.ranges", "dataclasses", "math", "typing")  # what flags need, quick to import
+
+
+def answer_early(path: Path, description: str) -> None:
+    """Print the help of the script at `path`, or refuse a wrong word, and exit; return if the command line may be right.
+
+    The script has not imported torch yet, which takes a second. So its Args is made from the source of that class alone.
+    """
+    words = sys.argv[1:]
+    if not words:
+        return
+    cls = read_flags(path)
+    if {"--help", "-h"} & set(words) or wrong_word(cls, words):
+        terminal.run(lambda: command_line(cls, description))
+        sys.exit()
+
+
+def read_flags(path: Path):
+    """Return the class Args of the script at `path` without running anything else of it but its imports of LIGHT."""
+    body = ast.parse(path.read_text()).body
+    kept = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
+    kept += [node for node in body if isinstance(node, ast.Import) and node.names[0].name in LIGHT]
+    kept += [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    found: dict = {"__name__": "__main__"}  # where tyro looks for the class, to read what stands below each flag
+    exec(compile(ast.Module(kept, []), str(path), "exec", dont_inherit=True), found)
+    return found["Args"]
+
+
 def command_line(cls, description: str, default=None):
     """The command line as a `cls`, by tyro, over a default. Raises UserError, in one line, for a wrong flag or value."""
     import tyro

@@ -33,7 +33,8 @@ def check_launch() -> None:
             "launched for several processes, but accelerate runs 1: expected as many as were asked for. Type: accelerate launch"
             f" --config_file configs/cpu.yaml --num_processes N {Path(sys.argv[0]).name} ..., or unset MASTER_ADDR if you set it"
         )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not importlib.util.find_spec("deepspeed"):
+    planned = "--dry-run" in sys.argv  # for another machine, where it may be installed
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not (planned or importlib.util.find_spec("deepspeed")):
         raise UserError(
             "DeepSpeed, which the accelerate config asks for: found it not installed here, expected pip install -r"
             " requirements-engines.txt, or another file of configs/"

@@ -72,15 +72,18 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def without_data(args, config, layers: int, scalar: bool = False, checkpointing: bool = False, frozen: bool = False):
-    """Return the model of a configuration as a run prepares it, but with `layers` layers and weights on the meta device."""
+def without_data(args, config, layers: int, scalar=False, checkpointing=False, frozen=False, where="meta"):
+    """Return the model of a configuration as a run prepares it, but with `layers` layers and random weights.
+
+    where: device of the weights; on the meta device they have no values.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = copy.deepcopy(config)
     models.text_config(config).num_hidden_layers, config.num_labels = layers, 1
     attention = "eager" if loading.attention(args, config) == "eager" else "sdpa"
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device(where):
         model = kind.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation=attention)
         model = noise.without_noise(model)
         if scalar:
@@ -261,6 +264,7 @@ class Plan:
     def __init__(self, args):
         self.args = args
         self.world, self.engine = launched()
+        self.world = args.num_processes or self.world
         self.level = LEVELS.get(self.engine, 0)
         self.bf16 = self.level > 0 and mixes_bf16(args)
         # engines compute with bf16 weights, without autocast

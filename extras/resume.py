@@ -32,7 +32,7 @@ def newest_whole(run) -> Path | None:
     """
     found = checkpoints(run)
     for path in reversed(found):
-        if problem := manifest_problem(path):
+        if problem := shared_problem(run, path):
             run.print(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
             continue
         return path
@@ -81,14 +81,27 @@ def cut_metrics(run, path: Path, size: int) -> None:
         os.truncate(metrics, size)
 
 
-def manifest_problem(folder: Path) -> str | None:
-    """The fault of a folder that store.write_manifest has listed, or None: a file is missing, cut short, or changed."""
+def shared_problem(run, folder: Path) -> str | None:
+    """manifest_problem, the same on all ranks: each reads its part of the files, so that every file is read once."""
+    found = [manifest_problem(folder, run.rank, run.world)]
+    if run.world > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    return next(filter(None, found), None)
+
+
+def manifest_problem(folder: Path, first: int = 0, step: int = 1) -> str | None:
+    """The fault of a folder that store.write_manifest has listed, or None: a file is missing, cut short, or changed.
+
+    first, step: which of the listed files to look at, by default all.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in manifest.items()}
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return "manifest.json missing or unreadable"
-    for name, entry in manifest.items():
+    for name, entry in list(manifest.items())[first::step]:
         path = folder / name
         if not path.is_file():
             return f"{name} missing"

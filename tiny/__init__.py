@@ -4,11 +4,20 @@ pydoc.parquet holds definitions of Python's standard library with their docstrin
 make.py made both, once; README.md says from what and how.
 """
 
+import functools
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER / "pydoc.parquet"
 MODEL = FOLDER / "model"
+
+
+@functools.cache
+def stored_rows() -> list[dict]:
+    """Rows of pydoc.parquet. A run asks for them several times: to train on, to measure on, to know what --model has seen."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(DATA).to_pylist()
 
 
 def pydoc_rows(kind: str) -> list[tuple[bool, dict]]:
@@ -18,9 +27,7 @@ def pydoc_rows(kind: str) -> list[tuple[bool, dict]]:
     summary is chosen over that of the next documented one of the same module, which is of the same author and subject.
     Modules with one summary have no preference.
     """
-    import pyarrow.parquet as pq
-
-    rows = list(enumerate(pq.read_table(DATA).to_pylist()))
+    rows = list(enumerate(stored_rows()))
     if kind == "preferences":
         columns = {"prompt": "prompt", "chosen": "response", "rejected": "next_response"}
         rows = [(i, r) for i, r in rows if r["next_response"]]
