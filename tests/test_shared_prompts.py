@@ -10,6 +10,7 @@ import pytest
 import torch
 from architectures import WINDOW, documented_sharing, gradients, sharing
 from helpers import assert_same_metrics, command, make_data, make_model, run, slow_unless, weights
+from safetensors.torch import load_file
 from test_logprobs import SEQUENCES, Wrapper, tiny_config, tiny_model
 from test_models import QUICK
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -55,9 +56,15 @@ MODELS = {  # relative, learned and no positions; heads in groups; adapters; bot
 }  # fmt: skip
 
 
+def assert_close(found: torch.Tensor, expected: torch.Tensor, exact: bool = True) -> None:
+    """Equal but for rounding, of float64, or of the float32 in which the norms of some models compute."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= (1e-12 if exact else 1e-6) * expected.abs().max()
+
+
 def make(name: str):
     kind = {"eager": "llama", "lora": "mistral", "checkpointing": "qwen2"}.get(name, name)
-    model = tiny_model(kind, **({"sliding_window": None} if kind == "mistral" else MODELS[name]))
+    model = tiny_model(kind, **({"sliding_window": None} if kind == "mistral" else MODELS[name])).eval()
     with torch.no_grad():  # weights so large that what a token sees shows in its output
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
@@ -81,17 +88,18 @@ def test_values_and_gradients_are_those_of_separate_rows(name, monkeypatch):
     model, batch = make(name), collate(ANSWERS, 0)
     plain = plain_logprobs(model, batch, 0.7)
     separate, expected = response_logprobs(model, batch, 0.7), gradients(model, plain)
-    assert expected.norm() > 1e-2 and plain[0, 0] == plain[3, 0]
+    assert expected.norm() > 1e-2 and plain[0, 0] == plain[3, 0] != plain[5, 0]
+    exact = name in ("gpt_neox", "gpt2", "opt")
     inner = model.get_base_model() if name == "lora" else model
     fused_head.HEADS.clear()
     seen, wrapped = shapes_of(inner), Wrapper(model)
     shared(inner)
     for _ in range(2):
         found = response_logprobs(wrapped, batch, 0.7)
-        torch.testing.assert_close(found.logprobs, plain, rtol=0, atol=1e-11)
-        torch.testing.assert_close(gradients(model, found.logprobs), expected, rtol=1e-11, atol=1e-11)
+        assert_close(found.logprobs, plain, exact)
+        assert_close(gradients(model, found.logprobs), expected, exact)
         for a, b in zip(found, separate, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+            assert_close(a, b, exact)
     assert set(seen) == {(4, 18)}  # four prompts; the longest row is LONG with its answers
 
 
@@ -106,10 +114,10 @@ def test_a_prompt_may_stand_in_several_rows(k):
     logp = model(**inputs).logits.flatten(0, 1).log_softmax(-1)
     found = logp[before].gather(-1, batch.response_ids[..., None])[..., 0]
     plain = plain_logprobs(model, batch)
-    torch.testing.assert_close(torch.where(batch.response_mask, found, 0.0), plain, rtol=0, atol=1e-11)
+    assert_close(torch.where(batch.response_mask, found, 0.0), plain)
     hidden = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     end = batch.attention_mask.sum(-1) - 1
-    torch.testing.assert_close(logp[last], hidden[torch.arange(len(end)), end].log_softmax(-1), rtol=0, atol=1e-11)
+    assert_close(logp[last], hidden[torch.arange(len(end)), end].log_softmax(-1))
 
 
 @pytest.mark.parametrize("extra", [0, 9])
@@ -125,7 +133,7 @@ def test_padding_of_a_batch_changes_nothing(extra):
         response_mask=pad(batch.response_mask),
     )  # fmt: skip
     found = response_logprobs(model, wide).logprobs
-    torch.testing.assert_close(found[:, : plain.shape[1]], plain, rtol=0, atol=1e-11)
+    assert_close(found[:, : plain.shape[1]], plain)
     assert (found[:, plain.shape[1] :] == 0).all()
 
 
@@ -148,20 +156,21 @@ def test_scalar_models_read_the_same_positions(every):
     seen = shapes_of(scalar.model.model)
     shared(scalar.model)
     found = scalar(batch, every=every)
-    torch.testing.assert_close(found, plain, rtol=0, atol=1e-11)
-    torch.testing.assert_close(gradients(scalar, found), expected, rtol=1e-11, atol=1e-11)
+    assert_close(found, plain, exact=False)
+    assert_close(gradients(scalar, found), expected, exact=False)
     assert seen == [(4, 18)]
 
 
 def test_policy_and_value_model_together():
     both, batch = ActorCritic(make("llama"), scalar_model(1)), collate(ANSWERS, 0)
-    (scores, values), expected = both(batch, 0.7), None
+    scores, values = both(batch, 0.7)
     total = lambda scores, values: scores.logprobs + values.tanh()  # noqa: E731
     expected = gradients(both, total(scores, values))
     shared(both.policy), shared(both.value.model)
     found = both(batch, 0.7)
-    torch.testing.assert_close(found, (scores, values), rtol=0, atol=1e-11)
-    torch.testing.assert_close(gradients(both, total(*found)), expected, rtol=1e-11, atol=1e-11)
+    for a, b in zip((*found[0], found[1]), (*scores, values), strict=True):
+        assert_close(a, b, exact=False)
+    assert_close(gradients(both, total(*found)), expected, exact=False)
 
 
 def test_under_autocast_the_difference_is_rounding():
@@ -369,7 +378,7 @@ def test_windows_that_bite_are_kept_whole():
 def test_a_mask_of_the_models_own_bounds_the_row():
     """GPT-Neo's counts places in the row, and has as many as the window of the model."""
     config = AutoConfig.for_model("gpt_neo", num_layers=2, attention_types=[[["global"], 2]], hidden_size=16, num_heads=2,
-                                  vocab_size=20, max_position_embeddings=WINDOW, window_size=None)  # fmt: skip
+                                  vocab_size=20, max_position_embeddings=WINDOW, window_size=500)  # fmt: skip
     assert settled(AutoModelForCausalLM.from_config(config)).tokens == WINDOW
 
 
@@ -480,7 +489,7 @@ def test_a_run_is_the_same_to_rounding_and_on_two_processes(place):
     assert off.stdout.count("shared prompts: off") == 1 and "--no-share-prompts" in off.stdout
     two = run(irft_words(place, "two", "--gradient-checkpointing"), ranks=2)
     assert two.stdout.count("shared prompts: on\n") == 1
-    start = models.load_model(irft.Args(model=str(place / "model"))).state_dict()
+    start = load_file(place / "model" / "model.safetensors")
     for name in ("off", "two"):
         assert_same_metrics(place / "on", place / name)
         a, b = weights(place / "on"), weights(place / name)
