@@ -109,8 +109,10 @@ def token_limit(model) -> float:
     """
     config = text_config(model.config)
     found = [getattr(config, name, None) for name in WINDOWS]
-    tables = [b for b in model.get_decoder().buffers() if b.dim() > 1]  # causal masks are square; others hold ids
-    found += [b.shape[-1] for b in tables if b.shape[-1] == b.shape[-2] or not b.is_floating_point()]
+    tables = [
+        b for b in model.get_decoder().buffers() if b.dim() > 1
+    ]  # causal masks are square, ids of places are (1, n)
+    found += [b.shape[-1] for b in tables if b.shape[-1] == b.shape[-2] or (len(b) == 1 and not b.is_floating_point())]
     return min((n for n in found if isinstance(n, int) and n > 1), default=float("inf"))
 
 
