@@ -59,13 +59,13 @@ def refusal(model, limits: Limits) -> str:
         return f"{attention} takes no mask for each pair of tokens"
     if called is None:
         return f"{name} is an encoder"
-    if has_state_layers(model.config):
-        return f"{name} has convolutional or recurrent layers"
-    if "position_ids" not in inspect.signature(called.forward).parameters:
-        return f"{name} takes no positions"
-    if limits.tokens < PROBED.tokens:
-        return f"{name} sees {limits.tokens} tokens"
     try:
+        if has_state_layers(model.config):
+            return f"{name} has convolutional or recurrent layers"
+        if "position_ids" not in inspect.signature(called.forward).parameters:
+            return f"{name} takes no positions"
+        if limits.tokens < PROBED.tokens:
+            return f"{name} sees {limits.tokens} tokens"
         shared, leaked = gaps(model, called)
     except Exception as error:  # code of a model, written for other masks, may raise anything
         return f"{name} cannot run such rows, {type(error).__name__}"

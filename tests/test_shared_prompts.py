@@ -4,12 +4,13 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import WINDOW, documented_sharing, gradients, sharing
-from helpers import assert_same_metrics, command, make_data, make_model, run, slow_unless, weights
+from helpers import ROOT, assert_same_metrics, command, make_data, make_model, run, slow_unless, weights
 from safetensors.torch import load_file
 from test_logprobs import SEQUENCES, Wrapper, tiny_config, tiny_model
 from test_models import QUICK
@@ -25,6 +26,9 @@ from extras import fused_head, packing, shared_prompts
 from extras.adapters import add_lora
 from extras.command_line import saved_args
 from extras.packing import Limits, Rows
+
+sys.path.append(str(ROOT / "benchmark"))
+import shared_prompt as benchmark
 
 ALWAYS = Limits(10**6, math.inf)  # of so wide a model that tokens alone decide
 LONG, SHORT, ONE, ALONE = [5, 1, 7, 2, 9, 4, 4, 8, 1], [3, 3, 6], [2], [6, 5]
@@ -466,6 +470,35 @@ def test_one_process_scores_all_answers_to_a_prompt(world, monkeypatch):
         scored.append(own)
     prompts = [set(own) for own in scored]
     assert sum(map(len, scored)) == len(ANSWERS) and sum(map(len, prompts)) == 4
+
+
+def test_the_benchmark_counts_and_draws(tmp_path, capsys):
+    """Its operations, counted token by token; its table, its figure and its two kinds of rows at a small size."""
+    model = benchmark.make_model("tiny")
+    c = model.config
+    matrices = c.num_hidden_layers * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size)
+    for prompt, answers, copies in ((3, [2, 4], 1), (3, [2, 4], 2), (5, [1], 1)):
+        seen = [q + 1 for _ in range(copies) for q in range(prompt)] + [
+            prompt + q + 1 for n in answers for q in range(n)
+        ]
+        work = sum(2 * matrices + 4 * c.hidden_size * c.num_hidden_layers * n for n in seen)
+        work += 2 * c.vocab_size * c.hidden_size * sum(answers)
+        assert benchmark.operations(model, prompt, answers, copies) == work
+    small = dict(
+        shapes=("tiny",), prompts=(64,), responses=(8, 16), pairs=2, candidates=3, repeats=1, mixed_precision="no"
+    )
+    seen = shapes_of(model)
+    benchmark.measure(model, benchmark.Args(**small), "training", 64, 8)
+    assert seen == [(4, 72), (2, 80)] * 2 and model.shared_prompts
+    benchmark.shared_prompt(benchmark.Args(**small, output=str(tmp_path)))
+    rows = json.loads((tmp_path / "shared_prompt.json").read_text())["tiny"]
+    assert [(r["kind"], r["answers"], r["response"]) for r in rows] == [
+        ("training", 2, 8), ("training", 2, 16), ("scoring", 3, 8), ("scoring", 3, 16)
+    ]  # fmt: skip
+    assert all(1 < r["bound"] < r["answers"] and r["speed_up"] > 0 for r in rows)
+    assert rows[0]["tokens"] == pytest.approx(2 * 72 / 80)
+    assert (tmp_path / "shared_prompt.md").read_text() in capsys.readouterr().out + "\n"
+    assert (tmp_path / "shared_prompt.png").stat().st_size > 10_000
 
 
 @pytest.fixture(scope="module")
