@@ -173,6 +173,7 @@ def phase_args(script: str, folder: Path, **settings):
     import rft
 
     shared = SIZES.get(folder.name, SIZES["tiny"]) | dict(model=str(folder), mixed_precision="no")
+    shared |= dict(share_prompts=False)  # the plan is of separate rows
     ppo = dict(rollout_batch_size=2 * shared["batch_size"], num_mini_batches=2)
     own = dict(reward_model="", sft_epochs=0, **ppo) if script == "rft" else {}
     return {"irft": irft, "rft": rft}[script].Args(**shared | own | settings)
@@ -243,6 +244,7 @@ def measure(args: Args) -> dict[str, float]:
     import sft
     from common.data import collate
     from common.logprobs import masked_sum, response_logprobs
+    from extras import shared_prompts
 
     def make():
         size = dict(vocab_size=4096, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=8)
@@ -266,6 +268,8 @@ def measure(args: Args) -> dict[str, float]:
     ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = make()
+    if args.case != "sft":  # whose rows have prompts of their own
+        shared_prompts.settle(model, irft.Args(), args.case)
     reference = make() if args.case == "irft_ref" else None
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-6)
     for _ in range(args.steps):

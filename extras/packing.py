@@ -19,13 +19,13 @@ class Limits(NamedTuple):
     """What packed rows of a model that shares prompts depend on (extras/shared_prompts.py)."""
 
     width: int  # hidden size
-    tokens: float  # largest W; inf where there is none
+    tokens: float  # largest W; inf where there is no limit
 
 
 class Inputs(NamedTuple):
     """The inputs of a forward pass over a batch, and what to read from its output.
 
-    The two indices count positions of the flattened output. Outside the response mask `before` holds any valid index.
+    The two indices count positions of the flattened output. Outside the response mask `before` holds 0.
     """
 
     inputs: dict[str, Any]

@@ -59,13 +59,13 @@ def refusal(model, limits: Limits) -> str:
         return f"{attention} takes no mask for each pair of tokens"
     if called is None:
         return f"{name} is an encoder"
-    if has_state_layers(model.config):
-        return f"{name} has convolutional or recurrent layers"
-    if "position_ids" not in inspect.signature(called.forward).parameters:
-        return f"{name} takes no positions"
-    if limits.tokens < PROBED.tokens:
-        return f"{name} sees {limits.tokens} tokens"
     try:
+        if has_state_layers(model.config):
+            return f"{name} has convolutional or recurrent layers"
+        if "position_ids" not in inspect.signature(called.forward).parameters:
+            return f"{name} takes no positions"
+        if limits.tokens < PROBED.tokens:
+            return f"{name} sees {limits.tokens} tokens"
         shared, leaked = gaps(model, called)
     except Exception as error:  # code of a model, written for other masks, may raise anything
         return f"{name} cannot run such rows, {type(error).__name__}"
@@ -103,13 +103,16 @@ def called_part(model):
 
 
 def token_limit(model) -> float:
-    """Return the length up to which rows of the model are free of sliding windows, chunks and causal masks of its own.
+    """Return the length up to which rows of the model are free of windows, chunks, and tables with an entry for each place.
 
-    Such a window counts places in a row. In a packed row these are not the positions, so it must hold the whole row.
+    These count places in a row, which in packed rows are not the positions. So they must hold the whole row.
     """
     config = text_config(model.config)
     found = [getattr(config, name, None) for name in WINDOWS]
-    found += [b.shape[-1] for b in model.buffers() if b.dim() > 1 and b.shape[-1] == b.shape[-2]]  # causal masks
+    tables = [
+        b for b in model.get_decoder().buffers() if b.dim() > 1
+    ]  # causal masks are square, ids of places are (1, n)
+    found += [b.shape[-1] for b in tables if b.shape[-1] == b.shape[-2] or (len(b) == 1 and not b.is_floating_point())]
     return min((n for n in found if isinstance(n, int) and n > 1), default=float("inf"))
 
 
@@ -119,7 +122,9 @@ def gaps(model, called) -> tuple[float, float]:
 
     Both are the largest difference of an output at the positions that predict answer tokens, and at the last one.
     """
-    batch = collate([(PROMPT, answer) for answer in ANSWERS], 0).to(model.device)
+    words = text_config(model.config).vocab_size
+    sequences = [([i % words for i in PROMPT], [i % words for i in answer]) for answer in ANSWERS]
+    batch = collate(sequences, 0).to(model.device)
     packed = shared_inputs(model, batch, PROBED)
     leaking = {**packed.inputs, "attention_mask": attention_mask(model, torch.ones_like(packed.inputs["input_ids"]))}
 
