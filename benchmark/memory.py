@@ -124,7 +124,8 @@ def measure_phase(phase: str, args) -> int:
         generator = make_generator(SimpleNamespace(args=args), policy, models.load_tokenizer(args))
         generator.eos_ids = set()  # all of them of full length
         generator.check = None  # scoring is a phase of its own
-        prompts = [x for x, _ in sequences(args.per_device_eval_batch_size, args)]
+        asked = sequences(args.per_device_eval_batch_size, args)
+        prompts = [[i, *x[1:]] for i, (x, _) in enumerate(asked)]  # equal ones are read once
         generator.sample(prompts, list(range(len(prompts))), 0)
 
     def score(policy) -> None:

@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.args import main  # noqa: E402
-from common.generation import Generator  # noqa: E402
+from common.generation import make_generator  # noqa: E402
 
 SHAPES = {
     "llama-17m": dict(
@@ -95,8 +96,8 @@ def by_generate(model, prompts: list[list[int]], args: Args, ends: list[int], se
             input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=args.max_new_tokens,
             eos_token_id=ends or None, pad_token_id=0,
         )[:, width:]  # fmt: skip
-        ended = torch.isin(found, stop).cumsum(-1)
-        tokens += int((ended - torch.isin(found, stop).long() == 0).sum())  # the first end counts, what follows it does not
+        ended = torch.isin(found, stop).long()
+        tokens += int((ended.cumsum(-1) == ended).sum())  # the first end counts, what follows it does not
     return tokens
 
 
@@ -106,8 +107,9 @@ def measure(args: Args, shape: str, lengths: str) -> list[tuple[float, float]]:
     words = model.config.vocab_size
     prompts = make_prompts(args, words, 16 if lengths == "candidates" else 1)
     ends = [] if lengths == "even" else list(range(2, words, max(1, args.max_new_tokens // 4)))
-    sampler = Generator(model, NoEnd(), args.batch, args.max_new_tokens)
-    sampler.eos_ids = set(ends)
+    settings = dict(generation="hf", per_device_eval_batch_size=args.batch, max_new_tokens=args.max_new_tokens)
+    sampler: Any = make_generator(SimpleNamespace(args=SimpleNamespace(**settings)), model, NoEnd())
+    sampler.eos_ids, sampler.check = set(ends), None
 
     def ours(seed: int) -> int:
         return sum(map(len, sampler.sample(prompts, list(range(len(prompts))), seed).response_ids))
@@ -125,9 +127,13 @@ def measure(args: Args, shape: str, lengths: str) -> list[tuple[float, float]]:
 
 def table(args: Args) -> None:
     torch.set_num_threads(args.threads)
-    print(f"{args.prompts} prompts of at most {args.prompt_length} tokens, {args.batch} at a time, {args.max_new_tokens} new tokens,"
-          f" {args.device}, float32, torch {torch.__version__}")  # fmt: skip
-    print("| shape | lengths | ours, tokens/s | generate, tokens/s | ratio | lowest | highest |\n|---|---|---|---|---|---|---|")
+    print(
+        f"{args.prompts} prompts of at most {args.prompt_length} tokens, {args.batch} at a time, at most {args.max_new_tokens}"
+        f" new tokens, {args.device}, float32, torch {torch.__version__}, {args.threads} threads\n"
+    )
+    print(
+        "| shape | lengths | ours, tokens/s | generate, tokens/s | ratio | lowest | highest |\n|---|---|---|---|---|---|---|"
+    )
     for shape in ("tiny", *SHAPES) if args.shape == "all" else (args.shape,):
         for lengths in LENGTHS if args.lengths == "all" else (args.lengths,):
             found = measure(args, shape, lengths)

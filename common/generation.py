@@ -120,7 +120,9 @@ class Generator:
             rows, logits = decoder.next_logits(responses)  # (B, V)
             streams |= {i: self._stream(seed, row_ids[i]).tolist() for i in rows if not responses[i]}
             uniforms = [streams[i][len(responses[i])] if i in streams else 0.0 for i in rows]
-            chosen = choose_tokens(logits, torch.tensor(uniforms, dtype=torch.float64, device=logits.device), temperature)
+            chosen = choose_tokens(
+                logits, torch.tensor(uniforms, dtype=torch.float64, device=logits.device), temperature
+            )
             ended = []
             for i, (token, logprob) in zip(rows, torch.stack(chosen, -1).tolist(), strict=True):
                 if i in streams:  # else it has ended, in a cache that cannot drop it

@@ -65,15 +65,15 @@ def replaceable(model, cache: dict[str, Any], limit: int) -> bool:
     Each layer must be full attention, or have a window that no row outgrows. The model must take the positions of tokens from
     position_ids: it may neither count columns between tokens nor let the longest row of a batch change how it rotates others.
     """
-    inner = language_model(model)
-    config: Any = inner.config.get_text_config()
-    found = cache.get("past_key_values")
+    inner: Any = language_model(model)
+    config, found = inner.config.get_text_config(), cache.get("past_key_values")
     if type(found) is not DynamicCache or "position_ids" not in inspect.signature(type(inner).forward).parameters:
         return False
     if any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("dynamic", "longrope")):
         return False
     windows = [getattr(config, name, None) for name in WINDOWS]
-    for layer in found.layers:
+    layers: list[Any] = found.layers
+    for layer in layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.keys.dim() != 4:
             return False
         windows.append(getattr(layer, "sliding_window", None))
@@ -157,7 +157,9 @@ class SlotLayer(DynamicLayer):
     def enlarged(self, held: Tensor, columns: int) -> Tensor:
         """Return `held` (B, H, P, D) with room for so many columns, and some to spare if a row can fill them."""
         columns = max(columns, min(self.slots.limit, columns + max(32, columns // 4)))
-        out = held.new_zeros(*held.shape[:2], columns, held.shape[3])  # masked values count 0 times, so they may not be NaN
+        out = held.new_zeros(
+            *held.shape[:2], columns, held.shape[3]
+        )  # masked values count 0 times, so they may not be NaN
         out[:, :, : held.shape[2]] = held
         return out
 

@@ -15,6 +15,11 @@ BLOCK = 256  # words whose probabilities are summed at once
 CHUNK = 2**18  # probabilities that a CPU handles at once, so that they stay in its own cache
 
 
+def joining(batch_size: int) -> int:
+    """Return how many prompts join a batch at a time: a compromise between passes over few prompts and empty places."""
+    return max(1, batch_size // 8)
+
+
 class Decoder:
     """Forward passes over prompts and their answers, for at most `batch_size` answers at a time, the longest prompts first.
 
@@ -25,7 +30,6 @@ class Decoder:
 
     def __init__(self, model, prompts: list[list[int]], batch_size: int, max_new_tokens: int):
         self.model, self.prompts, self.batch_size, self.max_new_tokens = model, prompts, batch_size, max_new_tokens
-        self.share = max(1, batch_size // 8)  # a compromise between passes over few prompts and empty places
         first: dict[tuple, int] = {}
         names = [first.setdefault(tuple(x), i) for i, x in enumerate(prompts)]  # equal prompts become neighbours
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), names[i], i), reverse=True)
@@ -47,7 +51,7 @@ class Decoder:
         responses: the tokens of every answer so far.
         """
         free = self.batch_size - len(self.rows)
-        wanted = self.batch_size if not self.rows else self.share if self.slots else 0
+        wanted = self.batch_size if not self.rows else joining(self.batch_size) if self.slots else 0
         count = min(len(self.waiting), wanted)
         if not 0 < count <= free:
             return self.rows, self._step(responses)

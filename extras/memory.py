@@ -21,8 +21,7 @@ from common import UserError, models
 from common.args import flag
 from common.data import Batch
 from common.engine import mixes_bf16
-from common.generation import inverse_cdf
-from common.logprobs import language_model, temper
+from common.logprobs import language_model
 from common.rewards import ScalarModel
 from extras import loading, noise
 from extras.fused_head import HEADS, Head, known_changes, score_positions
@@ -193,37 +192,45 @@ def forward_costs(args, config, rows: int, scalar: str = "", checkpointing=False
 
 
 def generation_costs(args, config) -> dict[str, int]:
-    """Return the bytes, besides weights, of a batch of Generator at its larger moment: the full prompts, or the last token."""
+    """Return the bytes, besides weights, of a batch of Generator at its largest moment.
+
+    That is when it reads a batch of full prompts, or the last token of all answers, or prompts that join full answers.
+    """
     from transformers import DynamicCache
+
+    from extras.decoding import choose_tokens, joining
 
     rows, prompt = args.per_device_eval_batch_size, args.max_prompt_length
     longest = min(args.max_length, prompt + args.max_new_tokens) - 1
-    moments = {
-        "prompt": (prompt, prompt),
-        "last": (longest, 1),
-    }  # (tokens in the cache afterwards, new tokens among them)
+    moments = {  # (rows, tokens in the cache afterwards, new tokens among them)
+        "prompt": (rows, prompt, prompt),
+        "last": (rows, longest, 1),
+        "join": (joining(rows), prompt, prompt),
+    }
 
     def measure(layers: int) -> dict[str, int]:
         model = without_data(args, config, layers).eval()
         out: dict[str, int] = {}
         with counted(args, model, models.text_config(config).vocab_size) as memory, torch.no_grad():
-            cache = DynamicCache(config=model.config)
-            for moment, (length, new) in moments.items():
+            caches = [DynamicCache(config=model.config)]
+            for moment, (n, length, new) in moments.items():
+                if moment == "join":
+                    caches.append(DynamicCache(config=model.config))
+                cache = caches[-1]
                 grows: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
                 if length > prompt + 1:  # add what the steps in between leave in the cache
                     for layer in grows:
                         part = layer.keys[:, :, :1].expand(-1, -1, length - prompt - 1, -1)
                         layer.update(part.clone(), part.clone())
                 memory.peak = 0
-                ids = torch.zeros(rows, new, dtype=torch.long, device=device())
-                mask = torch.ones(rows, length, dtype=torch.long, device=device())
+                ids = torch.zeros(n, new, dtype=torch.long, device=device())
+                mask = torch.ones(n, length, dtype=torch.long, device=device())
                 logits = model(
                     input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, logits_to_keep=1
                 ).logits[:, -1]
-                scored = temper(logits, 1.0)
-                inverse_cdf(scored, torch.zeros(rows, device=device()))
-                scored.log_softmax(-1)
-                states = [x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
+                choose_tokens(logits, torch.zeros(n, device=device()), 1.0)
+                held = [layer for cache in caches for layer in cache.layers]
+                states = [x for layer in held for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
                 kv_cache = sum(x.nbytes for x in states)
                 found = {"peak": memory.peak, "logits": memory.peak_logits, "kv_cache": kv_cache}
                 out |= {f"{moment} {name}": size for name, size in found.items()}

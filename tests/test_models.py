@@ -397,7 +397,7 @@ def test_running_out_of_memory_is_not_taken_for_a_fault_of_the_model(good, monke
     def fail(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr(generation.Generator, "_batch", fail)
+    monkeypatch.setattr(generation.Generator, "_answer", fail)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         answers(good, [])()
 

@@ -202,7 +202,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_can_be_resumed(place):
     assert [row["step"] for row in metrics(out)[1:]] == list(range(1, len(metrics(out))))  # no step lost or repeated
 
 
-@pytest.mark.parametrize("at", ["common.generation.Generator._batch", "common.evals.evaluate", "common.run.Run.step"])
+@pytest.mark.parametrize("at", ["common.generation.Generator._answer", "common.evals.evaluate", "common.run.Run.step"])
 def test_sigterm_in_any_phase_ends_the_run_soon_and_loses_nothing(runs, place, at):
     out = place / f"term_{at}"
     scenario = {"argv": argv("irft.py", place, out), "at": at, "n": 2, "signal": signal.SIGTERM}
@@ -216,7 +216,7 @@ def test_sigterm_in_any_phase_ends_the_run_soon_and_loses_nothing(runs, place, a
 @pytest.mark.parametrize(
     "at, n, after",
     [
-        ("rft.collect", 1, "common.generation.Generator._batch"),
+        ("rft.collect", 1, "common.generation.Generator._answer"),
         ("rft.collect", 2, "rft.add_advantages"),
         ("common.evals.evaluate", 2, "common.evals.evaluate"),
         ("rft.ppo_update", 1, "rft.collect"),

@@ -102,7 +102,7 @@ CHAIN = [  # where Ctrl-C comes, in one run that is resumed each time; the call 
     ("common.demos.load_demonstrations", 1),  # no run directory yet: typed again, not resumed
     ("common.models.load_model", 1),
     ("common.run.Run.step", 2),
-    ("common.generation.Generator._batch", 1),
+    ("common.generation.Generator._answer", 1),
     ("common.run.Run.step", 2),
     ("common.evals.evaluate", 1),
     ("common.run.Run.step", 1),
