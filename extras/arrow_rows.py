@@ -259,9 +259,9 @@ def open_whole(path: Path, key: str) -> tuple[list[pa.RecordBatch], list[str]] |
             if trailer["key"] != key or trailer["sum"] != summed:
                 raise ValueError("another key or another checksum")
             return map_batches(file), [str(text) for text in trailer["warnings"]]
-    except FileNotFoundError:
+    except OSError:  # there is none
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         warnings.warn(f"{path}: found a damaged file, expected the rows that were kept there; made again", stacklevel=3)
         return None
 
