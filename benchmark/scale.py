@@ -130,12 +130,9 @@ def read_together(path: Path, cache: Path, processes: int, lists: bool) -> dict[
 
 
 def show(case: dict) -> str:
-    values = (f"{case['rows']:,}", f"{case['tokens']:.0f}", case["processes"], case["start"], f"{case['seconds']:.1f}")
-    return (
-        "| "
-        + " | ".join(map(str, (*values, *(f"{case[name]:.0f}" for name in ("own", "mapped", "us", "file")))))
-        + " |"
-    )
+    values = (case["rows"], f"{case['tokens']:.0f}", case["processes"], case["start"], f"{case['seconds']:.1f}")
+    values += (*(f"{case[name]:.0f}" for name in ("own", "mapped", "us")), f"{case['file']:.2f}")
+    return f"| {' | '.join(map(str, values))} |"
 
 
 def draw(cases: list[dict], path: str) -> None:

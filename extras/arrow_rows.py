@@ -113,7 +113,8 @@ def column_reader(column: pa.Array, as_json: bool = False) -> Callable[[int], An
         inner, offsets, nulls = column.values, column.offsets.to_numpy(), column.null_count
         integer = pa.types.is_integer(inner.type)
         if inner.null_count == 0 and (integer or pa.types.is_floating(inner.type) or pa.types.is_boolean(inner.type)):
-            values, numbers = inner.to_numpy(zero_copy_only=False), shared_ints if integer else np.ndarray.tolist
+            values = inner.to_numpy(zero_copy_only=False)
+            numbers: Callable = shared_ints if integer else np.ndarray.tolist
             read = lambda begin, end: numbers(values[begin:end])  # noqa: E731
         else:
             single = column_reader(inner)
