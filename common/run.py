@@ -20,6 +20,7 @@ from common.engine import Engine, all_weights, mixes_bf16, open_engine
 from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
 from extras import terminal
+from extras.lazy import pick
 from extras.out_of_memory import names_flag_when_out_of_memory
 from extras.terminal import progress
 
@@ -237,9 +238,7 @@ class Run:
     def map_sequences(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
         """score_batches shared over ranks, gathered in order on all of them."""
         shared = self.shared(advance)
-        return self.map_rows(
-            len(sequences), lambda mine: self.score_batches([sequences[i] for i in mine], score, shared)
-        )
+        return self.map_rows(len(sequences), lambda mine: self.score_batches(pick(sequences, mine), score, shared))
 
     def stored(self, path: Path, make: Callable[[], list[dict]], since: int | None = None) -> list[dict]:
         """Rows of a Parquet file of this run; if it is not there, made by make() in all ranks together and written by rank 0.

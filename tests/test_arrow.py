@@ -135,8 +135,8 @@ def test_lists_of_ids_share_their_numbers():
 
     big = np.array([3, 70_000, arrow_rows.MOST_INTS, 5])
     for ids in (np.array([70_000, 3, 70_000]), big, big - 4, np.array([], dtype=np.int32)):
-        assert arrow_rows.shared_ints(ids) == ids.tolist()
-    one, other = (arrow_rows.shared_ints(np.array([70_001, 9])) for _ in range(2))
+        assert arrow_rows.number_list(ids) == ids.tolist()
+    one, other = (arrow_rows.number_list(np.array([70_001, 9])) for _ in range(2))
     assert one[0] is other[0]
 
 
@@ -485,6 +485,14 @@ def test_a_run_on_mapped_rows_is_the_run_on_lists_and_two_processes_share_them(t
     assert "are made once" not in done[1].stderr  # both processes found them
     assert all(d.stderr.count("found an empty response") == 2 for d in done)  # at the second start too, from rank 0
     assert (tmp_path / "two" / "generations" / "cache-iter_0.arrow").is_file()
+
+
+def test_sequences_are_scored_as_those_of_a_list():
+    rows = [{"prompt_ids": [i] * (1 + i % 3), "response_ids": [i, i + 1][: 1 + i % 2]} for i in range(7)]
+    expected = [(r["prompt_ids"], r["response_ids"]) for r in rows]
+    found = lazy.sequences(rows, "response_ids")
+    assert list(found) == expected and found[-1] == expected[-1] and len(found) == 7
+    assert list(lazy.pick(found, [5, 0, 3])) == lazy.pick(expected, [5, 0, 3]) == [expected[i] for i in (5, 0, 3)]
 
 
 # ---- results of all processes ----
