@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ class Run:
         results = work(list(range(self.rank, n, self.world)))
         return results if self.world == 1 else gather_rows(self.accelerator, n, results)
 
-    def score_batches(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
+    def score_batches(self, sequences: Sequence[tuple], score: Callable, advance=lambda n: None) -> list:
         """score(batch) -> a result per row, on this rank, over length-sorted batches of [(prompt ids, response ids)].
 
         Without gradient; results in the order of `sequences`.
@@ -235,7 +235,7 @@ class Run:
                 advance(len(part))
         return out
 
-    def map_sequences(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
+    def map_sequences(self, sequences: Sequence[tuple], score: Callable, advance=lambda n: None) -> list:
         """score_batches shared over ranks, gathered in order on all of them."""
         shared = self.shared(advance)
         return self.map_rows(len(sequences), lambda mine: self.score_batches(pick(sequences, mine), score, shared))
