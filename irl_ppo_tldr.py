@@ -230,7 +230,7 @@ class IRL:
     def normalise(self, t: int) -> dict[str, float]:
         """N+ 9: the demonstrations' scores get mean 0, and with mean_std deviation 1 -> {metric: value}."""
         run, kind = self.run, self.args.reward_normalisation
-        sequences = [(d["prompt_ids"], d["response_ids"]) for d in self.demonstrations]
+        sequences = lazy.sequences(self.demonstrations, "response_ids")
         with run.phase(f"reward {t} on demonstrations", len(sequences), outer_iteration=t) as advance:
             scores = torch.tensor(evals.sequence_scores(run, self.raw_reward, sequences, advance), dtype=torch.float64)
         std = scores.std(correction=0).item()

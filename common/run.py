@@ -3,12 +3,11 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from common.engine import Engine, all_weights, mixes_bf16, open_engine
 from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
 from extras import terminal
+from extras.lazy import pick
 from extras.out_of_memory import names_flag_when_out_of_memory
 from extras.shared_prompts import same_prompts, scoring_order
 from extras.terminal import progress
@@ -205,14 +205,18 @@ class Run:
 
     # ---- sharing work ----
     @names_flag_when_out_of_memory("per_device_eval_batch_size")
-    def map_rows(self, n: int, work: Callable[[list[int]], list]) -> list:
-        """work(indices) -> results on each rank's share of range(n), gathered in order on all ranks."""
+    def map_rows(self, n: int, work: Callable[[list[int]], list], groups: list[list[int]] | None = None) -> list:
+        """work(indices) -> results on each rank's share of range(n), gathered in order on all ranks.
+
+        groups: all indices, those together that one rank must take; by default each is alone.
+        """
         from extras.gather import gather_rows
 
-        results = work(list(range(self.rank, n, self.world)))
-        return results if self.world == 1 else gather_rows(self.accelerator, n, results)
+        groups = groups or [[i] for i in range(n)]
+        shares = [[i for group in groups[rank :: self.world] for i in group] for rank in range(self.world)]
+        return gather_rows(self.accelerator, shares, work(shares[self.rank]))
 
-    def score_batches(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
+    def score_batches(self, sequences: Sequence[tuple], score: Callable, advance=lambda n: None) -> list:
         """score(batch) -> a result per row, on this rank, over length-sorted batches of [(prompt ids, response ids)].
 
         Sequences with the same prompt stand together. Without gradient; results in the order of `sequences`.
@@ -228,17 +232,12 @@ class Run:
                 advance(len(part))
         return out
 
-    def map_sequences(self, sequences: list[tuple], score: Callable, advance=lambda n: None) -> list:
+    def map_sequences(self, sequences: Sequence[tuple], score: Callable, advance=lambda n: None) -> list:
         """score_batches shared over ranks, gathered in order on all of them. A rank scores all sequences with one prompt."""
-        groups = same_prompts(self.args, sequences)
-
-        def work(mine: list[int]) -> list[list]:
-            own = [sequences[i] for k in mine for i in groups[k]]
-            scored = iter(self.score_batches(own, score, self.shared(advance)))
-            return [list(itertools.islice(scored, len(groups[k]))) for k in mine]
-
-        results = dict(zip(itertools.chain(*groups), itertools.chain(*self.map_rows(len(groups), work)), strict=True))
-        return [results[i] for i in range(len(sequences))]
+        shared, groups = self.shared(advance), same_prompts(self.args, sequences)
+        return self.map_rows(
+            len(sequences), lambda mine: self.score_batches(pick(sequences, mine), score, shared), groups
+        )
 
     def stored(self, path: Path, make: Callable[[], list[dict]], since: int | None = None) -> list[dict]:
         """Rows of a Parquet file of this run; if it is not there, made by make() in all ranks together and written by rank 0.

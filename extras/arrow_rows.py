@@ -111,10 +111,10 @@ def column_reader(column: pa.Array, as_json: bool = False) -> Callable[[int], An
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         inner, offsets, nulls = column.values, column.offsets.to_numpy(), column.null_count
-        integer = pa.types.is_integer(inner.type)
-        if inner.null_count == 0 and (integer or pa.types.is_floating(inner.type) or pa.types.is_boolean(inner.type)):
-            values, numbers = inner.to_numpy(zero_copy_only=False), shared_ints if integer else np.ndarray.tolist
-            read = lambda begin, end: numbers(values[begin:end])  # noqa: E731
+        kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+        if inner.null_count == 0 and any(holds(inner.type) for holds in kinds):
+            values = inner.to_numpy(zero_copy_only=False)
+            read = lambda begin, end: number_list(values[begin:end])  # noqa: E731
         else:
             single = column_reader(inner)
             read = lambda begin, end: [single(k) for k in range(begin, end)]  # noqa: E731
@@ -128,14 +128,14 @@ INTS = np.empty(0, dtype=object)  # number i at place i
 MOST_INTS = 1 << 20
 
 
-def shared_ints(ids: np.ndarray) -> list[int]:
-    """The ids as a list. Lists share their numbers, so that one takes 8 bytes a token in place of 40."""
+def number_list(values: np.ndarray) -> list:
+    """The numbers as a list. Lists share their token ids, so that one takes 8 bytes a token in place of 40."""
     global INTS
-    if not len(ids) or ids.min() < 0 or (most := int(ids.max())) >= MOST_INTS:
-        return ids.tolist()
+    if not len(values) or values.dtype.kind not in "iu" or values.min() < 0 or (most := int(values.max())) >= MOST_INTS:
+        return values.tolist()
     if most >= len(INTS):
         INTS = np.arange(1 << (most + 1).bit_length()).astype(object)
-    return INTS[ids].tolist()
+    return INTS[values].tolist()
 
 
 def renamed(rows: list, names: dict[str, str]) -> list:
@@ -259,9 +259,9 @@ def open_whole(path: Path, key: str) -> tuple[list[pa.RecordBatch], list[str]] |
             if trailer["key"] != key or trailer["sum"] != summed:
                 raise ValueError("another key or another checksum")
             return map_batches(file), [str(text) for text in trailer["warnings"]]
-    except FileNotFoundError:
+    except OSError:  # there is none
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         warnings.warn(f"{path}: found a damaged file, expected the rows that were kept there; made again", stacklevel=3)
         return None
 

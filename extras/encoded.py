@@ -22,8 +22,10 @@ SCHEMA = pa.schema(
     + [(f"{name}_{part}", kind) for name in ("response", "rejected") for part, kind in
        (("text", TEXT), ("ids", IDS), ("finished", pa.bool_()))]
 )  # fmt: skip
-CODE = ("common/data.py", "common/demos.py", "extras/arrow_rows.py", "extras/encoded.py", "extras/lazy.py")
-CODE += ("extras/left_out.py", "extras/retokenise.py", "extras/sources.py", "extras/templates.py")
+CODE = (
+    *("common/data.py", "common/demos.py", "extras/arrow_rows.py", "extras/encoded.py", "extras/lazy.py"),
+    *("extras/left_out.py", "extras/retokenise.py", "extras/sources.py", "extras/templates.py"),
+)  # that makes the rows
 
 
 def encode_source(source: Source, tokenizer, encode: Callable, make: Callable, **settings) -> list:

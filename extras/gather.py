@@ -8,16 +8,19 @@ from extras.arrow_rows import column_reader
 LEAVES = {int: pa.int32(), float: pa.float64(), bool: pa.bool_()}  # of numbers, tried before what pyarrow infers
 
 
-def gather_rows(accelerator, n: int, mine: list) -> list:
-    """Results for range(n) in order on all ranks. mine: those of this rank, for rank, rank + world, rank + 2 world, ...
+def gather_rows(accelerator, shares: list[list[int]], mine: list) -> list:
+    """Results in order on all ranks. shares: the indices of each rank, all of range(n) together. mine: those of this rank.
 
     A result is a number, a text, a list of such, or a tuple or dict of these; all results have one form. Numbers come back to
-    the bit. TypeError for what no Arrow column takes, ValueError if a rank has not one result for each of its numbers.
+    the bit. TypeError for what no Arrow column takes, ValueError if a rank has not one result for each of its indices.
     """
-    out: list = [None] * n
-    for rank, part in enumerate(gather_bytes(accelerator, pack(mine))):
-        out[rank :: accelerator.num_processes] = unpack(part)
-    return out
+    parts = [mine] if len(shares) == 1 else map(unpack, gather_bytes(accelerator, pack(mine)))
+    found = {
+        i: result
+        for share, part in zip(shares, parts, strict=True)
+        for i, result in zip(share, part, strict=True)
+    }
+    return [found[i] for i in range(len(found))]
 
 
 def pack(results: list) -> pa.Buffer:

@@ -58,6 +58,11 @@ def joined(parts: list[Sequence]) -> Sequence:
     return Lazy(starts[-1], read)
 
 
+def sequences(rows: list[dict], response: str) -> Lazy:
+    """(prompt ids, ids in the column `response`) of each row, so that no list of all tokens is made."""
+    return Lazy(len(rows), lambda places: [(rows[i]["prompt_ids"], rows[i][response]) for i in places])
+
+
 def read_at(values: Sequence, places: Sequence[int]) -> list:
     return values.read(places) if isinstance(values, Lazy) else [values[i] for i in places]
 

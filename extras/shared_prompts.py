@@ -83,9 +83,9 @@ def same_prompts(args, sequences: list[tuple], order: Iterable[int] = ()) -> lis
     order = order or range(len(sequences))
     if not (args.share_prompts and "" in DECISIONS.values()):
         return [[i] for i in order]
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[int, list[int]] = {}  # by a hash, which all processes find alike; `collate` compares the prompts themselves
     for i in order:
-        groups.setdefault(tuple(sequences[i][0]), []).append(i)
+        groups.setdefault(hash(tuple(sequences[i][0])), []).append(i)
     return list(groups.values())
 
 

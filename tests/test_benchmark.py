@@ -21,6 +21,7 @@ import fig2
 import gold
 import irl_table
 import phases
+import scale
 import tables
 
 SMALL = "--max-length 96 --max-new-tokens 8 --per-device-eval-batch-size 16 --mixed-precision no".split()
@@ -463,3 +464,23 @@ def test_what_is_no_run_of_the_right_kind_is_one_clear_line(tmp_path):
         with pytest.raises(tables.UserError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value), name
+
+
+def test_scale_measures_both_starts_and_lists_and_draws_them(tmp_path):
+    """The second start encodes nothing; two processes read what one of them made; the same rows each time."""
+    words = "--rows 30 --tokens 40 --processes 2 --lists 30 --output".split()
+    done = run(
+        [sys.executable, "benchmark/scale.py", *words, str(tmp_path / "scale.png")], CLEANIRL_CACHE=str(tmp_path)
+    )
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    assert [(row[0], row[2], row[3]) for row in table] == [("30", "2", start) for start in ("first", "second", "lists")]
+    assert len({row[1] for row in table}) == 1 and all(float(cell) > 0 for row in table for cell in row[4:8])
+    assert [float(row[8]) > 0 for row in table] == [True, True, False]
+    assert done.stderr.count("are made once") == 2  # training and held-out rows, by one of both at the first start
+    assert (tmp_path / "scale.png").stat().st_size > 5000
+
+
+def test_scales_rows_have_about_the_tokens_asked_for(tmp_path):
+    scale.write_rows(tmp_path / "d.jsonl", 50, 400)
+    counts = [[len(row[name].split()) for name in ("prompt", "completion")] for row in lines(tmp_path / "d.jsonl")]
+    assert 350 < np.sum(counts, 1).mean() < 450 and 0.3 < np.sum(counts, 0)[0] / np.sum(counts) < 0.36
