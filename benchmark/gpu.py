@@ -4,9 +4,8 @@ Models of the shape of pythia-1.4b (all weights trained, bf16 autocast over floa
 Mistral 7B (LoRA, bf16 weights); the former under DeepSpeed ZeRO-3 too, and both with vLLM's generation, where these are
 installed. Losses, updates and generators are the scripts' own. Each case runs in processes of its own.
 
-A model's arithmetic is 2 operations per weight and token forward and 4 backward (2 for frozen weights), those of the
-language-model head for response tokens alone, and attention's; recomputation is not counted. The card's rate is that of a
-large bf16 product, measured in the same process.
+A model's arithmetic is what extras/cost.py counts; recomputation is not counted. The card's rate is that of a large bf16
+product, measured in the same process.
 """
 
 import dataclasses
@@ -30,6 +29,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import UserError  # noqa: E402
 from common.args import main  # noqa: E402
+from extras import cost  # noqa: E402
 
 
 @dataclass
@@ -97,20 +97,9 @@ class NoEnd:
 
 def operations(model, shape: Shape, train: bool) -> float:
     """Floating-point operations of a forward (and backward) pass per sequence, or of generating one answer."""
-    head = model.get_output_embeddings().weight.numel()
-    embedding = model.get_input_embeddings().weight.numel()
-    body = [p for p in model.parameters() if p.ndim > 1]
-    frozen = sum(p.numel() for p in body if not p.requires_grad)
-    trained = sum(p.numel() for p in body) - frozen
-    layers, width, length = shape.size["num_hidden_layers"], shape.size["hidden_size"], shape.length
-    attention = 2 * layers * width * length**2  # two products, each 2 operations, half of them behind the causal mask
-    if any(p.requires_grad is False for p in body):  # LoRA: embedding and head are frozen too
-        frozen, per_head = frozen - head - embedding, 4
-    else:
-        trained, per_head = trained - head - embedding, 6
-    if not train:
-        return 2 * (frozen + trained) * length + 2 * head * shape.response + attention
-    return (4 * frozen + 6 * trained) * length + per_head * head * shape.response + 3 * attention
+    sizes = cost.model_sizes(model, model.config, shape.size["num_hidden_layers"])
+    sequence = cost.sequences([(shape.length - shape.response, shape.response)])
+    return float(cost.operations(sizes, sequence, train)[0])
 
 
 def product_rate(device: str) -> float:

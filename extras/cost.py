@@ -37,12 +37,10 @@ class Sequences:
 
 def sequences(lengths: Iterable[tuple]) -> Sequences:
     """Sequences of these (prompt tokens, response tokens). Each is a number, or an array (2,): expected, and at most."""
-    sums = np.zeros((4, 2))
-    for prompt, response in lengths:
-        whole = prompt + response
-        for total, value in zip(sums, (1, whole, response, np.square(whole)), strict=True):
-            total += value
-    return Sequences(*sums)
+    prompts, responses = zip(*lengths, strict=True) if (lengths := list(lengths)) else ((), ())
+    both = np.array(responses, float).reshape(len(lengths), -1 if lengths else 2) + np.zeros(2)  # (n, 2)
+    whole = both + np.array(prompts, float)[:, None]
+    return Sequences(*(x.sum(0) for x in (np.ones_like(both), whole, both, whole**2)))
 
 
 def written(rows: list[dict], *names: str) -> Sequences:
