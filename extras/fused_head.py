@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError
-from common.logprobs import language_model, score_tokens
+from common.logprobs import language_model
+from extras import token_scores
 
 CHUNK = 2**26  # logits made at a time; 256 MiB in float32
 PROBED = 8  # positions at which the first forward pass compares a model's logits with its head's
@@ -63,7 +64,7 @@ def score_positions(model, inputs: dict, where: Tensor, targets: Tensor, tempera
     with replaced_forward(head, score):
         out = model(**inputs, use_cache=False).logits
     if change is None:
-        return score_tokens(out[0], targets, temperature)
+        return token_scores.score(out[0], targets, temperature)
     # A model that caps or scales has done so to the scores, so they are taken from before it. The zero term keeps its output
     # in the graph, because engines start the backward pass there.
     return out if change is unchanged else made[0] + 0.0 * out.sum()
@@ -77,7 +78,7 @@ def score_hidden(head: Callable, hidden: Tensor, targets: Tensor, vocabulary: in
     size = max(1, CHUNK // vocabulary)
 
     def score(part: Tensor, ids: Tensor) -> Tensor:
-        return score_tokens(head(part), ids, temperature)
+        return token_scores.score(head(part), ids, temperature)
 
     if len(targets) <= size:
         return score(hidden, targets)

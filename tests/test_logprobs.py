@@ -21,7 +21,7 @@ from common.engine import Engine
 from common.logprobs import masked_mean, masked_sum, plain_logprobs, response_logprobs
 from common.rewards import ScalarModel
 from common.run import Run
-from extras import fused_head, packing, statistics
+from extras import fused_head, packing, statistics, token_scores
 from extras.adapters import add_lora
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -201,8 +201,47 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
     whole = measured_peak(step)
     monkeypatch.setattr(fused_head, "CHUNK", 2**19)
     chunked = measured_peak(step)
-    assert whole > 3 * 32 * 2**20  # the logits, their softmax and the gradient of these
+    assert 2 * 32 * 2**20 < whole < 2.5 * 32 * 2**20  # the logits and their gradient
     assert chunked < 6 * 2 * 2**20 + 8 * 2**20
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_blocks_of_logits_are_scored_as_all_of_them(rows, dtype, autocast, monkeypatch):
+    """Values and gradient of score_tokens, of 10 tokens in blocks of `rows`, the last one smaller."""
+    monkeypatch.setattr(token_scores, "BLOCK", 17 * rows + 5)
+    draw = torch.Generator().manual_seed(0)
+    logits = (torch.randn(10, 17, generator=draw) * 3).to(dtype)
+    targets, weights = torch.randint(17, (10,), generator=draw), torch.randn(10, generator=draw)
+    logits[:2, [4, 9]] = 20.0  # the first of the most likely words counts
+    targets[:2] = torch.tensor([4, 9])
+    assert type(token_scores.score(logits.clone().requires_grad_(), targets).grad_fn).__name__ == "BlocksBackward"
+    results = []
+    for score in (logprobs.score_tokens, token_scores.score):
+        given = logits.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = score(given, targets, 0.7)
+        (found[0] * weights).sum().backward()
+        results.append((found.detach(), given.grad))
+        assert torch.equal(given, logits)
+    (want, gradient), (found, own_gradient) = results
+    exact = dict(rtol=0, atol=1e-12 if dtype == torch.float64 else 5e-6)
+    torch.testing.assert_close(found, want, **exact)
+    assert torch.equal(found[2], want[2]) and found.dtype == want.dtype and 0 < want[2].sum() < 10
+    torch.testing.assert_close(
+        own_gradient, gradient, **(exact if dtype != torch.bfloat16 else dict(rtol=1e-2, atol=1e-3))
+    )
+    assert gradient.float().abs().sum(-1).min() > 1e-3  # every token has one
+
+
+def test_blocks_have_no_gradient_through_entropy_and_accuracy(monkeypatch):
+    monkeypatch.setattr(token_scores, "BLOCK", 5)
+    logits = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, 3])
+    token_scores.score(logits, targets)[1:].sum().backward()
+    assert not logits.grad.any()
+    torch.autograd.gradcheck(lambda z: token_scores.score(z, targets, 0.7)[0], logits)
 
 
 CHANGED = {  # architecture -> the number by which it changes the logits of its head, and what else it needs
