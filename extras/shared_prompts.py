@@ -39,7 +39,8 @@ def settle(model, args, owner: str):
     reason = DECISIONS[key] if args.share_prompts else "--no-share-prompts"
     model.shared_prompts = None if reason else limits
     most = f", in rows of {limits.tokens} tokens at most" if limits.tokens < float("inf") else ""
-    line = f"shared prompts: off ({owner}: {reason})" if reason else f"shared prompts: on{most}"
+    why = f"{owner}: {reason}" if args.share_prompts else reason
+    line = f"shared prompts: off ({why})" if reason else f"shared prompts: on{most}"
     if line not in SAID and os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
     SAID.add(line)
