@@ -119,10 +119,11 @@ class Generator:
         while decoder.unfinished:
             rows, logits = decoder.next_logits(responses)  # (B, V)
             streams |= {i: self._stream(seed, row_ids[i]).tolist() for i in rows if not responses[i]}
-            uniforms = [streams[i][len(responses[i])] if i in streams else 0.0 for i in rows]
-            chosen = choose_tokens(
-                logits, torch.tensor(uniforms, dtype=torch.float64, device=logits.device), temperature
+            uniforms = torch.tensor(
+                [streams[i][len(responses[i])] if i in streams else 0.0 for i in rows], dtype=torch.float64
             )
+            # Only the copy to the list below waits for the device.
+            chosen = choose_tokens(logits, uniforms.to(logits.device, non_blocking=True), temperature)
             ended = []
             for i, (token, logprob) in zip(rows, torch.stack(chosen, -1).tolist(), strict=True):
                 if i in streams:  # else it has ended, in a cache that cannot drop it

@@ -100,7 +100,7 @@ def expected():
 
 @pytest.mark.parametrize("size", [1, 4, 11])
 @pytest.mark.parametrize("name", HOW)
-def test_answers_are_those_of_a_prompt_alone_without_a_cache(name, size, expected, monkeypatch):
+def test_rows_that_end_leave_the_others_as_they_are(name, size, expected, monkeypatch):
     """Attention, with positions of several kinds, convolution and linear attention, both in one layer, a state alone, a cache of
     its own, sliding windows, and layers that cannot drop rows. Equal prompts, and answers of very uneven lengths."""
     model, plain = expected(name)
