@@ -14,7 +14,9 @@ import pyarrow as pa
 from common.store import digest
 from extras.arrow_rows import FORMAT, JSON, kept
 from extras.cache import cache_folder
-from extras.sources import Source
+from extras.lazy import is_large, size_of
+from extras.provenance import data_digest
+from extras.sources import Source, looks_like_path, open_hub
 
 TEXT, IDS = pa.large_string(), pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -34,7 +36,7 @@ def encode_source(source: Source, tokenizer, encode: Callable, make: Callable, *
     make(into) appends the encoded rows to `into`. encode: the function it calls. settings: all other things that the rows
     depend on, as JSON takes them. Their file is rows-<digest of everything>.arrow.
     """
-    if not (content := source.content()):
+    if not (content := content_of(source)):
         return make(None)
     key = cache_key(source, content, tokenizer, encode, settings)
     path = cache_folder() / f"rows-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
@@ -44,6 +46,17 @@ def encode_source(source: Source, tokenizer, encode: Callable, make: Callable, *
         make(into)
 
     return kept(path, key, make_and_say, SCHEMA, sparse=True)
+
+
+def content_of(source: Source) -> str:
+    """Identity of what a large source holds; empty for a small one, whose rows are read anew at every start."""
+    path = Path(source.name)
+    if path.exists():
+        return data_digest(source.name) if is_large(size_of(path)) else ""
+    if source.name == "pydoc" or looks_like_path(source.name):
+        return ""
+    sets = open_hub(source.name, source.split, source.flag)[0]
+    return " ".join(own._fingerprint for own in sets) if is_large(sum(own.data.nbytes for own in sets)) else ""
 
 
 def cache_key(source: Source, content: str, tokenizer, encode: Callable, settings: dict) -> str:

@@ -104,14 +104,6 @@ def parse_line(line: bytes, path: Path, number: int, flag: str):
         raise UserError(f"{flag}: {path} line {number}: found broken JSON ({error}), expected an object") from None
 
 
-def read_parquet(path: Path) -> Lazy:
-    """Rows of a Parquet file, whose columns are copied to a mapped file: single rows cannot be read from Parquet."""
-    from extras.arrow_rows import spool_parquet
-
-    rows = spool_parquet(path)
-    return Lazy(len(rows), lambda places: [dict(rows[i]) for i in places])
-
-
 def read_dataset(dataset) -> Sequence:
     """Rows of a `datasets` set, which is an Arrow file already: a list of a small one, else Lazy."""
     if not is_large(dataset.data.nbytes):

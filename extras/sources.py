@@ -12,7 +12,7 @@ import tiny
 from common import UserError
 from common.data import UnusableRow
 from common.store import BrokenFile, read_pairs
-from extras.lazy import Lazy, is_large, joined, pick, read_at, read_dataset, read_lines, read_parquet, size_of
+from extras.lazy import Lazy, is_large, joined, pick, read_at, read_dataset, read_lines, size_of
 from extras.left_out import warn_left_out
 
 DATASETS = {  # short name -> (hub id, configuration, training split, held-out split); a local path of the name wins
@@ -53,18 +53,6 @@ class Source:
             expected = f"rows left over by the {len(self.taken)} demonstrations of --dataset (lower --max-samples)"
             raise UserError(f"{self.flag}: found none of {self.name}, expected {expected}")
         return left
-
-    def content(self) -> str:
-        """Identity of what a large source holds; empty for a small one, whose rows are read anew at every start."""
-        from extras.provenance import data_digest
-
-        path = Path(self.name)
-        if path.exists():
-            return data_digest(self.name) if is_large(size_of(path)) else ""
-        if self.name == "pydoc" or looks_like_path(self.name):
-            return ""
-        sets = open_hub(self.name, self.split, self.flag)[0]
-        return " ".join(own._fingerprint for own in sets) if is_large(sum(own.data.nbytes for own in sets)) else ""
 
 
 def load_rows(
@@ -211,6 +199,14 @@ def holds_lines(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and isinstance(second, dict)
+
+
+def read_parquet(path: Path) -> Lazy:
+    """Rows of a Parquet file, whose columns are copied to a mapped file: single rows cannot be read from Parquet."""
+    from extras.arrow_rows import spool_parquet
+
+    rows = spool_parquet(path)
+    return Lazy(len(rows), lambda places: [dict(rows[i]) for i in places])
 
 
 def first_lines(path: Path) -> str:

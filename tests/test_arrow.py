@@ -188,7 +188,7 @@ def test_encoded_rows_and_warnings_are_those_of_a_list_at_both_starts(tmp_path, 
     expected, first, second = both_ways(monkeypatch, lambda: demos.load_demonstrations(args, tokenizer))
     assert first == expected and second == expected and len(expected[0]) > 20
     numbers = [row["row"] for row in second[0]]
-    assert numbers == sorted(set(numbers))
+    assert numbers == sorted(set(numbers)) and len(numbers) == (n or len(numbers))
     assert all(type(row) is Row for row in [*first[0], *second[0]]) and [dict(r) for r in second[0]] == expected[0]
     kinds = ("cannot be used", "longer than --max-prompt-length", "longer than their room", "--max-new-tokens")
     assert all(any(kind in text for text in second[1]) for kind in kinds)
