@@ -108,11 +108,12 @@ class Work:
         return out
 
 
-def with_reward(args, demonstrations: list[dict], preferences: list[dict], prompts: list[dict], updates: int) -> Work:
+def with_reward(args, demonstrations: list[dict], preferences: list[dict], updates: int) -> Work:
     """Work of a script that learns a reward model, and a policy by PPO or from the candidates of each prompt.
 
-    prompts: rows whose prompts the policy step answers. updates: policy updates in one outer iteration.
+    updates: policy updates in one outer iteration.
     """
+    prompts = preferences if getattr(args, "prompts", "demonstrations") == "preferences" else demonstrations
     work, T, size = Work(args, demonstrations or preferences), args.T, args.rollout_batch_size
     said = written(demonstrations, "response_ids") * args.sft_epochs
     if getattr(args, "sft_tokens", "response") == "all":
