@@ -476,8 +476,8 @@ def train(args: Args) -> None:
         n, size = len(rows), args.rollout_batch_size * args.num_generations
         steps, answers = count_steps(n, len(preferences), args), n if args.demo_weight else 0
         return cost.print_plan(
-            args, "aihf", cost.with_reward(args, rows, preferences, steps.updates), f"w1 = {args.demo_weight:g}, T = {args.T},"
-            f" reward from {args.reward_model or args.model}, demonstrations {args.dataset}, preferences {args.preference_dataset}",
+            args, "aihf", cost.with_reward(args, rows, preferences, steps.updates), f"w1 = {args.demo_weight:g}, T = {args.T}"
+            f", reward {args.reward_model or args.model}, demonstrations {args.dataset}, preferences {args.preference_dataset}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,",
             f"{steps.updates} policy updates of {steps.per_update} optimizer steps, each after",

@@ -498,8 +498,8 @@ def train(args: Args) -> None:
         n, steps = len(rows), count_steps(len(rows), len(preferences), args)
         answers = n if args.demo_weight else 0
         return cost.print_plan(
-            args, "aihf_ppo", cost.with_reward(args, rows, preferences, steps.updates), f"w1 = {args.demo_weight:g}, T = {args.T},"
-            f" reward from {args.reward_model or args.model}, demonstrations {args.dataset}, preferences {args.preference_dataset}",
+            args, "aihf_ppo", cost.with_reward(args, rows, preferences, steps.updates), f"w1 = {args.demo_weight:g}, T = {args.T}"
+            f", reward {args.reward_model or args.model}, demonstrations {args.dataset}, preferences {args.preference_dataset}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,",
             f"{steps.updates} PPO updates of {steps.per_update} optimizer steps on {size} answers,",

@@ -84,7 +84,7 @@ def begin(path: str, description: str) -> None:
 def read_flags(path: Path):
     """Return the class Args of the script at `path` without running anything else of it but its imports of LIGHT."""
     body = ast.parse(path.read_text()).body
-    kept = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
+    kept: list[ast.stmt] = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
     kept += [node for node in body if isinstance(node, ast.Import) and node.names[0].name in LIGHT]
     kept += [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args"]
     found: dict = {"__name__": "__main__"}  # where tyro looks for the class, to read what stands below each flag

@@ -155,7 +155,7 @@ class Sizes:
     trained: float
     frozen: float
     head: float
-    head_trained: bool
+    head_trained: int  # 1, or 0 where it is frozen
     attention: float
 
 
@@ -175,7 +175,7 @@ def model_sizes(model, config, layers: int) -> Sizes:
         trained=sum(p.numel() for p in body if p.requires_grad),
         frozen=sum(p.numel() for p in body if not p.requires_grad),
         head=0 if head is None else head.numel(),
-        head_trained=head is not None and head.requires_grad,
+        head_trained=int(head is not None and head.requires_grad),
         attention=width * layers,
     )
 
@@ -334,7 +334,7 @@ def work_lines(args, work: Work) -> list[str]:
     rates = rates[0] * per_token, rates[1]
     totals, whole = np.zeros(2), np.zeros(2)
     for name, passes in work.phases.items():
-        took, own = sum(map(done, passes)), [p for p in passes if rates[p.kind == "generate"]]
+        took, own = sum(map(done, passes), np.zeros(2)), [p for p in passes if rates[p.kind == "generate"]]
         parts = [
             f"{kind}s {both(total.responses if kind == 'generate' else total.tokens)} tokens"
             for kind in ("generate", "score", "train")
