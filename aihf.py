@@ -25,9 +25,9 @@ The paper's run:       accelerate launch aihf.py --model mistral-7b-sft-beta
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from extras import terminal
+    from extras import command_line
 
-    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
+    command_line.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import math
 from dataclasses import dataclass
@@ -473,13 +473,11 @@ def train(args: Args) -> None:
     demonstrations, preferences = preference_data.load_both(args, tokenizer)
     if args.dry_run:
         rows, tokens = demonstrations[: args.select_top_k or None], args.max_new_tokens
-        n, steps = len(rows), count_steps(len(rows), len(preferences), args)
-        answers, prompts = n if args.demo_weight else 0, preferences if args.prompts == "preferences" else rows
-        size = args.rollout_batch_size * args.num_generations
+        n, size = len(rows), args.rollout_batch_size * args.num_generations
+        steps, answers = count_steps(n, len(preferences), args), n if args.demo_weight else 0
         return cost.print_plan(
-            args, "aihf", cost.with_reward(args, rows, preferences, prompts, steps.updates),
-            f"reward from {args.reward_model or args.model}, demonstrations {args.dataset},"
-            f" preferences {args.preference_dataset}, w1 = {args.demo_weight:g}, T = {args.T}",
+            args, "aihf", cost.with_reward(args, rows, preferences, steps.updates), f"w1 = {args.demo_weight:g}, T = {args.T}"
+            f", reward {args.reward_model or args.model}, demonstrations {args.dataset}, preferences {args.preference_dataset}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{answers} answers of up to {tokens} tokens ({answers * tokens} at most), K = {steps.K} reward steps,",
             f"{steps.updates} policy updates of {steps.per_update} optimizer steps, each after",

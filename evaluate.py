@@ -16,9 +16,9 @@ After a run of rft.py:  python evaluate.py --model runs/x/final --ref-model runs
 """
 
 if __name__ == "__main__":
-    from extras import terminal
+    from extras import command_line
 
-    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
+    command_line.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import contextlib
 from dataclasses import dataclass

@@ -24,9 +24,9 @@ The paper's run:       accelerate launch irl_dpo_ultrachat.py --model mistral-7b
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from extras import terminal
+    from extras import command_line
 
-    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
+    command_line.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import functools
 import hashlib
@@ -540,7 +540,7 @@ def train(args: Args) -> None:
         candidates, dpo = prompts * args.num_generations, args.policy_objective == "dpo"
         kind = f"DPO on pairs ({args.pair_choice})" if dpo else "fine-tuning on the best of them"
         return cost.print_plan(
-            args, "irl_dpo_ultrachat", cost.with_reward(args, rows, [], rows, steps.updates),
+            args, "irl_dpo_ultrachat", cost.with_reward(args, rows, [], steps.updates),
             f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",

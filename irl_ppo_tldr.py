@@ -22,9 +22,9 @@ accelerate launch irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR -
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from extras import terminal
+    from extras import command_line
 
-    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
+    command_line.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import dataclasses
 import math
@@ -551,7 +551,7 @@ def train(args: Args) -> None:
         n, steps, expert = len(rows), count_steps(len(rows), args), args.expert_model or "the data set's own summaries"
         reward_steps = f"{steps.K[0]} to {steps.K[-1]}" if args.pairs == "accumulated" else steps.K[0]
         return cost.print_plan(
-            args, "irl_ppo_tldr", cost.with_reward(args, rows, [], rows, steps.updates),
+            args, "irl_ppo_tldr", cost.with_reward(args, rows, [], steps.updates),
             f"data {args.dataset}, demonstrations: {expert}, T = {args.T}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {reward_steps} reward steps,",

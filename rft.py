@@ -24,9 +24,9 @@ accelerate launch rft.py --model runs/base/final --max-samples 0 --select-top-k 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from extras import terminal
+    from extras import command_line
 
-    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
+    command_line.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import math
 from dataclasses import dataclass
@@ -445,7 +445,7 @@ def train(args: Args) -> None:
         rows, size, tokens = demonstrations[: args.select_top_k or None], args.rollout_batch_size, args.max_new_tokens
         n, steps = len(rows), count_steps(len(rows), args)
         return cost.print_plan(
-            args, "rft", cost.with_reward(args, rows, [], rows, steps.updates),
+            args, "rft", cost.with_reward(args, rows, [], steps.updates),
             f"reward from {args.reward_model or args.model}, data {args.dataset}, T = {args.T}",
             f"{steps.sft} SFT steps of {args.batch_size} demonstrations; then in each outer iteration",
             f"{n} answers of up to {tokens} tokens ({n * tokens} at most), K = {steps.K} reward steps,",

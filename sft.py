@@ -18,9 +18,9 @@ At scale:               accelerate launch sft.py --model zephyr-7b-sft-full
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from extras import terminal
+    from extras import command_line
 
-    terminal.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
+    command_line.begin(__file__, __doc__)  # before torch is imported: --help at once, and one line if Ctrl-C ends it
 
 import math
 from dataclasses import dataclass

@@ -68,7 +68,7 @@ def work_of(module, found, args: Args) -> cost.Work:
     rows = [{"prompt_ids": [0] * args.prompt, "response_ids": [0] * args.response}] * found.max_samples
     if module.__name__ == "irft":
         return module.plan_work(module.make_plan(len(rows), found), rows, found)
-    return cost.with_reward(found, rows, [], rows, module.count_steps(len(rows), found).updates)
+    return cost.with_reward(found, rows, [], module.count_steps(len(rows), found).updates)
 
 
 def hours_table(found, work: cost.Work, args: Args) -> None:

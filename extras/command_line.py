@@ -66,15 +66,16 @@ def check_sources(args, given: str) -> None:
 LIGHT = ("common.args", "common.ranges", "dataclasses", "math", "typing")  # what flags need, quick to import
 
 
-def answer_early(path: Path, description: str) -> None:
-    """Print the help of the script at `path`, or refuse a wrong word, and exit; return if the command line may be right.
+def begin(path: str, description: str) -> None:
+    """First lines of the script at `path`: catch signals, and answer --help or a wrong word at once.
 
     The script has not imported torch yet, which takes a second. So its Args is made from the source of that class alone.
     """
+    terminal.catch()
     words = sys.argv[1:]
     if not words:
         return
-    cls = read_flags(path)
+    cls = read_flags(Path(path))
     if {"--help", "-h"} & set(words) or wrong_word(cls, words):
         terminal.run(lambda: command_line(cls, description))
         sys.exit()
@@ -83,7 +84,7 @@ def answer_early(path: Path, description: str) -> None:
 def read_flags(path: Path):
     """Return the class Args of the script at `path` without running anything else of it but its imports of LIGHT."""
     body = ast.parse(path.read_text()).body
-    kept = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
+    kept: list[ast.stmt] = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
     kept += [node for node in body if isinstance(node, ast.Import) and node.names[0].name in LIGHT]
     kept += [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args"]
     found: dict = {"__name__": "__main__"}  # where tyro looks for the class, to read what stands below each flag

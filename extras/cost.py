@@ -108,11 +108,12 @@ class Work:
         return out
 
 
-def with_reward(args, demonstrations: list[dict], preferences: list[dict], prompts: list[dict], updates: int) -> Work:
+def with_reward(args, demonstrations: list[dict], preferences: list[dict], updates: int) -> Work:
     """Work of a script that learns a reward model, and a policy by PPO or from the candidates of each prompt.
 
-    prompts: rows whose prompts the policy step answers. updates: policy updates in one outer iteration.
+    updates: policy updates in one outer iteration.
     """
+    prompts = preferences if getattr(args, "prompts", "demonstrations") == "preferences" else demonstrations
     work, T, size = Work(args, demonstrations or preferences), args.T, args.rollout_batch_size
     said = written(demonstrations, "response_ids") * args.sft_epochs
     if getattr(args, "sft_tokens", "response") == "all":
@@ -154,7 +155,7 @@ class Sizes:
     trained: float
     frozen: float
     head: float
-    head_trained: bool
+    head_trained: int  # 1, or 0 where it is frozen
     attention: float
 
 
@@ -174,7 +175,7 @@ def model_sizes(model, config, layers: int) -> Sizes:
         trained=sum(p.numel() for p in body if p.requires_grad),
         frozen=sum(p.numel() for p in body if not p.requires_grad),
         head=0 if head is None else head.numel(),
-        head_trained=head is not None and head.requires_grad,
+        head_trained=int(head is not None and head.requires_grad),
         attention=width * layers,
     )
 
@@ -333,7 +334,7 @@ def work_lines(args, work: Work) -> list[str]:
     rates = rates[0] * per_token, rates[1]
     totals, whole = np.zeros(2), np.zeros(2)
     for name, passes in work.phases.items():
-        took, own = sum(map(done, passes)), [p for p in passes if rates[p.kind == "generate"]]
+        took, own = sum(map(done, passes), np.zeros(2)), [p for p in passes if rates[p.kind == "generate"]]
         parts = [
             f"{kind}s {both(total.responses if kind == 'generate' else total.tokens)} tokens"
             for kind in ("generate", "score", "train")

@@ -1,6 +1,6 @@
 """A script and its terminal: what Ctrl-C and other signals do, and output streams that close or whose disk is full.
 
-Scripts import it before torch, so that a signal during the imports ends in one line too. It imports nothing slow.
+Scripts call `catch` before they import torch, so that a signal during the imports ends in one line too. It imports nothing slow.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from common import UserError
@@ -23,14 +22,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 asked = 0  # signal by which the run was asked to stop; 0 before
 hint = ""  # how to continue the run of this process; empty until it can be continued
 PATIENCE = 5.0  # seconds in which a script that was told to stop must have ended
-
-
-def begin(path: str, description: str) -> None:
-    """First lines of the script at `path`, before it imports torch: catch signals, and answer --help or a wrong word at once."""
-    catch()
-    from extras.command_line import answer_early
-
-    answer_early(Path(path), description)
 
 
 def catch(handler: Callable | int | None = None) -> None:

@@ -264,6 +264,7 @@ OWN = {
     "train",
     "count_steps",
     "plan_lines",
+    "plan_work",
     "expert_rows",
     "collect",
     "reward_batch_loss",
