@@ -35,7 +35,7 @@ from common.args import main, require
 from common.engine import native_bf16
 
 EOS, PAD, FIRST_WORD = 0, 1, 2
-BETA, RATE = 0.1, 1e-3  # the learning rate is large, so that a first update that is not made shows
+BETA, RATE = 0.1, 1e-4  # of AdamW
 
 
 @dataclass
@@ -153,7 +153,10 @@ def make_case(what: str, shape: str, lengths: str, lora_r: int, repeats: int) ->
         return [stream.randrange(FIRST_WORD, vocabulary) for _ in range(stream.randint(low, high))]
 
     rows = []
-    for _ in range(first + repeats * updates):
+    for k in range(first + repeats * updates):
+        if k == 1 < first:  # the first rows again: an update that one side has not made, or otherwise, shows in their loss
+            rows += rows[:batch]
+            continue
         part = [
             {"prompt_ids": ids(*prompts), "chosen_ids": [*ids(*answers), EOS], "rejected_ids": [*ids(*answers), EOS]}
             for _ in range(batch)
