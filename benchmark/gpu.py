@@ -1,8 +1,9 @@
-"""Speed and memory of SFT, IRFT and generation on a CUDA card, with random weights: see gpu.sh.
+"""Speed and memory of SFT, IRFT, rewards, PPO and generation on a CUDA card, with random weights: see gpu.sh.
 
 Models of the shape of pythia-1.4b (all weights trained, bf16 autocast over float32, as the scripts run by default) and of
 Mistral 7B (LoRA, bf16 weights); the former under DeepSpeed ZeRO-3 too, and both with vLLM's generation, where these are
-installed. Losses, updates and generators are the scripts' own. Each case runs in processes of its own.
+installed. IRFT is also trained with gradient checkpointing, and with padded batches where flash attention is installed,
+which does without padding. Losses, updates and generators are the scripts' own. Each case runs in processes of its own.
 
 A model's arithmetic is what extras/cost.py counts; recomputation is not counted. The card's rate is that of a large bf16
 product, measured in the same process.
@@ -72,10 +73,18 @@ class Case:
     lora_r: int
     config: str = ""  # of configs/
     generation: str = "hf"
+    checkpointing: bool = False
+    attention: str = "auto"
     folder: str = ""  # for what a run writes
 
 
-STEPS = {"sft": "SFT", "irft": "IRFT training", "generate": "generation"}
+STEPS = {
+    "sft": "SFT",
+    "irft": "IRFT training",
+    "reward": "reward step",
+    "ppo": "PPO learning",  # policy and value model, one pass over stored answers
+    "generate": "generation",
+}
 
 
 @dataclass
@@ -100,6 +109,15 @@ def operations(model, shape: Shape, train: bool) -> float:
     sizes = cost.model_sizes(model, model.config, shape.size["num_hidden_layers"])
     sequence = cost.sequences([(shape.length - shape.response, shape.response)])
     return float(cost.operations(sizes, sequence, train)[0])
+
+
+def scalar_operations(model, shape: Shape) -> float:
+    """The same of a model with a scalar head, which is trained and costs next to nothing."""
+    weights = {p: p.requires_grad for p in model.parameters() if p.ndim > 1}
+    weights.pop(model.get_input_embeddings().weight)
+    layers, width = shape.size["num_hidden_layers"], shape.size["hidden_size"]
+    attention = 6 * layers * width * shape.length**2
+    return sum((6 if trained else 4) * p.numel() for p, trained in weights.items()) * shape.length + attention
 
 
 def product_rate(device: str) -> float:
@@ -127,56 +145,86 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def random_model(auto, settings, shape: Shape, **options):
+    """A random model of a shape, of transformers' class `auto`, with the run's type of weights and attention."""
+    from transformers import AutoConfig
+
+    from extras import loading, noise
+
+    config = AutoConfig.for_model(shape.architecture, **shape.size, max_position_embeddings=2048, **options)
+    made = auto.from_config(
+        config, dtype=getattr(torch, settings.dtype), attn_implementation=loading.attention(settings, config)
+    )
+    return noise.without_noise(made)
+
+
 def measure(device: str, case: Case) -> dict[str, float]:
     """tokens per second over all devices, peak bytes of one, and the fraction of a bf16 product's rate."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     import irft
+    import rft
     import sft
     from common import models
     from common.args import resolve_auto
     from common.generation import make_generator
+    from common.rewards import ActorCritic, ScalarModel
     from common.run import Run
     from common.streams import make_optimizer
-    from extras import loading, noise
 
     shape, rows = SHAPES[case.shape], SHAPES[case.shape].sequences
-    per_device = rows if case.step == "sft" else rows // 2  # a pair has two sequences
-    settings = irft.Args(
+    script = rft if case.step in ("reward", "ppo") else irft
+    per_device = rows if case.step in ("sft", "ppo") else rows // 2  # a pair has two sequences
+    settings = script.Args(
         model=case.shape, output_dir=case.folder, lora_r=case.lora_r, mixed_precision="bf16", generation=case.generation,
         dtype="bfloat16" if case.lora_r else "float32", max_prompt_length=shape.length - shape.response,
         max_length=shape.length, max_new_tokens=shape.response, per_device_eval_batch_size=shape.prompts,
-        per_device_train_batch_size=per_device,
+        per_device_train_batch_size=per_device, gradient_checkpointing=case.checkpointing, attn_implementation=case.attention,
     )  # fmt: skip
-    resolve_auto(settings, irft.SETTINGS)
+    resolve_auto(settings, script.SETTINGS)
     run = Run(settings, "gpu", {**irft.METRICS, **sft.METRICS})
-    config = AutoConfig.for_model(shape.architecture, **shape.size, max_position_embeddings=2048)
     torch.manual_seed(0)
     with torch.device("cpu") if case.config else run.accelerator.device:  # engines cut up what is in main memory
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, settings.dtype), attn_implementation=loading.attention(settings, config)
-        )
-    model = models.make_trainable(noise.without_noise(model), settings)
-    work = operations(model.get_base_model() if case.lora_r else model, shape, case.step != "generate")
+        policy = random_model(AutoModelForCausalLM, settings, shape) if case.step != "reward" else None
+        scalar = None
+        if case.step in ("reward", "ppo"):
+            scalar = ScalarModel(random_model(AutoModelForSequenceClassification, settings, shape, num_labels=1))
+    work = 0.0
+    if policy is not None:
+        policy = models.make_trainable(policy, settings)
+        work += operations(policy.get_base_model() if case.lora_r else policy, shape, case.step != "generate")
+    if scalar is not None:
+        scalar.model = models.make_trainable(scalar.model, settings, "SEQ_CLS")
+        work += scalar_operations(scalar.inner, shape)
     rate = product_rate(device)
-    policy, optimizer = run.prepare(model, make_optimizer("rmsprop", model.parameters()))
-    generator = make_generator(run, run.unwrap(policy), NoEnd())
-    generator.eos_ids = set()
+    if case.step == "ppo":
+        model: torch.nn.Module = ActorCritic(*(models.autocast_forward(run, m) for m in (policy, scalar)))
+    else:
+        model = policy if policy is not None else models.autocast_forward(run, scalar)
+    model, optimizer = run.prepare(model, make_optimizer("rmsprop", model.parameters()))
     prompt, answer = [5] * (shape.length - shape.response), [7] * shape.response
+    zeros = dict.fromkeys(("logprobs", "values", "advantages", "returns"), [0.0] * shape.response)
     pair = dict(prompt_ids=prompt, chosen_ids=answer, rejected_ids=answer, ref_chosen=-9.0, ref_rejected=-9.0)
-    row = {**pair, "response_ids": answer}
+    row = {**pair, "response_ids": answer, **zeros}
+    if case.step == "generate":
+        generator = make_generator(run, run.unwrap(model), NoEnd())
+        generator.eos_ids = set()
 
     def loss(part: list[dict]):
         if case.step == "sft":
-            return sft.demonstration_loss(policy, part, run.accelerator.device)
-        return irft.pair_loss(policy, part, settings, run.accelerator.device)
+            return sft.demonstration_loss(model, part, run.accelerator.device)
+        if case.step == "reward":
+            return rft.reward_batch_loss(model, part, settings, run.accelerator.device)
+        if case.step == "ppo":
+            return rft.ppo_batch_loss(model, part, settings, run.accelerator.device, 1.0 / shape.response)
+        return irft.pair_loss(model, part, settings, run.accelerator.device)
 
     def once() -> None:
         if case.step == "generate":
             generator.sample([prompt] * shape.prompts, list(range(shape.prompts)), 0)
         else:
-            policy.train()
-            run.step(policy, optimizer, [row] * per_device * run.world, loss, lambda _: 0, 1e-6)
+            model.train()
+            run.step(model, optimizer, [row] * per_device * run.world, loss, lambda _: 0, 1e-6)
 
     once()  # optimizer state, kernels, vLLM's start
     synchronise(device)
@@ -244,6 +292,8 @@ def child(args: Args, case: Case) -> dict[str, float]:
 
 def table(args: Args) -> None:
     """All cases of --shape, as a Markdown table; a case that fails, of memory say, is a row that says so."""
+    from transformers.utils import is_flash_attn_2_available
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: found no CUDA card, expected one (--device cpu --shape tiny shows that the script works)"
@@ -252,6 +302,9 @@ def table(args: Args) -> None:
         [("pythia-1.4b", 0), ("mistral-7b", 64)] if args.shape == "all" else [(args.shape, 64 * ("7b" in args.shape))]
     )
     cases = [Case(shape, step, lora_r) for shape, lora_r in named for step in STEPS]
+    cases += [Case(shape, "irft", lora_r, checkpointing=True) for shape, lora_r in named]
+    if args.device == "cuda" and is_flash_attn_2_available():
+        cases += [Case(shape, "irft", lora_r, attention="sdpa") for shape, lora_r in named]
     if args.device == "cuda" and importlib.util.find_spec("vllm"):
         cases += [Case(shape, "generate", lora_r, generation="vllm") for shape, lora_r in named]
     if importlib.util.find_spec("deepspeed"):
@@ -264,7 +317,9 @@ def table(args: Args) -> None:
         s = SHAPES[case.shape]
         size = f"{s.prompts if case.step == 'generate' else s.sequences} x {s.length} ({s.response})"
         how = [f"LoRA r = {case.lora_r}"] * (case.lora_r > 0) + ["ZeRO-3"] * bool(case.config)
-        label = f"{', '.join([case.shape, *how])} | {STEPS[case.step]}{', vLLM' * (case.generation == 'vllm')} | {size}"
+        step = [STEPS[case.step]] + ["vLLM"] * (case.generation == "vllm") + ["checkpointing"] * case.checkpointing
+        step += ["sdpa, padded"] * (case.attention == "sdpa")
+        label = f"{', '.join([case.shape, *how])} | {', '.join(step)} | {size}"
         try:
             found = child(args, case)
         except UserError as error:

@@ -367,8 +367,9 @@ def test_the_gpu_benchmark_prints_a_row_for_every_step():
         [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "tiny" in line
     ]
     models = ["tiny"] + ["tiny, ZeRO-3"] * (importlib.util.find_spec("deepspeed") is not None)
-    steps = ["SFT", "IRFT training", "generation"]
-    assert [row[:2] for row in rows] == [[model, step] for model in models for step in steps], done.stdout
+    steps = ["SFT", "IRFT training", "reward step", "PPO learning", "generation"]
+    expected = [[models[0], step] for step in [*steps, "IRFT training, checkpointing"]]
+    assert [row[:2] for row in rows] == expected + [[model, s] for model in models[1:] for s in steps], done.stdout
     for row in rows:
         assert float(row[3].replace(",", "")) > 0 and float(row[4]) > 0, done.stdout
         assert re.fullmatch(r"\d+% of [\d.]+ T/s", row[5])
@@ -437,3 +438,19 @@ def test_a_models_operations_are_those_that_torch_counts():
         # torch counts whole attention matrices, of which causality needs half
         assert gpu.operations(inner, shape, False) == pytest.approx(forward, rel=0.1)
         assert gpu.operations(inner, shape, True) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_a_scalar_models_operations_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    size = dict(vocab_size=512, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256)
+    shape = gpu.Shape("gpt_neox", size, 1, 32, 32, 1, 1)
+    for lora_r in (0, 4):
+        config = AutoConfig.for_model("gpt_neox", **size, num_labels=1)
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+        model = models.make_trainable(model, irft.Args(lora_r=lora_r), "SEQ_CLS")
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros(1, 32, dtype=torch.long)).logits.sum().backward()
+        inner = model.get_base_model() if lora_r else model
+        assert gpu.scalar_operations(inner, shape) == pytest.approx(counter.get_total_flops(), rel=0.1)
