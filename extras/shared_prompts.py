@@ -9,7 +9,7 @@ it or cuts it up. So no collective is needed, and all processes decide alike.
 import inspect
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def refusal(model, limits: Limits) -> str:
     return ""
 
 
-def same_prompts(args, sequences: list[tuple], order: Iterable[int] = ()) -> list[list[int]]:
+def same_prompts(args, sequences: Sequence[tuple], order: Iterable[int] = ()) -> list[list[int]]:
     """Group the indices of [(prompt ids, response ids)] by prompt. Groups and their members stand as `order` has them.
 
     order: by default that of the sequences. Each index is alone with --no-share-prompts, or if no loaded model shares prompts.
@@ -90,7 +90,7 @@ def same_prompts(args, sequences: list[tuple], order: Iterable[int] = ()) -> lis
     return list(groups.values())
 
 
-def scoring_order(args, sequences: list[tuple]) -> list[int]:
+def scoring_order(args, sequences: Sequence[tuple]) -> list[int]:
     """Sort the indices of [(prompt ids, response ids)], the longest sequence first, and put those with one prompt together."""
     by_length = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
     return [i for group in same_prompts(args, sequences, by_length) for i in group]
