@@ -154,7 +154,9 @@ def make_case(what: str, shape: str, lengths: str, lora_r: int, repeats: int) ->
 
     rows = []
     for k in range(first + repeats * updates):
-        if k == 1 < first:  # the first rows again: an update that one side has not made, or otherwise, shows in their loss
+        if (
+            k == 1 < first
+        ):  # the first rows again: an update that one side has not made, or otherwise, shows in their loss
             rows += rows[:batch]
             continue
         part = [

@@ -26,7 +26,9 @@ def make_optimizer(name: str, *parts, eps: float = 1e-8, weight_decay: float = 0
     groups = [{"params": [p for p in part if p.requires_grad]} for part in parts]
     if name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=0.0, eps=eps, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, eps=eps, weight_decay=weight_decay, fused=True)  # one pass over the weights
+    return torch.optim.AdamW(
+        groups, lr=0.0, eps=eps, weight_decay=weight_decay, fused=True
+    )  # one pass over the weights
 
 
 def bias_correction(optimizer) -> float:

@@ -16,9 +16,7 @@ def gather_rows(accelerator, shares: list[list[int]], mine: list) -> list:
     """
     parts = [mine] if len(shares) == 1 else map(unpack, gather_bytes(accelerator, pack(mine)))
     found = {
-        i: result
-        for share, part in zip(shares, parts, strict=True)
-        for i, result in zip(share, part, strict=True)
+        i: result for share, part in zip(shares, parts, strict=True) for i, result in zip(share, part, strict=True)
     }
     return [found[i] for i in range(len(found))]
 

@@ -84,7 +84,9 @@ def same_prompts(args, sequences: Sequence[tuple], order: Iterable[int] = ()) ->
     order = order or range(len(sequences))
     if not (args.share_prompts and "" in DECISIONS.values()):
         return [[i] for i in order]
-    groups: dict[int, list[int]] = {}  # by a hash, which all processes find alike; `collate` compares the prompts themselves
+    groups: dict[
+        int, list[int]
+    ] = {}  # by a hash, which all processes find alike; `collate` compares the prompts themselves
     for i in order:
         groups.setdefault(hash(tuple(sequences[i][0])), []).append(i)
     return list(groups.values())
