@@ -544,3 +544,19 @@ def test_all_ranks_have_all_results_in_order(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS.format(paths=here, out=str(tmp_path / "out")))
     done = run([sys.executable, str(tmp_path / "ranks.py")], ranks=2)
     assert {f"RANK {rank} {4 * len(FORMS)} True" for rank in (0, 1)} <= set(done.stdout.splitlines()), done.stdout
+
+
+def test_a_large_hub_set_is_known_by_its_fingerprint_and_read_as_a_list(monkeypatch):
+    import datasets
+
+    rows = make_rows(40, "pairs")
+    sets = [datasets.Dataset.from_list(rows[i:]) for i in (0, 1)]
+    current = [0]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: sets[current[0]])
+    source = Source("ultrafeedback_binarized", "train", "preferences")
+    assert encoded.content_of(source) == "" and isinstance(expected := source.rows(), list)
+    monkeypatch.setattr(lazy, "LARGE", 0)
+    found, first = source.rows(), encoded.content_of(source)
+    assert list(found) == expected and not isinstance(found, list) and found[3] == expected[3]
+    current[0] = 1
+    assert first and encoded.content_of(source) not in ("", first)
