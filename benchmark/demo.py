@@ -151,7 +151,7 @@ def figure(methods: dict[str, list[list[Point]]], lines: dict[str, float], word:
                     1, share, name, transform=ax.get_yaxis_transform(), ha="right", va="bottom", color="#666666", size=8
                 )
         ax.set_title(title, size=9, loc="left")
-        ax.set_xlabel("optimizer steps of the policy" if x == "step" else TITLES[x])
+        ax.set_xlabel("optimizer steps; those of a reward model count too" if x == "step" else TITLES[x])
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     fig.savefig(path, dpi=130)

@@ -27,4 +27,4 @@ for seed in $seeds; do
   experts+=("$to/expert") sft+=${sft:+,}$to/sft spin+=${spin:+,}$to/spin irft+=${irft:+,}$to/irft rft+=${rft:+,}$to/rft
 done
 python benchmark/demo.py --expert "${experts[@]}" --output "$out" \
-  --runs "SFT=$sft" "SPIN (IRFT, T = 1)=$spin" "IRFT, T = 5=$irft" "RFT=$rft"
+  --runs "SFT=$sft" "SPIN=$spin" "IRFT=$irft" "RFT=$rft"
