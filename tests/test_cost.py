@@ -145,7 +145,7 @@ def test_operations_are_those_that_torch_counts(place, train, given, tied):
     _, args = settings(place, "irft", model=str(folder), attn_implementation="eager", **given)
     model = models.prepare_policy(args).train()
     lengths = [(9, 7)] * 3
-    batch = collate([([1] * p, [2] * r) for p, r in lengths], pad_token_id=0)
+    batch = collate([([i] * p, [2] * r) for i, (p, r) in enumerate(lengths)], pad_token_id=0)  # no prompt is shared
     response_logprobs(model, batch)  # the first call also probes the head
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
         scores = response_logprobs(model, batch)
@@ -166,7 +166,7 @@ def test_operations_are_those_that_torch_counts(place, train, given, tied):
 def test_operations_of_a_scalar_model(place):
     _, args = settings(place, "rft", attn_implementation="eager")
     model = prepare_scalar(args, args.model, "--model").train()
-    batch = collate([([1] * 9, [2] * 7)] * 3, pad_token_id=0)
+    batch = collate([([i] * 9, [2] * 7) for i in range(3)], pad_token_id=0)  # no prompt is shared
     with FlopCounterMode(display=False) as counter:
         model(batch).sum().backward()
     found = cost.operations(cost.sizes_of(args, True), cost.sequences([(9, 7)] * 3), True)

@@ -292,7 +292,12 @@ def test_metrics_of_the_candidates():
 @pytest.mark.parametrize("objective, references", [("dpo", 14), ("best_of_n", 0)])
 def test_no_model_sees_a_sequence_twice_and_batches_are_sorted_by_length(make_run, objective, references):  # noqa: F811
     """Of 3 candidates of 7 prompts the reward sees 21, the reference the 14 that are kept; best_of_n needs no reference."""
-    run = make_run(irl, **ONLINE, policy_objective=objective, sft_epochs=0, per_device_eval_batch_size=4)
+    sizes = {
+        "sft_epochs": 0,
+        "per_device_eval_batch_size": 4,
+        "share_prompts": False,
+    }  # which puts equal prompts together
+    run = make_run(irl, **ONLINE, policy_objective=objective, **sizes)
     seen, reward, reference = {"reward": [], "reference": []}, scalar_model(), exact.make_model(seed=1)
     for name, model in (("reward", reward.model.gpt_neox), ("reference", reference)):
         note = lambda m, args, kwargs, name=name: seen[name].append(kwargs["attention_mask"].sum(1).tolist())  # noqa: E731

@@ -22,7 +22,7 @@ from common.data import collate
 from common.logprobs import masked_sum, plain_logprobs, response_logprobs
 from common.rewards import ActorCritic, ScalarModel
 from common.run import Run
-from extras import fused_head, packing, shared_prompts
+from extras import fused_head, gather, packing, shared_prompts
 from extras.adapters import add_lora
 from extras.command_line import saved_args
 from extras.packing import Limits, Rows
@@ -458,18 +458,14 @@ def test_one_process_scores_all_answers_to_a_prompt(world, monkeypatch):
             ]
             return [sum(row) for row in batch.response_ids.tolist()]
 
-        def map_rows(n, work, rank=rank):
-            mine = list(range(rank, n, world))
-            results.update(zip(mine, work(mine), strict=True))
-            return [results.get(i, [None] * 4) for i in range(n)]
+        def gather_rows(_, shares, mine, rank=rank):
+            results.update(zip(shares[rank], mine, strict=True))
+            return [results.get(i) for i in range(sum(map(len, shares)))]
 
-        monkeypatch.setattr(run, "map_rows", map_rows)
-        if rank == world - 1:
-            assert run.map_sequences(ANSWERS, score) == [sum(y) for _, y in ANSWERS]
-        else:
-            with pytest.raises(ValueError, match="zip"):  # the others' parts are not there yet
-                run.map_sequences(ANSWERS, score)
+        monkeypatch.setattr(gather, "gather_rows", gather_rows)
+        gathered = run.map_sequences(ANSWERS, score)
         scored.append(own)
+    assert gathered == [sum(y) for _, y in ANSWERS]
     prompts = [set(own) for own in scored]
     assert sum(map(len, scored)) == len(ANSWERS) and sum(map(len, prompts)) == 4
 

@@ -13,11 +13,11 @@ MODEL = FOLDER / "model"
 
 
 @functools.cache
-def stored_rows() -> list[dict]:
+def stored_rows(path: Path) -> list[dict]:
     """Rows of pydoc.parquet. A run asks for them several times: to train on, to measure on, to know what --model has seen."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(DATA).to_pylist()
+    return pq.read_table(path).to_pylist()
 
 
 def pydoc_rows(kind: str) -> list[tuple[bool, dict]]:
@@ -27,7 +27,7 @@ def pydoc_rows(kind: str) -> list[tuple[bool, dict]]:
     summary is chosen over that of the next documented one of the same module, which is of the same author and subject.
     Modules with one summary have no preference.
     """
-    rows = list(enumerate(stored_rows()))
+    rows = list(enumerate(stored_rows(DATA)))
     if kind == "preferences":
         columns = {"prompt": "prompt", "chosen": "response", "rejected": "next_response"}
         rows = [(i, r) for i, r in rows if r["next_response"]]
