@@ -185,11 +185,10 @@ def make_pairs(run, t: int, plan: Plan, demonstrations, policy, generator, token
             models.reference_policy(run, policy, is_reference) as ref_policy,
             evaluating(ref_policy),
         ):
-            for kind in ("chosen", "rejected"):
-                sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs]
-                scored = evals.sequence_logprobs(run, ref_policy, sequences, advance=advance)
-                for pair, (logp, _) in zip(pairs, scored, strict=True):
-                    pair[f"ref_{kind}"] = logp
+            sequences = [(p["prompt_ids"], p[f"{kind}_ids"]) for p in pairs for kind in ("chosen", "rejected")]
+            scored = evals.sequence_logprobs(run, ref_policy, sequences, advance=advance)
+            for pair, (chosen, _), (rejected, _) in zip(pairs, scored[::2], scored[1::2], strict=True):
+                pair["ref_chosen"], pair["ref_rejected"] = chosen, rejected
         return pairs
 
     return run.stored(pairs_path(run, t), make, sum(plan.K[:t]))

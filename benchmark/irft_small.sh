@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo over several seeds; its tables stand in docs/irft.md. About 5 minutes a seed and data set on 2 cores.
+# SFT, SPIN and IRFT over several seeds; the tables stand in docs/irft.md. About 5 minutes a seed and data set on 2 cores.
 #   SEEDS="1 2 3" bash benchmark/irft_small.sh [OUT [DATA]]
 # DATA, a file of demonstrations, is learned from instead of pydoc, after a warm start of the embedded model on it by SFT. Prompts are
 # cut, and families of them split, as in the other benchmarks.

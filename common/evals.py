@@ -3,6 +3,7 @@
 Every measure is kept per row (evals/<iteration>.parquet), so that intervals and paired comparisons can be made later.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def sequence_logprobs(
     """[(log pi of the response, its token log-probs)] without gradient, shared over ranks, in length-sorted batches."""
     with evaluating(model):
         return run.map_sequences(sequences, lambda batch: batch_logprobs(model, batch, temperature), advance)
+
+
+def score_groups(run, model, groups: dict[str, list[tuple]], advance=lambda n: None) -> dict[str, list]:
+    """{name: sequence_logprobs of its sequences}, from one call for all groups, in which answers to one prompt share it."""
+    every = iter(sequence_logprobs(run, model, list(itertools.chain(*groups.values())), advance=advance))
+    return {name: list(itertools.islice(every, len(group))) for name, group in groups.items()}
 
 
 def batch_logprobs(model, batch, temperature: float = 1.0) -> list[tuple[float, list[float]]]:
@@ -94,8 +101,8 @@ def prepare_held_out(
             held = HeldOut(rows, rejected, {}, {})
             columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
             with evaluating(reference):
-                for kind in KINDS:
-                    scored = sequence_logprobs(run, reference, held.sequences(kind), advance=advance)
+                groups = {kind: held.sequences(kind) for kind in KINDS}
+                for kind, scored in score_groups(run, reference, groups, advance).items():
                     columns[f"ref_{kind}"] = [total for total, _ in scored]
         if with_gold:
             base = [(texts[r["row"]], done) for r, done in zip(rows, finished, strict=True)]
@@ -141,13 +148,14 @@ def evaluate(
     with run.phase(f"evaluation {iteration}", passes * len(rows), evaluation=iteration) as advance:
         rollout = rollout or sample_rows(run, generator, rows, EVAL_SEED, temperature, advance)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        logp, kl = {}, {}
+        groups, kl = {kind: held.sequences(kind) for kind in KINDS}, {}
+        if with_kl:  # the policy's own again, as the reference does it: rounding differs with a cache
+            groups["samples"] = sequences
         with evaluating(policy):
-            for kind in KINDS:
-                scored = sequence_logprobs(run, policy, held.sequences(kind), advance=advance)
-                logp[kind] = np.array([total for total, _ in scored])
-            if with_kl:  # the policy's own again, as the reference does it: rounding differs with a cache
-                ours = sequence_logprobs(run, policy, sequences, advance=advance)
+            scored = score_groups(run, policy, groups, advance)
+            logp = {kind: np.array([total for total, _ in scored[kind]]) for kind in KINDS}
+            if with_kl:
+                ours = scored["samples"]
                 with reference as ref_policy:
                     theirs = sequence_logprobs(run, ref_policy, sequences)
                 k1, k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
@@ -201,7 +209,8 @@ def evaluate_reward(
     total = sum(map(len, sequences.values()))
     with run.phase(f"reward {iteration} on held-out rows", total, outer_iteration=iteration) as advance:
         with evaluating(reward_model):
-            scores = {kind: np.array(sequence_scores(run, reward_model, s, advance)) for kind, s in sequences.items()}
+            every = iter(sequence_scores(run, reward_model, list(itertools.chain(*sequences.values())), advance))
+        scores = {kind: np.array(list(itertools.islice(every, len(s)))) for kind, s in sequences.items()}
     if samples is not None:
         scores.setdefault("samples", scores["rejected"])
     if run.is_main:
