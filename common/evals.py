@@ -148,14 +148,13 @@ def evaluate(
     with run.phase(f"evaluation {iteration}", passes * len(rows), evaluation=iteration) as advance:
         rollout = rollout or sample_rows(run, generator, rows, EVAL_SEED, temperature, advance)
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
-        groups, kl = {kind: held.sequences(kind) for kind in KINDS}, {}
-        if with_kl:  # the policy's own again, as the reference does it: rounding differs with a cache
-            groups["samples"] = sequences
+        logp, kl = {}, {}
         with evaluating(policy):
-            scored = score_groups(run, policy, groups, advance)
-            logp = {kind: np.array([total for total, _ in scored[kind]]) for kind in KINDS}
-            if with_kl:
-                ours = scored["samples"]
+            groups = {kind: held.sequences(kind) for kind in KINDS}  # in the batches of the reference: rounding is the same
+            for kind, scored in score_groups(run, policy, groups, advance).items():
+                logp[kind] = np.array([total for total, _ in scored])
+            if with_kl:  # the policy's own again, as the reference does it: rounding differs with a cache
+                ours = sequence_logprobs(run, policy, sequences, advance=advance)
                 with reference as ref_policy:
                     theirs = sequence_logprobs(run, ref_policy, sequences)
                 k1, k3 = kl_estimates([tokens for _, tokens in ours], [tokens for _, tokens in theirs])
