@@ -150,7 +150,7 @@ def evaluate(
         sequences = list(zip(rollout.prompt_ids, rollout.response_ids, strict=True))
         logp, kl = {}, {}
         with evaluating(policy):
-            groups = {kind: held.sequences(kind) for kind in KINDS}  # in the batches of the reference: rounding is the same
+            groups = {kind: held.sequences(kind) for kind in KINDS}  # the reference's batches, so its rounding too
             for kind, scored in score_groups(run, policy, groups, advance).items():
                 logp[kind] = np.array([total for total, _ in scored])
             if with_kl:  # the policy's own again, as the reference does it: rounding differs with a cache
