@@ -24,11 +24,8 @@ def make_optimizer(name: str, *parts, eps: float = 1e-8, weight_decay: float = 0
     parts: parameters, once for each part of the model that may have a learning rate of its own (Run.step).
     """
     groups = [{"params": [p for p in part if p.requires_grad]} for part in parts]
-    if name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=0.0, eps=eps, weight_decay=weight_decay)
-    return torch.optim.AdamW(
-        groups, lr=0.0, eps=eps, weight_decay=weight_decay, fused=True
-    )  # one pass over the weights
+    how: dict = dict(lr=0.0, eps=eps, weight_decay=weight_decay)
+    return torch.optim.RMSprop(groups, **how) if name == "rmsprop" else torch.optim.AdamW(groups, **how, fused=True)
 
 
 def bias_correction(optimizer) -> float:
