@@ -130,7 +130,7 @@ def read_together(path: Path, cache: Path, processes: int, lists: bool) -> dict[
 
 
 def show(case: dict) -> str:
-    values = (case["rows"], f"{case['tokens']:.0f}", case["processes"], case["start"], f"{case['seconds']:.1f}")
+    values = (case["rows"], f"{case['tokens']:.0f}", case["processes"], case["start"], f"{case['seconds']:.3g}")
     values += (*(f"{case[name]:.0f}" for name in ("own", "mapped", "us")), f"{case['file']:.2f}")
     return f"| {' | '.join(map(str, values))} |"
 
