@@ -121,8 +121,8 @@ def figure(methods: dict[str, list[list]], measures: dict, path: Path, title: st
     fig.savefig(path, dpi=130)
 
 
-def read_methods(words: tuple[str, ...]) -> dict[str, list[list]]:
-    """{label: the evaluations of its runs, one a seed} of --runs. UserError, in one line, for runs that cannot be compared."""
+def read_folders(words: tuple[str, ...]) -> dict[str, list[str]]:
+    """{label: its run directories, one a seed} of --runs. UserError for words that are not LABEL=DIR[,DIR...]."""
     folders: dict[str, list[str]] = {}
     for word in words:
         label, sep, directories = word.partition("=")
@@ -133,6 +133,12 @@ def read_methods(words: tuple[str, ...]) -> dict[str, list[list]]:
         folders[label] = directories.split(",")
         if len({Path(d).resolve() for d in folders[label]}) < len(folders[label]):
             raise UserError(f"--runs: found a directory twice in {word}, expected one for each seed")
+    return folders
+
+
+def read_methods(words: tuple[str, ...]) -> dict[str, list[list]]:
+    """{label: the evaluations of its runs, one a seed} of --runs. UserError, in one line, for runs that cannot be compared."""
+    folders = read_folders(words)
     methods = {label: [load(Path(d)) for d in directories] for label, directories in folders.items()}
     require_same_rows({
         f"{folders[label][i]}, evaluation {k}": values

@@ -18,7 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.best_of import is_good  # noqa: E402
-from benchmark.compare import COLORS
+from benchmark.compare import COLORS, read_folders
 from benchmark.tables import (
     Columns,
     about_intervals,
@@ -29,7 +29,6 @@ from benchmark.tables import (
     read_json,
     require_same_rows,
 )
-from common import UserError
 from common.args import main
 from common.store import read_pairs
 from extras.sources import load_rows
@@ -89,17 +88,6 @@ def load(folder: Path, word: str) -> list[Point]:
         good = np.array([float(is_good(text, word)) for text in texts])
         points.append(Point(evaluation.step, {**evaluation.columns, "good": good}, texts))
     return points
-
-
-def read_methods(words: tuple[str, ...], good: str) -> dict[str, list[list[Point]]]:
-    """{label: evaluations of its runs, one a seed}. UserError for a --runs that is not LABEL=DIR[,DIR...]."""
-    methods = {}
-    for word in words:
-        label, sep, folders = word.partition("=")
-        if not sep or not label or not folders or label in methods:
-            raise UserError(f"--runs: found {word}, expected LABEL=DIR[,DIR...], each label once")
-        methods[label] = [load(Path(folder), good) for folder in folders.split(",")]
-    return methods
 
 
 # ---- what is shown ----
@@ -164,7 +152,7 @@ def show(args: Args) -> None:
     end = f"end of T = 1 at beta {args.beta:g}"
     lines = {"base model": p, "the expert": expert_share(p, n), end: limit_share(p, n, args.beta)}
     lines = {name: float(share.mean()) for name, share in lines.items()}
-    methods = read_methods(args.runs, word)
+    methods = {label: [load(Path(d), word) for d in folders] for label, folders in read_folders(args.runs).items()}
     for seed in range(len(experts)):
         require_same_rows({label: runs[seed][0].columns for label, runs in methods.items() if seed < len(runs)})
     out = Path(args.output)

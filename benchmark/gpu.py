@@ -98,12 +98,6 @@ class Args:
 
 
 # ---- one case ----
-class NoEnd:
-    """A tokenizer of no use but to say that no token ends an answer."""
-
-    eos_token_id = None
-
-
 def operations(model, shape: Shape, train: bool) -> float:
     """Floating-point operations of a forward (and backward) pass per sequence, or of generating one answer."""
     sizes = cost.model_sizes(model, model.config, shape.size["num_hidden_layers"])
@@ -207,7 +201,7 @@ def measure(device: str, case: Case) -> dict[str, float]:
     pair = dict(prompt_ids=prompt, chosen_ids=answer, rejected_ids=answer, ref_chosen=-9.0, ref_rejected=-9.0)
     row = {**pair, "response_ids": answer, **zeros}
     if case.step == "generate":
-        generator = make_generator(run, run.unwrap(model), NoEnd())
+        generator = make_generator(run, run.unwrap(model), cost.NoEnd())
         generator.eos_ids = set()
 
     def loss(part: list[dict]):

@@ -22,6 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.args import main  # noqa: E402
 from common.generation import make_generator  # noqa: E402
+from extras.cost import NoEnd  # noqa: E402
 
 SHAPES = {
     "llama-17m": dict(
@@ -49,12 +50,6 @@ class Args:
     repeats: int = 3
     threads: int = 2
     device: Literal["cpu", "cuda"] = "cpu"
-
-
-class NoEnd:
-    """A tokenizer that says only that no token ends an answer."""
-
-    eos_token_id = None
 
 
 def make_model(shape: str, device: str):

@@ -4,6 +4,7 @@ Every measure is kept per row (evals/<iteration>.parquet), so that intervals and
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +50,9 @@ def sequence_logprobs(
         return run.map_sequences(sequences, lambda batch: batch_logprobs(model, batch, temperature), advance)
 
 
-def score_groups(run, model, groups: dict[str, list[tuple]], advance=lambda n: None) -> dict[str, list]:
-    """{name: sequence_logprobs of its sequences}, from one call for all groups, in which answers to one prompt share it."""
-    every = iter(sequence_logprobs(run, model, list(itertools.chain(*groups.values())), advance=advance))
+def score_groups(groups: dict[str, list[tuple]], score: Callable[[list[tuple]], list]) -> dict[str, list]:
+    """{name: results of its sequences}, from one call of `score` for all groups, in which answers to one prompt share it."""
+    every = iter(score(list(itertools.chain(*groups.values()))))
     return {name: list(itertools.islice(every, len(group))) for name, group in groups.items()}
 
 
@@ -102,7 +103,8 @@ def prepare_held_out(
             columns = {"row": [r["row"] for r in rows], "rejected_ids": rejected}
             with evaluating(reference):
                 groups = {kind: held.sequences(kind) for kind in KINDS}
-                for kind, scored in score_groups(run, reference, groups, advance).items():
+                scores = score_groups(groups, lambda s: sequence_logprobs(run, reference, s, advance=advance))
+                for kind, scored in scores.items():
                     columns[f"ref_{kind}"] = [total for total, _ in scored]
         if with_gold:
             base = [(texts[r["row"]], done) for r, done in zip(rows, finished, strict=True)]
@@ -151,7 +153,8 @@ def evaluate(
         logp, kl = {}, {}
         with evaluating(policy):
             groups = {kind: held.sequences(kind) for kind in KINDS}  # the reference's batches, so its rounding too
-            for kind, scored in score_groups(run, policy, groups, advance).items():
+            scores = score_groups(groups, lambda s: sequence_logprobs(run, policy, s, advance=advance))
+            for kind, scored in scores.items():
                 logp[kind] = np.array([total for total, _ in scored])
             if with_kl:  # the policy's own again, as the reference does it: rounding differs with a cache
                 ours = sequence_logprobs(run, policy, sequences, advance=advance)
@@ -208,8 +211,8 @@ def evaluate_reward(
     total = sum(map(len, sequences.values()))
     with run.phase(f"reward {iteration} on held-out rows", total, outer_iteration=iteration) as advance:
         with evaluating(reward_model):
-            every = iter(sequence_scores(run, reward_model, list(itertools.chain(*sequences.values())), advance))
-        scores = {kind: np.array(list(itertools.islice(every, len(s)))) for kind, s in sequences.items()}
+            found = score_groups(sequences, lambda s: sequence_scores(run, reward_model, s, advance))
+        scores = {kind: np.array(values) for kind, values in found.items()}
     if samples is not None:
         scores.setdefault("samples", scores["rejected"])
     if run.is_main:
