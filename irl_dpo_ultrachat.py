@@ -12,7 +12,8 @@ the one with the lowest.
 Not the paper: D1 rewards are centred so that held-out demonstrations average 0. D2 schedules and the policy optimizer's state
 start anew in every outer iteration. D3 --sft-epochs first fine-tunes the model on the demonstrations. D4 on small models DPO
 takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size). D5 an answer without EOS
-loses --missing-eos-penalty of its score.
+loses --missing-eos-penalty of its score. D6 pi_ref is the policy that an iteration starts from; --ref initial gives Eq. 5's SFT
+policy (docs/theory.md, section 3).
 
 Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number of outer iterations), N candidates of a prompt.
 
@@ -220,7 +221,7 @@ class IRL:
     def start_policy(self, t: int) -> str:
         """Before the policy step. Returns the reference's model or folder."""
         run, args = self.run, self.args
-        previous = args.ref == "previous" and t > 0
+        previous = args.ref == "previous" and args.policy_objective == "dpo" and t > 0
         if run.position["step"] <= self.steps.before_policy(t):  # else the policy step has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
@@ -599,8 +600,8 @@ class Args(RunArgs):
     """where a reward step starts: the SFT policy every time (Sec. 6.1, released code), or the last iteration's reward."""
     reward_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
     """peak learning rate of the reward model, > 0. Released code (TL;DR): 3e-6."""
-    ref: Literal["initial", "previous"] = "initial"
-    """reference policy of DPO: the SFT policy (Eq. 5), or that of the last iteration (released code, Online-RLHF)."""
+    ref: Literal["initial", "previous"] = "previous"
+    """reference policy of DPO: that of the last iteration (released code, Online-RLHF), or the SFT one (Eq. 5; circles)."""
     sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
     sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"
@@ -636,10 +637,6 @@ class Args(RunArgs):
 
     def check(self) -> None:
         super().check()
-        require(
-            self.policy_objective == "dpo" or self.ref == "initial", "ref", self.ref,
-            "--policy-objective dpo beside it: best_of_n has no reference",
-        )  # fmt: skip
         require(
             not self.candidates_from or self.resume or (Path(self.candidates_from) / "candidates").is_dir(),
             "candidates_from", self.candidates_from, "the directory of a run of this script, with a folder candidates/",

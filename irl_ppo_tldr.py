@@ -7,8 +7,8 @@ Maximum-likelihood inverse RL (Eq. 5): the expert's summaries are answers of the
 each of T outer iterations the policy summarises the posts of the demonstrations, a reward made from the SFT model learns to
 score the expert's summaries above these (Eq. 11), and PPO moves the policy towards pi_ref exp(r / beta) / Z (Eq. 9).
 
-Not the papers: D1 whitening and means over tokens take the whole batch, where N+ takes a rank's micro-batch. D2 with
---value-warmup-ratio the value model learns alone at first. D3 PPO's optimizer and schedule start anew in every iteration.
+Not the papers: D1 whitening and means take the whole batch, where N+ takes a rank's micro-batch. D2 --value-warmup-ratio. D3
+PPO's optimizer and schedule start anew in every iteration, and D4 pi_ref is the policy it starts from (docs/theory.md).
 
 Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer iterations), S = T or T + 1 steps of PPO.
 
@@ -618,8 +618,8 @@ class Args(RunArgs):
     reward_normalisation: Literal["mean", "mean_std", "none"] = "mean"
     """after its training a reward is shifted so that the demonstrations average 0 (N+ 9), and with mean_std scaled so that
     their scores have standard deviation 1 (released code)."""
-    ref: Literal["initial", "previous"] = "initial"
-    """reference policy of the KL penalty: the SFT policy (Eq. 5), or that of the last iteration (released code)."""
+    ref: Literal["initial", "previous"] = "previous"
+    """reference policy of the KL penalty: that of the last iteration (released code), or the SFT one (Eq. 5; circles)."""
     sft_epochs: Annotated[int | Auto, NOT_NEGATIVE] = "auto"
     """passes of supervised fine-tuning over the demonstrations before anything else, >= 0; 0: --model is fine-tuned already."""
     sft_learning_rate: Annotated[float | Auto, POSITIVE] = "auto"

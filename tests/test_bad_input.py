@@ -218,7 +218,6 @@ BAD = [  # script, words, what the line says
     ("aihf", "--dataset x.jsonl", "--preference-dataset: found none beside --dataset x.jsonl"),
     ("aihf_direct", "--preference-dataset x.jsonl", "--dataset: found none beside --preference-dataset x.jsonl"),
     ("aihf_direct", "--preference-dataset none --demo-weight 0", "--demo-weight: found 0.0, expected a number above 0"),
-    ("irl_dpo_ultrachat", "--ref previous --policy-objective best_of_n", "--ref: found previous, expected --policy-objective dpo"),
     ("irl_dpo_ultrachat", "--candidates-from nowhere", "--candidates-from: found nowhere, expected the directory of a run"),
     ("irft", "--generation vllm", "--generation: found vllm, which is not installed here"),
     ("irft", "--report-to wandb", "--report-to: found wandb, which is not installed here"),

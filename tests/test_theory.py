@@ -392,12 +392,12 @@ def test_the_scripts_loop_is_the_pages(exact_loop, setting, script, name):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
-def test_two_iterations_of_the_default_end_where_they_began(exact_loop, setting, script):
-    """beta = 1: the first iteration is at the expert, the second forgets it. --ref previous stays."""
+def test_the_default_stays_at_the_expert_and_a_fixed_reference_forgets_it(exact_loop, setting, script):
+    """beta = 1: the first iteration is at the expert. The default stays there, the papers' reference ends where it began."""
     ref, expert = (x[0] for x in setting)
     assert script.Args().T == 2
-    for flags, end in ((dict(ref="initial"), ref), (dict(ref="previous"), expert)):
-        path = exact_loop(script, 2, 1.0, pairs="current", reward_init="sft", **flags)
+    for flags, end in ((dict(ref="initial"), ref), ({}, expert)):
+        path = exact_loop(script, 2, 1.0, **flags)
         torch.testing.assert_close(path[1], expert, rtol=0, atol=1e-9)
         torch.testing.assert_close(path[2], end, rtol=0, atol=1e-9)
 
