@@ -189,14 +189,14 @@ class AIHF:
 
     def sample_pairs(self, t: int) -> list[dict]:
         """Alg. 1, data sample: (y, y~) for every demonstration, from generations/iter_<t>.parquet if already made."""
-        run, rows = self.run, self.demonstrations
-        if not self.args.demo_weight:
+        run, args, rows = self.run, self.args, self.demonstrations
+        if not args.demo_weight:
             return []
 
         def make() -> list[dict]:
             with run.phase(f"iteration {t}: answers", len(rows), outer_iteration=t) as advance:
-                seed = stream_seed(self.args.seed, t, PAIRS)
-                rollout = evals.sample_rows(run, self.generator, rows, seed, self.args.temperature, advance)
+                seed = stream_seed(args.seed, t, PAIRS)
+                rollout = evals.sample_rows(run, self.generator, rows, seed, args.temperature, advance)
             return pair_rows(self.tokenizer, rows, rollout, t)
 
         return run.stored(run.dir / "generations" / f"iter_{t}.parquet", make, self.steps.before(t))

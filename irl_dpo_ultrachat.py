@@ -12,8 +12,7 @@ the one with the lowest.
 Not the paper: D1 rewards are centred so that held-out demonstrations average 0. D2 schedules and the policy optimizer's state
 start anew in every outer iteration. D3 --sft-epochs first fine-tunes the model on the demonstrations. D4 on small models DPO
 takes its steps on a few prompts at a time, before the next ones are answered (--rollout-batch-size). D5 an answer without EOS
-loses --missing-eos-penalty of its score. D6 pi_ref is the policy that an iteration starts from; --ref initial gives Eq. 5's SFT
-policy (docs/theory.md, section 3).
+loses --missing-eos-penalty of its score. D6 pi_ref is the policy that an iteration starts from (docs/theory.md).
 
 Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number of outer iterations), N candidates of a prompt.
 
@@ -221,7 +220,7 @@ class IRL:
     def start_policy(self, t: int) -> str:
         """Before the policy step. Returns the reference's model or folder."""
         run, args = self.run, self.args
-        previous = args.ref == "previous" and args.policy_objective == "dpo" and t > 0
+        previous = args.ref == "previous" and t > 0
         if run.position["step"] <= self.steps.before_policy(t):  # else the policy step has begun already
             if previous:
                 card = run.model_card(self.method, self.paper)
@@ -636,6 +635,7 @@ class Args(RunArgs):
     """part of the updates in which a learning rate rises linearly; then it falls to 0. Online-RLHF, released code: 0."""
 
     def check(self) -> None:
+        self.ref = self.ref if self.policy_objective == "dpo" else "initial"  # best_of_n has none
         super().check()
         require(
             not self.candidates_from or self.resume or (Path(self.candidates_from) / "candidates").is_dir(),

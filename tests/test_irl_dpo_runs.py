@@ -251,6 +251,7 @@ def bad_inputs(place):
 
 BAD = [
     "one candidate", "zero beta", "greedy temperature", "no rollout", "negative prompts", "no policy epoch", "no iteration",
+    "no such run", "no run", "no expert", "expert's window", "people's pairs", "no pairs",
     "selection without gold", "diverged",
 ]  # fmt: skip
 DRY = {

@@ -369,10 +369,13 @@ def exact_loop(tmp_path, language, monkeypatch, setting):  # noqa: F811
 
 
 FLAGS = {  # name -> (the script's flags, what toy/theory.py's loop is given)
-    "initial": (dict(), dict()),
-    "previous": (dict(ref="previous"), dict(reference="previous")),
-    "accumulated": (dict(pairs="accumulated"), dict(pairs="accumulated")),
-    "carried": (dict(reward_init="previous", reward_loss="linear"), dict(reward="carried_linear", reward_step=1.0)),
+    "initial": (dict(ref="initial"), dict()),
+    "previous": (dict(), dict(reference="previous")),
+    "accumulated": (dict(ref="initial", pairs="accumulated"), dict(pairs="accumulated")),
+    "carried": (
+        dict(ref="initial", reward_init="previous", reward_loss="linear"),
+        dict(reward="carried_linear", reward_step=1.0),
+    ),
 }
 
 
