@@ -1,18 +1,21 @@
-"""Demonstrations of an expert whose reward is known: of N samples of a policy, the first that begins with a given word.
+"""Demonstrations of an expert whose reward is known: of N samples of a policy, the one with the highest reward.
 
-The reward is 1 for a response that begins with --word, else 0, so that a reader sees it in the text. Among equal samples
-the first one counts. Where the policy gives the word with probability p, the expert gives it with 1 - (1 - p)^N. Prompts
-are those of --dataset; held-out ones share no family with the training ones (benchmark/families.py).
+The reward is 1 for a response that begins with --word, else 0, so that a reader sees it in the text. With --gold it is the
+gold reward of a folder that benchmark/film.py has made. Among equal samples the first one counts. Where the policy gives
+the word with probability p, the expert gives it with 1 - (1 - p)^N. Prompts are those of --dataset; held-out ones share no
+family with the training ones (benchmark/families.py).
 
-expert.json has p of every held-out prompt, exact.
+expert.json has the mean reward of policy and expert. For a word it also has the exact p of every held-out prompt, for --gold
+the rewards of the N samples.
 
     python benchmark/best_of.py --output-dir runs/demo/expert        # train.jsonl, held_out.jsonl, expert.json
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmark.families import family_names  # noqa: E402
+from benchmark.film import Gold
 from benchmark.preferences import write_jsonl
 from common import UserError, demos, evals, models
 from common.args import BaseArgs, main, parse_args
@@ -39,6 +43,10 @@ LEAST = 1e-4  # probability below which a beginning of the word is not followed 
 class Args(BaseArgs):
     word: str = "Return"
     """what a good response begins with."""
+    gold: str = ""
+    """folder of benchmark/film.py with the reward to use in place of --word."""
+    gold_kind: Literal["score", "peak"] = "score"
+    """with --gold: the predicted rating, or the reward with an interior optimum."""
     best_of: Annotated[int, AT_LEAST_2] = 4
     """N, samples of which one becomes the demonstration, >= 2."""
     select_top_k = 0
@@ -50,9 +58,17 @@ def is_good(text: str, word: str) -> bool:
     return text.startswith(word)
 
 
-def choose(texts: list[str], word: str) -> int:
-    """Index of the first sample that begins with the word, else 0."""
-    return next((i for i, text in enumerate(texts) if is_good(text, word)), 0)
+def reward_of(word: str, gold: str = "", kind: str = "score") -> Callable[[list[str]], np.ndarray]:
+    """The expert's reward, as a function of texts -> (texts,): of the word or, if it is given, of the folder `gold`."""
+    if not gold:
+        return lambda texts: np.array([float(is_good(text, word)) for text in texts])
+    known = Gold(gold)
+    return known.score if kind == "score" else known.peak
+
+
+def choose(rewards: Sequence[float]) -> int:
+    """Index of the first sample among those with the highest reward."""
+    return int(np.argmax(rewards))
 
 
 @torch.no_grad()
@@ -89,6 +105,7 @@ def prompts(args: Args, tokenizer) -> tuple[list[dict], list[dict]]:
 
 
 def make(args: Args) -> None:
+    reward = reward_of(args.word, args.gold, args.gold_kind)
     tokenizer = models.load_tokenizer(args)
     train, held = prompts(args, tokenizer)
     run, n, rates = Run(args, "best_of", {}), args.best_of, {}
@@ -98,17 +115,21 @@ def make(args: Args) -> None:
         asked = [{**r, "row": r["row"] * n + k} for r in rows for k in range(n)]
         with run.phase(f"{n} samples of {len(rows)} prompts", len(asked)) as advance:
             rollout = evals.sample_rows(run, generator, asked, args.seed, 1.0, advance)
-        texts, good = evals.sampled_texts(tokenizer, rollout), []
+        texts = evals.sampled_texts(tokenizer, rollout)
+        rewards = reward(texts).reshape(len(rows), n)
         lines = []
-        for i, row in enumerate(rows):
-            own = texts[n * i : n * (i + 1)]
-            best = choose(own, args.word)
-            good.append([is_good(text, args.word) for text in own])
-            finished = rollout.finished[n * i + best]
-            lines.append({"prompt": row["prompt"], "completion": own[best], "finished": finished})
+        for i, (row, own) in enumerate(zip(rows, rewards, strict=True)):
+            best = n * i + choose(own)
+            lines.append({"prompt": row["prompt"], "completion": texts[best], "finished": rollout.finished[best]})
         write_jsonl(run.dir / f"{name}.jsonl", [line for line in lines if line["completion"]])
-        rates[name] = {"prompts": len(rows), "policy": float(np.mean(good)), "expert": float(np.mean(np.any(good, 1)))}
+        rates[name] = {
+            "prompts": len(rows), "policy": float(rewards.mean()), "expert": float(rewards.max(1).mean())
+        }  # fmt: skip
         run.print(f"{name}: {rates[name]}")
+    if args.gold:
+        found = {"gold": args.gold, "gold_kind": args.gold_kind, "best_of": n, **rates, "rewards": rewards.tolist()}
+        write_json(run.dir / "expert.json", found)
+        return run.end()
     with run.phase("probabilities of the word", len(held)) as advance:
         exact = []
         for row in held:

@@ -18,8 +18,9 @@ import demo
 
 
 def test_the_first_good_sample_is_chosen_else_the_first():
-    assert best_of.choose(["Read it", "Return x", "Returns y"], "Return") == 1
-    assert best_of.choose(["Read it", "to Return", " Return"], "Return") == 0
+    reward = best_of.reward_of("Return")
+    assert best_of.choose(reward(["Read it", "Return x", "Returns y"])) == 1
+    assert best_of.choose(reward(["Read it", "to Return", " Return"])) == 0
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.1])
