@@ -30,6 +30,7 @@ from benchmark.tables import (
     read_json,
     require_same_rows,
 )
+from common import UserError
 from common.args import main
 from common.store import read_pairs
 from extras.sources import load_rows
@@ -88,6 +89,23 @@ def load(folder: Path, reward: Callable[[list[str]], np.ndarray]) -> list[Point]
         texts = [row["sample"] for row in read_pairs(folder / "evals" / f"{evaluation.number:04d}.parquet")]
         points.append(Point(evaluation.step, {**evaluation.columns, "good": reward(texts)}, texts))
     return points
+
+
+def in_all(seeds: list[list[str]]) -> list[str]:
+    """The prompts that all seeds have. A seed's expert leaves out the held-out prompts that are like its training prompts."""
+    others = [set(prompts) for prompts in seeds[1:]]
+    return [prompt for prompt in seeds[0] if all(prompt in own for own in others)]
+
+
+def only(points: list[Point], prompts: list[str], kept: list[str]) -> list[Point]:
+    """The rows of the prompts `kept`, in that order. prompts: by number of row."""
+    shown = []
+    for point in points:
+        place = {prompts[int(row)]: i for i, row in enumerate(point.columns["row"])}
+        own = [place[prompt] for prompt in kept if prompt in place]
+        columns = {name: values[own] for name, values in point.columns.items()}
+        shown.append(Point(point.step, columns, [point.texts[i] for i in own]))
+    return shown
 
 
 # ---- what is shown ----
@@ -153,7 +171,16 @@ def show(args: Args) -> None:
     lines = {"base model": p, "the expert": expert_share(p, n), end: limit_share(p, n, args.beta)}
     lines = {name: float(share.mean()) for name, share in lines.items()}
     reward = reward_of(word)
-    methods = {label: [load(Path(d), reward) for d in folders] for label, folders in read_folders(args.runs).items()}
+    prompts = [[row["prompt"] for row in load_rows(f"{folder}/held_out.jsonl", "all")] for folder in args.expert]
+    folders, kept = read_folders(args.runs), in_all(prompts)
+    for label, runs in folders.items():
+        if len(runs) > len(prompts):
+            found = f"found {len(runs)} runs of {label} and {len(prompts)} folders of --expert"
+            raise UserError(f"--runs: {found}, expected a folder for each run")
+    methods = {
+        label: [only(load(Path(d), reward), own, kept) for d, own in zip(runs, prompts, strict=False)]
+        for label, runs in folders.items()
+    }
     for seed in range(len(experts)):
         require_same_rows({label: runs[seed][0].columns for label, runs in methods.items() if seed < len(runs)})
     out = Path(args.output)
@@ -161,7 +188,7 @@ def show(args: Args) -> None:
     text = table(methods, lines, word)
     (out / "table.md").write_text(text)
     figure(methods, lines, word, out / "figure.png")
-    print(samples(methods, [row["prompt"] for row in load_rows(f"{args.expert[0]}/held_out.jsonl", "all")]))
+    print(samples(methods, prompts[0]))
     print(text)
     print(f"table: {out / 'table.md'}   figure: {out / 'figure.png'}")
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -111,3 +112,23 @@ def test_runs_that_are_not_named_are_refused(place, tmp_path):
     flags = ["--expert", str(place / "expert"), "--runs", str(place / "sft"), "--output", str(tmp_path)]
     done = run([sys.executable, "benchmark/demo.py", *flags], check=False)
     assert done.returncode == 2 and "--runs: found" in done.stderr and "expected LABEL=DIR" in done.stderr
+
+
+def test_seeds_are_compared_on_the_prompts_that_all_of_them_have():
+    """The second seed lacks b and has c before a; its rows are put in the order of the first seed."""
+    prompts = [["a", "b", "c"], ["c", "a", "d"]]
+    kept = demo.in_all(prompts)
+    assert kept == ["a", "c"]
+    rows = {"row": np.array([2, 1, 0]), "good": np.array([0.3, 0.2, 0.1])}
+    (point,) = demo.only([demo.Point(7, rows, ["of d", "of a", "of c"])], prompts[1], kept)
+    assert (point.step, point.texts) == (7, ["of a", "of c"])
+    assert point.columns["row"].tolist() == [1, 0] and point.columns["good"].tolist() == [0.2, 0.1]
+
+
+def test_more_runs_than_experts_are_refused(place, tmp_path):
+    shutil.copytree(place / "sft", tmp_path / "sft")
+    runs = f"SFT={place / 'sft'},{tmp_path / 'sft'}"
+    words = ["--expert", str(place / "expert"), "--runs", runs, "--output", str(tmp_path / "out")]
+    done = run([sys.executable, "benchmark/demo.py", *words], check=False)
+    expected = "--runs: found 2 runs of SFT and 1 folders of --expert, expected a folder for each run"
+    assert done.returncode == 2 and expected in done.stderr
