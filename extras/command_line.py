@@ -55,6 +55,11 @@ def given_args(cls, description: str):
         may_be_empty = field.default == "" or field.name in cls.may_be_empty
         filled = may_be_empty or str(getattr(args, field.name)).strip()
         require(bool(filled), field.name, "an empty text", "a value")
+    if args.smoke and os.environ.get("RANK", "0") == "0":
+        print("--smoke: the smallest sizes, to see a script run; its results mean nothing", flush=True)
+    if args.deterministic:  # read by cuBLAS and by transformers' flash attention when they are first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
     return args
 
 

@@ -53,6 +53,7 @@ def meanings(cls) -> dict[str, str]:
         and isinstance(node.target, ast.Name)
         and isinstance(following, ast.Expr)
         and isinstance(following.value, ast.Constant)
+        and isinstance(following.value.value, str)
     }
 
 

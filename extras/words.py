@@ -1,5 +1,6 @@
 """Words of a command line and values of a file, against the type of a flag."""
 
+import itertools
 import types
 from typing import Literal, Union, get_args, get_origin
 
@@ -11,7 +12,7 @@ CHOSEN_ANEW = ("resume", "dry_run", "output_dir", "config", "stop_after", *PLANN
 def last_value(words: list[str], name: str) -> str | None:
     """The value that a command line gives a flag, the last one of several; None if it gives none."""
     found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:]):
         before, given, value = word.partition("=")
         if before == name:
             found = value if given else following

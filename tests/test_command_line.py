@@ -274,4 +274,5 @@ def test_bash_completes_flags_and_their_values(typed, expected):
 
 def test_the_last_value_of_a_flag_counts():
     assert last_value(["--T", "1", "--config=a", "--config", "b"], "--config") == "b"
+    assert last_value([], "--config") is None and last_value(["--config"], "--config") is None
     assert last_value(["--T", "1"], "--config") is None and last_value(["--config="], "--config") == ""
