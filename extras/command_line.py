@@ -28,7 +28,6 @@ def given_args(cls, description: str):
     from extras.phases import check_phase
 
     script, words = Path(inspect.getfile(cls)).stem, sys.argv[1:]
-    check_words(cls, words)
     args = command_line(cls, description, starting_values(cls, words))
     check_phase(script, args.stop_after)
     if args.resume:

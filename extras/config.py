@@ -20,9 +20,10 @@ SMOKE = {  # flag -> its value under --smoke, where a script has the flag
     "sft_epochs": 1, "total_episodes": 16, "rollout_batch_size": 8, "num_ppo_epochs": 1, "eval_updates": 2,
     "total_prompts": 8, "num_generations": 2, "max_preferences": 16,
     # continuous control
-    "env": "Pendulum-v1", "total_steps": 800, "random_steps": 200, "eval_every": 400, "eval_episodes": 1, "hidden": 16,
+    "env": "Pendulum-v1", "total_steps": 800, "random_steps": 200, "eval_every": 400, "eval_episodes": 1,
     "critic_warmup": 200, "reward_every": 200, "reward_steps": 2, "bc_steps": 20, "ipl_steps": 20, "preference_steps": 20,
-    "num_preferences": 20, "expert_steps": 800, "checkpoint_every": 200, "checkpoint_episodes": 1, "expert_seeds": 1,
+    "num_preferences": 20, "num_demonstrations": 1, "expert_steps": 4000, "expert_seeds": 1, "checkpoint_every": 400,
+    "checkpoint_episodes": 1, "low_most": 0.2, "medium_most": 0.95, "high_least": 0.96,  # few checkpoints stand between
 }  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def read_config(cls, path: str) -> dict[str, Any]:
         stored = parse(Path(path).read_text(encoding="utf-8"), path.endswith(".json"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config: found {path} ({' '.join(str(error).split())}), expected {expected}") from None
-    require(isinstance(stored, dict), f"{stored!r:.60}", expected)
+    require(isinstance(stored, dict), f"{stored!r:.60}" if stored else "nothing in it", expected)
     if isinstance(stored.get("args"), dict):
         require(stored.get("script") == script, f"a run of {stored.get('script')}.py", f"one of {script}.py")
         stored = {name: value for name, value in stored["args"].items() if name not in CHOSEN_ANEW}

@@ -138,7 +138,7 @@ def test_what_is_typed_wins_over_the_file_even_if_it_is_the_default(given):
         ("resume: runs/x\n", "run.yaml: found resume, which is no flag for a file"),
         ("config: other.yaml\n", "run.yaml: found config, which is no flag for a file"),
         ("- 1\n", "run.yaml: found ['1'], expected YAML with a flag: value per line, or the args.json of a run"),
-        ("", "run.yaml: found ''"),
+        ("# T: 1\n", "run.yaml: found nothing in it, expected YAML"),
         ("T: {\n", "found run.yaml (while parsing"),
     ],
 )

@@ -3,13 +3,15 @@
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import test_launch
 import torch
 from helpers import ROOT, child_environment, command, metrics, run, slow_unless
-from test_launch import FLAGS, argv, place  # noqa: F401
+from test_launch import FLAGS, argv
 from test_repo import SCRIPTS
 
 import irft
@@ -19,6 +21,8 @@ from common.args import resolve_auto
 from common.store import read_metrics
 from extras import command_line, quiet, terminal
 from extras.phases import PHASES, word_of
+
+place = test_launch.place  # a fixture: models and data, for all tests of a file
 
 
 def phases_of(out: Path) -> set[str]:
@@ -49,7 +53,7 @@ def test_smoke_is_the_whole_script_on_the_embedded_model_and_data(script, tmp_pa
 
 # ---- --stop-after ----
 @pytest.mark.parametrize("script", slow_unless(lambda script: script in ("irft.py", "rft.py"), FLAGS))
-def test_a_run_that_stops_after_each_phase_and_is_resumed_equals_one_left_alone(place, script):  # noqa: F811
+def test_a_run_that_stops_after_each_phase_and_is_resumed_equals_one_left_alone(place, script):
     """Each phase ends the run with status 0 and what it made; --resume makes the next one. The same bytes in the end."""
     words = [word for word in PHASES[script.removesuffix(".py")] if word != "best-of-n"]
     if script in ("sft.py", "irft.py"):
@@ -72,7 +76,7 @@ def test_a_run_that_stops_after_each_phase_and_is_resumed_equals_one_left_alone(
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
 
 
-def test_a_phase_that_was_done_before_does_not_stop_a_resumed_run(place):  # noqa: F811
+def test_a_phase_that_was_done_before_does_not_stop_a_resumed_run(place):
     """--resume --stop-after sft, twice: the second finds SFT done, and goes on to the end."""
     flags = FLAGS["rft.py"].replace("--sft-epochs 0", "--sft-epochs 1").split()
     out = place / "sft_first"
@@ -111,18 +115,23 @@ def test_a_value_that_the_user_has_set_stays(nothing_set, monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_deterministic_is_torchs_switch_and_changes_no_bytes_here(nothing_set, place, tmp_path, monkeypatch, asked):  # noqa: F811
+def test_deterministic_is_torchs_switch_and_a_cpu_gives_the_same_bytes_without_it(
+    nothing_set, place, tmp_path, monkeypatch
+):
     seen, step = [], sft.Run.step
     monkeypatch.setattr(
         sft.Run, "step", lambda *given: (seen.append(torch.are_deterministic_algorithms_enabled()), step(*given))[1]
     )
-    words = command("sft.py", place / "model", place / "data.jsonl", tmp_path / "run", "--num-train-epochs", "1")[1:]
-    monkeypatch.setattr(sys, "argv", [*words, *["--deterministic"] * asked])
-    args = command_line.given_args(sft.Args, "")
-    resolve_auto(args, sft.SETTINGS)
-    sft.train(args)
-    assert seen and set(seen) == {asked}
+    for name in ("without", "with"):
+        words = command("sft.py", place / "model", place / "data.jsonl", tmp_path / name, "--num-train-epochs", "1")[1:]
+        monkeypatch.setattr(sys, "argv", [*words, *["--deterministic"] * (name == "with")])
+        args = command_line.given_args(sft.Args, "")
+        resolve_auto(args, sft.SETTINGS)
+        sft.train(args)
+    half = len(seen) // 2
+    assert half and seen == [False] * half + [True] * half
+    one, other = (tmp_path / name / "final" / "model.safetensors" for name in ("without", "with"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_an_operation_without_a_deterministic_form_is_named_in_one_line(capsys):
@@ -136,7 +145,7 @@ def test_an_operation_without_a_deterministic_form_is_named_in_one_line(capsys):
     printed = capsys.readouterr().err
     assert status == 2 and printed.count("\n") == 1
     assert printed.startswith(
-        "error: --deterministic: found put_, expected an operation that torch can do deterministically"
+        "error: --deterministic: found put_, expected operations that torch can do deterministically"
     )
 
 
@@ -149,8 +158,6 @@ def test_deterministic_does_not_reach_vllm():
 
 # ---- one line under a launcher ----
 def launched(*words: str) -> tuple[int, str]:
-    import subprocess
-
     start = [sys.executable, "-m", "extras.quiet", *words]
     done = subprocess.run(start, cwd=ROOT, env=child_environment(), capture_output=True, text=True)
     return done.returncode, done.stderr
