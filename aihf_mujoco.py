@@ -48,6 +48,8 @@ from extras import control
 from extras.command_line import given_args
 from extras.control import ControlRun, Environments
 from extras.episodes import Episodes, cache_key, draw_pairs, read_episodes, sort_episodes, steps_of, write_episodes
+from extras.flags import TrainingFlags
+from extras.phases import stop_after
 
 
 # ---- the maths: the policy step, SAC (Haarnoja et al., arXiv:1812.05905) ----
@@ -621,6 +623,7 @@ def train(args: Args, within: ControlRun | None = None) -> Learner:
         return None
     run = ControlRun(args, "aihf_mujoco", METRICS, within)
     data = None if args.method == "sac" else Data(args, run)
+    stop_after(run, "data", data is not None and not args.resume)
     run.listen()
     learner = run.learner = Learner(run, data)
     name = args.method if args.method != "aihf" or args.demo_weight else "rlhf"
@@ -658,7 +661,7 @@ def plan(args: Args) -> list[str]:
 
 # ---- what flags mean and what is logged ----
 @dataclass
-class Args:
+class Args(TrainingFlags):
     may_be_infinite: ClassVar[tuple[str, ...]] = ()
     may_be_empty: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[dict] = {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hi
 
 from common import UserError
 from common.ranges import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, Range
-from extras import terminal
+from extras import flags, terminal
 
 if TYPE_CHECKING:
     Auto = Any  # no flag is read before its auto is resolved
@@ -25,7 +25,7 @@ FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  #
 
 
 @dataclass
-class BaseArgs:
+class BaseArgs(flags.StartFlags):
     """Flags of everything that reads a model and data. Those that default to auto are resolved from the SETTINGS table."""
 
     # flags of training scripts alone; without an annotation they are no fields
@@ -118,7 +118,7 @@ class BaseArgs:
 
 
 @dataclass
-class RunArgs(BaseArgs):
+class RunArgs(flags.TrainingFlags, BaseArgs):
     """Flags of every training script."""
 
     sequences_per_row: ClassVar[int] = 1  # in a forward pass of the policy; a pair has two

@@ -19,7 +19,7 @@ from common.data import collate
 from common.engine import Engine, all_weights, mixes_bf16, open_engine
 from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
-from extras import terminal
+from extras import phases, terminal
 from extras.lazy import pick
 from extras.out_of_memory import names_flag_when_out_of_memory
 from extras.shared_prompts import same_prompts, scoring_order
@@ -59,7 +59,7 @@ class Run:
             self.accelerator.register_save_state_pre_hook(leave_out_loaded)
         if os.environ.get("OMP_NUM_THREADS") is None and self.accelerator.device.type == "cpu" and self.world > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
-        set_seed(args.seed)
+        set_seed(args.seed, deterministic=args.deterministic)
         self.stop_requested, self.stop_signal = 0.0, 0  # time at which a stop was asked for, and by which signal
         self.in_updates = False  # True in a phase that changes weights
         self.probe: tuple | None = None  # model, loss_fn, rows and rate of the last update (checkpoint.refuse_diverged)
@@ -159,7 +159,7 @@ class Run:
         evaluate: is called with the number of updates done, before the first one of the run, every --eval-updates updates
         and after the last one.
         """
-        save_every = max(1, self.args.save_steps // per_update)
+        save_every, before = max(1, self.args.save_steps // per_update), self.position["step"]
         with self.phase(name, len(batches), updates=True, outer_iteration=outer_iteration) as advance:
             for k, batch in enumerate([*batches, None] if evaluate else batches):
                 if first + k * per_update < self.position["step"]:
@@ -179,6 +179,7 @@ class Run:
                     self.save_checkpoint()
                 self.stop_if_asked()
                 advance(1)
+        phases.stop_after(self, name, self.position["step"] > before)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -252,6 +253,7 @@ class Run:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_pairs(path, rows)
             self.accelerator.wait_for_everyone()
+            phases.stop_after(self, phases.answers_or_rows(path))
         return read_pairs(path)
 
     def shared(self, advance: Callable[[int], None]) -> Callable[[int], None]:

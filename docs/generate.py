@@ -4,12 +4,11 @@
 
 A flag that common/ declares is listed once, on flags.md. A script's page lists the flags that the script declares itself, and
 those for which it has another default or meaning. A metric that means the same in six or more scripts is listed once, on
-metrics.md. A script's page lists its other metrics. aihf_mujoco.py trains no language model and inherits no flag.
+metrics.md. A script's page lists its other metrics. aihf_mujoco.py trains no language model and inherits
+the flags of extras/flags.py alone.
 """
 
-import ast
 import dataclasses
-import inspect
 import re
 import sys
 from collections import Counter
@@ -30,6 +29,7 @@ import rft  # noqa: E402
 import sft  # noqa: E402
 from common.args import BaseArgs  # noqa: E402
 from docs import imports  # noqa: E402
+from extras.help import all_meanings  # noqa: E402
 
 MODULES = (  # in reading order
     sft, irft, rft, aihf, aihf_ppo, aihf_direct, irl_ppo_tldr, irl_dpo_ultrachat, evaluate, aihf_mujoco,
@@ -40,23 +40,9 @@ TRAINING = [name for name in SHARING if name != "evaluate"]
 SHARED_BY = 6  # scripts that log a metric with the same meaning, from which on metrics.md lists it
 
 
-def own_docs(cls) -> dict[str, str]:
-    """{field: the docstring below it} of the fields that the class itself declares."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {
-        node.target.id: " ".join(following.value.value.split())
-        for node, following in zip(body, body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(following, ast.Expr)
-        and isinstance(following.value, ast.Constant)
-    }
-
-
 def flag_rows(cls) -> dict[str, tuple[str, str]]:
     """{field: (default, meaning)} of a dataclass of flags; fields of base classes come first."""
-    docs = {}
-    for base in reversed(cls.__mro__[:-1]):
-        docs |= own_docs(base)
+    docs = all_meanings(cls)
     defaults = {f.name: "(empty)" if f.default == "" else f"`{f.default}`" for f in dataclasses.fields(cls)}
     return {name: (default, docs[name]) for name, default in defaults.items()}
 

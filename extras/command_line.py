@@ -10,16 +10,13 @@ import json
 import os
 import re
 import sys
-import types
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 from common import UserError
 from common.args import flag, require
 from extras import terminal
-
-PLANNED = ("tokens_per_second", "generation_tokens_per_second", "num_processes")  # flags of the plan alone
-CHOSEN_ANEW = ("resume", "dry_run", "output_dir", *PLANNED)  # not a setting of the run that is resumed
+from extras.words import CHOSEN_ANEW, PLANNED, holds, in_words, last_value, reads
 
 
 def given_args(cls, description: str):
@@ -27,8 +24,15 @@ def given_args(cls, description: str):
 
     Raises UserError, in one line, for a wrong word, a flag without text, or a setting that the resumed run does not have.
     """
-    args = command_line(cls, description)
+    from extras.config import starting_values
+    from extras.phases import check_phase
+
+    script, words = Path(inspect.getfile(cls)).stem, sys.argv[1:]
+    args = command_line(cls, description, starting_values(cls, words))
+    check_phase(script, args.stop_after)
     if args.resume:
+        expected = f"none beside --resume {args.resume}: a resumed run keeps its settings"
+        require(not args.config, "config", args.config, expected)
         saved = saved_args(cls, args.resume)
         same = args.output_dir == "auto" or Path(args.output_dir).resolve() == Path(args.resume).resolve()
         expected = f"none beside --resume {args.resume}, which goes on in its own folder"
@@ -39,9 +43,9 @@ def given_args(cls, description: str):
                     f"{flag(name)}: found {given}, but the run in {args.resume} has {getattr(saved, name)};"
                     " a resumed run keeps its settings"
                 )
-        planned = {name: getattr(args, name) for name in PLANNED if hasattr(args, name)}
+        planned = {name: getattr(args, name) for name in ("stop_after", *PLANNED) if hasattr(args, name)}
         args = dataclasses.replace(saved, resume=args.resume, output_dir=args.resume, dry_run=args.dry_run, **planned)
-    elif any(word.partition("=")[0] == "--resume" for word in sys.argv[1:]):  # such as --resume "$RUN" of a shell
+    elif last_value(words, "--resume") is not None:  # such as --resume "$RUN" of a shell
         require(False, "resume", "an empty text", "a run directory")
     for name in PLANNED:
         given = getattr(args, name, 0)
@@ -50,6 +54,11 @@ def given_args(cls, description: str):
         may_be_empty = field.default == "" or field.name in cls.may_be_empty
         filled = may_be_empty or str(getattr(args, field.name)).strip()
         require(bool(filled), field.name, "an empty text", "a value")
+    if args.smoke and os.environ.get("RANK", "0") == "0":
+        print("--smoke: the smallest sizes, to see a script run; its results mean nothing", flush=True)
+    if args.deterministic:  # read by cuBLAS and by transformers' flash attention when they are first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
     return args
 
 
@@ -63,7 +72,14 @@ def check_sources(args, given: str) -> None:
 
 
 # ---- the command line ----
-LIGHT = ("common.args", "common.ranges", "dataclasses", "math", "typing")  # what flags need, quick to import
+LIGHT = (
+    "common.args",
+    "common.ranges",
+    "extras.flags",
+    "dataclasses",
+    "math",
+    "typing",
+)  # what flags need, quick to import
 
 
 def begin(path: str, description: str) -> None:
@@ -75,32 +91,61 @@ def begin(path: str, description: str) -> None:
     words = sys.argv[1:]
     if not words:
         return
-    cls = read_flags(Path(path))
-    if {"--help", "-h"} & set(words) or wrong_word(cls, words):
-        terminal.run(lambda: command_line(cls, description))
+    cls, settings = read_flags(Path(path))
+    if {"--help", "-h"} & set(words) or words[0].startswith("--tyro-"):
+        from extras import help
+
+        terminal.run(lambda: help.show(cls, description, settings))
         sys.exit()
+    try:
+        check_words(cls, words)
+    except UserError:
+        terminal.run(lambda: check_words(cls, words))
 
 
-def read_flags(path: Path):
-    """Return the class Args of the script at `path` without running anything else of it but its imports of LIGHT."""
+def check_words(cls, words: list[str]) -> None:
+    """Raise UserError, in one line, for a wrong word of the command line, or for a wrong file of --config."""
+    from extras.config import starting_values
+
+    if wrong := wrong_word(cls, words):
+        raise UserError(wrong)
+    starting_values(cls, words)
+
+
+def read_flags(path: Path) -> tuple:
+    """Return the class Args and the table SETTINGS of the script at `path`, or {} if it has none.
+
+    Nothing else of the script is run but its imports of LIGHT.
+    """
     body = ast.parse(path.read_text()).body
     kept: list[ast.stmt] = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
     kept += [node for node in body if isinstance(node, ast.Import) and node.names[0].name in LIGHT]
     kept += [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args"]
-    found: dict = {"__name__": "__main__"}  # where tyro looks for the class, to read what stands below each flag
+    kept += settings_of(body)
+    found: dict = {"__name__": "__main__"}  # where the class is looked for, to read what stands below each flag
     exec(compile(ast.Module(kept, []), str(path), "exec", dont_inherit=True), found)
-    return found["Args"]
+    return found["Args"], found.get("SETTINGS", {})
 
 
-def command_line(cls, description: str, default=None):
+def settings_of(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The table SETTINGS of a script, after the tables that it is made from."""
+    tables = {ast.unparse(node.targets[0]): node for node in body if isinstance(node, ast.Assign)}
+    names = (
+        {node.id for node in ast.walk(tables["SETTINGS"]) if isinstance(node, ast.Name)}
+        if "SETTINGS" in tables
+        else set()
+    )
+    return [node for name, node in tables.items() if name in names]
+
+
+def command_line(cls, description: str, default):
     """The command line as a `cls`, by tyro, over a default. Raises UserError, in one line, for a wrong flag or value."""
     import tyro
 
     printed = io.StringIO()
-    given = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, description=description, **given)
+            return tyro.cli(cls, description=description, default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -134,43 +179,6 @@ def wrong_word(cls, words: list[str]) -> str:
                 found = "no value" if read is None else read or "an empty text"
                 return f"{name}: found {found}, expected {in_words(known[name])}"
     return ""
-
-
-def kinds_of(kind) -> tuple:
-    """The types of a union, else the one type."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def reads(text: str, kind) -> bool:
-    """True if a word of the command line is a value of a flag's type."""
-
-    def one(kind) -> bool:
-        if get_origin(kind) is Literal:
-            return text in map(str, get_args(kind))
-        try:
-            return kind(text) is not None
-        except ValueError:
-            return False
-
-    return any(map(one, kinds_of(kind)))
-
-
-def holds(value, kind) -> bool:
-    """True if a value from a JSON file is of a flag's type."""
-
-    def one(kind) -> bool:
-        if get_origin(kind) is Literal:
-            return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
-        return type(value) is kind or (kind is float and type(value) is int)
-
-    return any(map(one, kinds_of(kind)))
-
-
-def in_words(kind) -> str:
-    """A flag's type as an error names it: a number or auto."""
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    choices = [", ".join(map(str, get_args(k))) if get_origin(k) is Literal else names[k] for k in kinds_of(kind)]
-    return "one of " * (", " in choices[0]) + " or ".join(choices)
 
 
 def saved_args(cls, folder: str):

@@ -265,7 +265,11 @@ class ControlRun(Run):
         self.position, self.update = {"outer_iteration": 0, "step": 0}, {}
         self.saved, self.last_step, self.seconds = "", 0, {}
         self.hint = within.hint if within else terminal.hint  # an expert goes on with the run that waits for it
+        torch.use_deterministic_algorithms(args.deterministic)
         self.listen()
+
+    def end(self) -> None:
+        """Nothing is open: this run has no tracker and no other process."""
 
     def listen(self) -> None:
         """Have signals stop this run."""

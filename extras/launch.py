@@ -61,6 +61,8 @@ def check_installed(args) -> None:
     from extras.trackers import check_tracker
 
     check_tracker(args.report_to)
+    samples = "--generation hf beside it: torch's switch does not reach vLLM"
+    require(not (args.deterministic and args.generation == "vllm"), "deterministic", True, samples)
     require(
         args.generation == "hf" or importlib.util.find_spec("vllm") is not None, "generation",
         "vllm, which is not installed here",

@@ -106,14 +106,21 @@ def one_line_warning(message, category, filename, lineno, line=None) -> str:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch, of an operation under --deterministic
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Gloo", "gloo")
 
 
 def report_failure(error: Exception) -> int:
     """Print what ended a script and return its exit status. Raise an error that is not the user's again, with a note."""
     if isinstance(error, UserError):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # rank 0 has most likely found the same, and the launcher then ends this process
         print("error: " + str(error).replace("\n", " "), file=sys.stderr, flush=True)
         return 2
+    if NOT_DETERMINISTIC in str(error):
+        operation = str(error).partition(NOT_DETERMINISTIC)[0].split()[-1]
+        expected = "operations that torch can do deterministically: leave the flag out"
+        return report_failure(UserError(f"--deterministic: found {operation}, expected {expected}"))
     if asked:  # another rank, or vLLM's process, has followed the signal and was missed
         name, rank = signal.Signals(asked).name, os.environ.get("RANK", "0")
         if rank == "0":

@@ -18,7 +18,8 @@ from helpers import ROOT, jsonl, make_data, make_model, make_tokenizer, slow_unl
 
 from common import UserError, args
 from common.args import LARGEST, flag, main, parse_args, ranges_of, resolve_auto, settings_row
-from extras import command_line, launch, trackers
+from extras import launch, trackers
+from extras.words import kinds_of
 
 sys.path[:0] = [str(ROOT / "docs")]
 from generate import MODULES, flag_rows  # noqa: E402
@@ -66,7 +67,7 @@ def refused(tmp_path, monkeypatch, capsys):
 # ---- generated: what the flags of every script declare ----
 def wrong_values(name: str, kind, cls) -> list[str]:
     """Words that are no value of a flag."""
-    kinds = command_line.kinds_of(kind)
+    kinds = kinds_of(kind)
     if any(k in (int, float) for k in kinds):
         tried = ["-1", "0", "1", "1.5"] if int in kinds else ["-1", "0", "1", "inf", "-inf", "nan"]
         fits = ranges_of(cls)[name].holds
@@ -110,7 +111,7 @@ def test_every_number_declares_a_range_and_its_help_says_the_same(script):
     cls = SCRIPTS[script].Args
     kinds, ranges = get_type_hints(cls), ranges_of(cls)
     docs = {name: meaning for name, (_, meaning) in flag_rows(cls).items()}
-    numbers = [f.name for f in dataclasses.fields(cls) if {int, float} & set(command_line.kinds_of(kinds[f.name]))]
+    numbers = [f.name for f in dataclasses.fields(cls) if {int, float} & set(kinds_of(kinds[f.name]))]
     assert set(numbers) == set(ranges)
     for name in numbers:
         for stated, expected in STATED.items():

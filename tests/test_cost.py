@@ -17,7 +17,7 @@ from common.data import collate
 from common.logprobs import response_logprobs
 from common.rewards import ScalarModel, prepare_scalar
 from common.run import Run
-from extras import command_line, cost
+from extras import command_line, cost, words
 from extras.sources import held_out
 
 
@@ -232,7 +232,7 @@ def test_deep_models_are_timed_with_one_and_four_layers(place, monkeypatch):
     assert trained == pytest.approx(int(total.tokens[0] / total.count[0]) / 35) and set(layers) == {1, 4}
 
 
-@pytest.mark.parametrize("flag", command_line.PLANNED)
+@pytest.mark.parametrize("flag", words.PLANNED)
 def test_flags_of_the_plan_need_a_plan(monkeypatch, flag):
     word = f"--{flag.replace('_', '-')}"
     monkeypatch.setattr("sys.argv", ["irft.py", word, "3"])

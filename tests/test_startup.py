@@ -41,11 +41,18 @@ def start(script: str, *words: str) -> tuple[int, set[str], str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_a_wrong_flag_are_answered_without_torch(script):
-    for words, status, said in ((["--help"], 0, "--output-dir"), (["--sede", "1"], 2, "expected --seed, or one")):
+def test_help_and_a_wrong_flag_are_answered_without_torch(script, tmp_path):
+    (tmp_path / "run.yaml").write_text("sede: 1\n")
+    cases = (
+        (["--help"], 0, "--output-dir"),
+        (["--sede", "1"], 2, "expected --seed, or one"),
+        (["--config", str(tmp_path / "run.yaml")], 2, "expected --seed, or a flag"),
+        (["--tyro-write-completion", "bash", "-"], 0, "complete -F"),
+    )
+    for words, status, said in cases:
         found, modules, printed = start(script, *words)
         assert found == status and said in printed, printed
-        assert "tyro" in modules and not (imported := modules & SLOW), imported
+        assert ("tyro" in modules) == (status == 0) and not (imported := modules & SLOW), imported
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -55,8 +62,9 @@ def test_the_flags_that_help_shows_are_those_of_the_script(script, monkeypatch):
         return [(field.name, field.default, kinds[field.name]) for field in dataclasses.fields(cls)]
 
     monkeypatch.setitem(sys.modules, "__main__", SCRIPTS[script])  # a script that is started has its annotations' names
-    early, whole = read_flags(ROOT / script), SCRIPTS[script].Args
+    (early, settings), whole = read_flags(ROOT / script), SCRIPTS[script].Args
     assert flags(early) == flags(whole) and len(flags(early)) > 10
+    assert settings == SCRIPTS[script].SETTINGS and len(settings) > 2
 
 
 def test_a_run_imports_nothing_that_it_does_not_use(tmp_path):
@@ -64,10 +72,11 @@ def test_a_run_imports_nothing_that_it_does_not_use(tmp_path):
     make_data(tmp_path / "data.jsonl", 8)
     words = {
         "model": tmp_path / "model", "dataset": tmp_path / "data.jsonl", "eval-dataset": tmp_path / "data.jsonl",
-        "output-dir": tmp_path / "run", "max-length": 96, "max-prompt-length": 64, "max-new-tokens": 4, "T": 1,
-        "batch-size": 8, "num-train-epochs": 1, "eval-samples": 2, "max-samples": 0,
+        "output-dir": tmp_path / "run", "max-length": 96, "max-prompt-length": 64,
     }  # fmt: skip
-    status, modules, printed = start("irft.py", *(part for k, v in words.items() for part in (f"--{k}", str(v))))
+    status, modules, printed = start(
+        "irft.py", "--smoke", *(part for k, v in words.items() for part in (f"--{k}", str(v)))
+    )
     assert status == 0, printed
     assert "accelerate" in modules and not (found := modules & UNUSED), found
 
