@@ -48,6 +48,7 @@ from extras import control
 from extras.command_line import given_args
 from extras.control import ControlRun, Environments
 from extras.episodes import Episodes, cache_key, draw_pairs, read_episodes, sort_episodes, steps_of, write_episodes
+from extras.screen import finish
 
 
 # ---- the maths: the policy step, SAC (Haarnoja et al., arXiv:1812.05905) ----
@@ -635,6 +636,8 @@ def train(args: Args, within: ControlRun | None = None) -> Learner:
         )
     last = [row for row in read_metrics(run.dir / "metrics.jsonl") if row["step"] == run.position["step"]]
     run.print(f"{name}: true return " + ", ".join(f"{row['eval/return']:.0f}" for row in last) + f"   weights: {path}")
+    if within is None:
+        finish(run)
     return learner
 
 

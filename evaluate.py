@@ -34,6 +34,7 @@ from common.run import Run
 from common.store import without_nan, write_json, write_pairs
 from extras import metrics, statistics, tokenizers
 from extras.gold import gold_columns
+from extras.table import print_table
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(dataset="pydoc", eval_samples=200, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
@@ -145,19 +146,14 @@ def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
 
 
 def show_measures(run, result: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{run.args.model}, {result['rows']} held-out rows, {run.dir}")
-    table.add_column("measure")
-    for column in ("value", "95% interval"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, m in result["measures"].items():
         interval = "" if m["low"] is None else f"{m['low']:.3f}..{m['high']:.3f}"
         if name == "eval/reward/calibration_error":
             interval = "{low:.3f}..{high:.3f} if calibrated".format(**result["calibration"]["if_calibrated"])
-        table.add_row(name, f"{m['value']:.3f}", interval)
-    Console(width=100).print(table)
+        rows.append([name, f"{m['value']:.3f}", interval])
+    title = f"{run.args.model}, {result['rows']} held-out rows, {run.dir}"
+    print_table(title, ["measure", "value", "95% interval"], rows, run.dir / "evaluation.json")
 
 
 # ---- the figure ----

@@ -72,13 +72,13 @@ def begin(path: str, description: str) -> None:
     The script has not imported torch yet, which takes a second. So its Args is made from the source of that class alone.
     """
     terminal.catch()
-    words = sys.argv[1:]
-    if not words:
-        return
-    cls = read_flags(Path(path))
-    if {"--help", "-h"} & set(words) or wrong_word(cls, words):
-        terminal.run(lambda: command_line(cls, description))
-        sys.exit()
+    if words := sys.argv[1:]:
+        cls = read_flags(Path(path))
+        if {"--help", "-h"} & set(words) or wrong_word(cls, words):
+            terminal.run(lambda: command_line(cls, description))
+            sys.exit()
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print(f"{Path(path).stem}: loading libraries, data and models", file=sys.stderr, flush=True)
 
 
 def read_flags(path: Path):
