@@ -32,7 +32,7 @@ from common.generation import Rollout, make_generator
 from common.ranges import NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.store import without_nan, write_json, write_pairs
-from extras import metrics, statistics, tokenizers
+from extras import figures, metrics, statistics, tokenizers
 from extras.gold import gold_columns
 from extras.table import print_table
 
@@ -157,17 +157,11 @@ def show_measures(run, result: dict) -> None:
 
 
 # ---- the figure ----
-BLUE, RED, GREY = "#4477aa", "#ee6677", "#888888"
+BLUE, RED, GREY = *figures.COLORS[:2], figures.GREY
 
 
 def draw_figure(path, held: evals.HeldOut, columns: dict, reward: dict, result: dict) -> None:
     """Up to four panels, by what was measured: log-prob gap; calibration and rewards; gold scores; else lengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
     gaps = {"model": columns["eval/logps/gap"]}
     if held.ref:
         gaps["reference"] = np.array(held.ref["chosen"]) - np.array(held.ref["rejected"])
@@ -185,11 +179,10 @@ def draw_figure(path, held: evals.HeldOut, columns: dict, reward: dict, result: 
         names = {"model's samples": "eval/completions/mean_length", "demonstrations": "eval/lengths/demonstrations"}
         lengths = {label: columns[name] for label, name in names.items()}
         panels.append((draw_histograms, lengths, "lengths", "response, tokens with EOS"))
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), layout="constrained")
+    fig, (axes,) = figures.subplots(1, len(panels), (3.6 * len(panels), 3.2))
     for ax, (draw, *data) in zip(axes, panels, strict=True):
         draw(ax, *data)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    figures.save(fig, path)
 
 
 def draw_histograms(ax, values: dict[str, np.ndarray], title: str, xlabel: str) -> None:

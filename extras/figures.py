@@ -32,9 +32,19 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **how):
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False, **how)
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **how)
+
+
+def mosaic(layout: str, size: tuple[float, float]):
+    """(figure, {letter: axes}) of a layout of letters, rows separated by semicolons, in the house style."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplot_mosaic(layout)
 
 
 def save(figure, path: Path, dpi: int = 130) -> None:
