@@ -163,7 +163,7 @@ class Run:
         with self.phase(name, len(batches), updates=True, outer_iteration=outer_iteration) as advance:
             for k, batch in enumerate([*batches, None] if evaluate else batches):
                 if first + k * per_update < self.position["step"]:
-                    advance(1)
+                    screen.skip()
                     continue
                 if evaluate and (k == len(batches) or (k % self.args.eval_updates == 0 and (k or not outer_iteration))):
                     self.save_checkpoint()  # an evaluation is long, and a stop in it would lose what is not saved

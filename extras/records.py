@@ -11,7 +11,7 @@ from common.data import plain_prompt
 from common.store import read_pairs, write_pairs
 from extras import screen
 from extras.samples import show_training_row
-from extras.schedule import of_run
+from extras.schedule import SCRIPTS, of_run
 from extras.sources import load_rows
 
 # ---- what models in run folders were trained on before ----
@@ -45,8 +45,9 @@ def record_prompts(run, *trained: list[dict]) -> None:
     All that the run trains on is known here: its phases are planned, and its first row is printed.
     """
     if run.is_main:
-        screen.screen.schedule = of_run(run.script, run.args, *trained)
-        show_training_row(run, trained)
+        if run.script in SCRIPTS:
+            screen.screen.schedule = of_run(run.script, run.args, *trained)
+            show_training_row(run, trained)
         keys = set().union(*(prompt_keys(row) for rows in trained for row in rows))
         write_pairs(run.dir / TRAINED, [{"key": key} for key in sorted(keys)])
 

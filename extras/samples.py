@@ -32,7 +32,7 @@ def block(title: str, texts: dict[str, str]) -> str:
 def show_training_row(run, trained: tuple[list[dict], ...]) -> None:
     """Print the first row that the run trains on, decoded from its tokens, before anything is trained."""
     rows = next((rows for rows in trained if len(rows)), [])
-    if not len(rows) or not getattr(run.args, "model", ""):
+    if not len(rows):
         return
     from common.models import read_tokenizer
 

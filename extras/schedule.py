@@ -208,9 +208,7 @@ SCRIPTS: dict[str, Callable[..., list[Planned]]] = {
 
 
 def of_run(script: str, args, *trained: list[dict]) -> Schedule:
-    """The schedule of a run of a script on these rows: demonstrations, then preferences or prompts. Empty for other scripts."""
-    if script not in SCRIPTS:
-        return Schedule([])
+    """The schedule of a run of one of SCRIPTS on these rows: demonstrations, then preferences or prompts."""
     n, m = map(len, itertools.islice(itertools.chain(trained, [[]]), 2))
     rows = next((rows for rows in trained if len(rows)), [])
     return Schedule(SCRIPTS[script](args, n, m, Lengths(args, rows)))

@@ -40,9 +40,10 @@ class Phase:
     total: int
     place: str = ""  # "3/11", or empty for a phase that the schedule does not name
     done: int = 0
+    skipped: int = 0  # of these, what a resumed run had done before: it took no time here
     tokens: int = 0
     values: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     ended: float | None = None
 
     @property
@@ -77,34 +78,34 @@ def gpu_memory() -> str:
     return f"GPU {torch.cuda.memory_reserved() / 2**30:.1f}/{whole / 2**30:.0f} GB"
 
 
-def parts_of(phase: Phase, left: tuple[float | None, float | None], memory: str) -> list[str]:
-    """What a line says after the phase's name, the most important first. left: seconds of the phase, and of the run."""
-    parts = [f"{name} {value:.3g}" for name, value in phase.values.items()]
-    seconds = max(phase.seconds, 1e-3)
+def parts_of(phase: Phase, left: tuple[float | None, float | None], memory: str) -> dict[str, int]:
+    """{what a line says after the phase's name: its rank}; the higher a rank, the sooner it goes where room is short.
+
+    left: seconds of the phase, and of the run.
+    """
+    parts = {f"{name} {value:.3g}": 1 if i == 0 else 2 + i for i, (name, value) in enumerate(phase.values.items())}
     if phase.tokens:
-        parts.append(f"{short(phase.tokens / seconds)} tok/s")
+        parts[f"{short(phase.tokens / max(phase.seconds, 1e-3))} tok/s"] = 2
     if phase.ended is not None:
-        return [*parts, f"took {clock(phase.seconds)}"]
+        return parts | {f"took {clock(phase.seconds)}": 0}
     of_phase, of_run = left
     eta = f"ETA {clock(of_phase)}" if of_phase is not None else f"{clock(phase.seconds)} so far"
-    parts.append(eta + (f", run {clock(of_run)}" if of_run is not None else ""))
-    return [*parts, memory] if memory else parts
+    parts[eta + (f", run {clock(of_run)}" if of_run is not None else "")] = 0
+    return parts | ({memory: 9} if memory else {})
 
 
 def line(phase: Phase, left: tuple[float | None, float | None], width: int, memory: str = "") -> str:
     """The line of a phase, at most `width` columns: with a bar if there is room, else without the least important parts."""
     head = f"{phase.place} {phase.name} {phase.done}/{phase.total}".strip()
     parts = parts_of(phase, left, memory)
-    order = sorted(parts, key=lambda part: part == memory)  # memory is the first to go, then the second value
-    while len(order) > 1 and len("  ".join([head, *order])) > width:
-        values = [part for part in order[1:] if part.split()[0] in SHOWN.values()]
-        order.remove(memory if memory in order else values[-1] if values else order[0])
-    text = "  ".join([head, *order])
+    while len(parts) > 1 and len(" ".join([head, *parts])) > width:
+        del parts[max(parts, key=lambda part: parts[part])]
+    space = "  " if len("  ".join([head, *parts])) <= width else " "
+    text = space.join([head, *parts])
     room = min(width - len(text) - 2, 30)
     if room >= 8 and phase.total:
         filled = round(room * min(phase.done / phase.total, 1))
-        bar = "━" * filled + "─" * (room - filled)
-        text = "  ".join([head, bar, *order])
+        text = "  ".join([head, "━" * filled + "─" * (room - filled), *parts])
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -122,7 +123,8 @@ class Screen:
         self.lock = threading.RLock()
 
     def left(self, phase: Phase) -> tuple[float | None, float | None]:
-        return self.schedule.left(phase.name, phase.done, phase.total, phase.seconds)
+        skipped = phase.skipped
+        return self.schedule.left(phase.name, phase.done - skipped, phase.total - skipped, phase.seconds)
 
     def text(self, width: int) -> str:
         """One line for each phase that is going on: an evaluation in the middle of training has its own below."""
@@ -145,6 +147,12 @@ def show(row: dict[str, float]) -> None:
     if screen.phases:
         found = {name: row[key] for key, name in reversed(SHOWN.items()) if key in row}
         screen.phases[0].values = dict(reversed(found.items()))
+
+
+def skip() -> None:
+    """Count an item of the phase as done by the run that this one goes on with."""
+    screen.phases[-1].done += 1
+    screen.phases[-1].skipped += 1
 
 
 def saw(tokens: int) -> None:
@@ -213,7 +221,7 @@ def progress(name: str, total: int, visible: bool = True) -> Iterator[Callable[[
     finally:
         phase.ended = time.monotonic()
         if whole:
-            screen.schedule.finished(name, total, phase.seconds)
+            screen.schedule.finished(name, total - phase.skipped, phase.seconds)
         if opened is not None:
             opened.stop()  # its last drawing stays
             screen.live = None
