@@ -47,8 +47,8 @@ from common.streams import stream_seed
 from extras import control
 from extras.command_line import given_args
 from extras.control import ControlRun, Environments
+from extras.ending import finish
 from extras.episodes import Episodes, cache_key, draw_pairs, read_episodes, sort_episodes, steps_of, write_episodes
-from extras.screen import finish
 
 
 # ---- the maths: the policy step, SAC (Haarnoja et al., arXiv:1812.05905) ----

@@ -351,6 +351,8 @@ class Run:
         return model_card(self, method, paper, note, base, measure)
 
     def end(self) -> None:
-        screen.finish(self)
+        from extras.ending import finish
+
+        finish(self)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -32,8 +32,8 @@ class History:
 
     def series(self, name: str, x: str) -> tuple[np.ndarray, np.ndarray]:
         """(x, y), each (n,), of the rows that have both as finite numbers, in the order they were written."""
-        pairs = [(row.get(x), row.get(name)) for row in self.rows]
-        kept = [(a, b) for a, b in pairs if a is not None and b is not None]
+        pairs = [(row.get(x, math.nan), row.get(name, math.nan)) for row in self.rows]
+        kept = [pair for pair in pairs if all(map(math.isfinite, pair))]
         return tuple(np.array(kept, float).reshape(-1, 2).T)  # type: ignore[return-value]
 
     @functools.cached_property

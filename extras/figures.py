@@ -122,12 +122,13 @@ def meanings(script: str) -> dict[str, str]:
     from extras import metrics
 
     found = metrics.EVAL_METRICS | metrics.REWARD_METRICS | metrics.PPO_METRICS
-    path = Path(__file__).parent.parent / f"{script}.py"
-    for node in ast.parse(path.read_text()).body if path.is_file() else []:
+    root = Path(__file__).parent.parent
+    sources = [path for path in (root / "extras" / "preference_data.py", root / f"{script}.py") if path.is_file()]
+    for node in (node for path in sources for node in ast.parse(path.read_text()).body):
         if (
             isinstance(node, ast.Assign)
-            and ast.unparse(node.targets[0]) == "METRICS"
             and isinstance(node.value, ast.Dict)
+            and "METRICS" in ast.unparse(node.targets[0])
         ):
             pairs = zip(node.value.keys, node.value.values, strict=True)
             found |= {k.value: v.value for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Constant)}

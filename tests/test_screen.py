@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from extras import curves, samples, schedule, screen, table
+from extras import curves, ending, samples, schedule, screen, table
 from extras.schedule import Planned, Schedule
 from extras.screen import Phase, line
 
@@ -311,15 +311,15 @@ def test_the_end_says_what_was_saved_and_what_to_type_next(tmp_path, monkeypatch
     args = SimpleNamespace(model="tiny", dataset="pydoc", report_to="tensorboard")
     run = SimpleNamespace(is_main=True, dir=out, args=args, print=said.append)
     (out / "samples").mkdir(parents=True)
-    screen.finish(run)
+    ending.finish(run)
     assert not said  # evaluate.py, which has no final model
     for name in ("final", "sft", "reward"):
         (out / name).mkdir()
     for i in (0, 12):
         (out / "samples" / f"{i:04}.md").write_text("")
-    screen.finish(SimpleNamespace(**{**vars(run), "is_main": False}))
+    ending.finish(SimpleNamespace(**{**vars(run), "is_main": False}))
     assert not said
-    screen.finish(run)
+    ending.finish(run)
     assert said[0].splitlines() == [
         "saved:", f"  curves   {out}/curves.png", f"  metrics  {out}/metrics.jsonl", f"  samples  {out}/samples/0012.md",
     ]  # fmt: skip
