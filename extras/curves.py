@@ -211,7 +211,7 @@ def frontier(runs: list[History], name: str, x: str) -> Frontier | None:
 
 
 # ---- figures ----
-def default_metrics(groups: dict[str, list[History]], most: int = 12) -> list[str]:
+def default_metrics(groups: dict[str, list[History]], most: int = 16) -> list[str]:
     """What is drawn unless metrics are named: losses and scores of training, then the measures of the printed table."""
     known = metric_names(groups)
     wanted = [*SHOWN, *(name for name, _ in (TABLE | GOLD_TABLE).values()), "eval/reward/accuracy"]
@@ -225,13 +225,10 @@ def draw_curves(
 
     UserError if a metric has no value beside x in any run.
     """
-    columns = min(len(metrics), 4 if len(metrics) > 6 else 3)
-    rows = math.ceil(len(metrics) / columns)
-    figure, axes = figures.subplots(rows, columns, (max(3.3 * columns, 4.5), 2.5 * rows + 0.6))
+    figure, axes = figures.grid(len(metrics), min(len(metrics), 4 if len(metrics) > 6 else 3))
     script, kinds = next(iter(groups.values()))[0].script, {}
-    for ax in axes.flat[len(metrics) :]:
-        ax.set_axis_off()
-    for ax, metric in zip(axes.flat, metrics, strict=False):
+    units = figures.units(figures.meanings(script))
+    for ax, metric in zip(axes, metrics, strict=True):
         drawn = False
         for label, color in figures.colored(groups):
             runs = groups[label]
@@ -250,9 +247,9 @@ def draw_curves(
                 f"--metric: found no row with both {metric} and {x}, expected runs that logged them together"
             )
         ax.set_title(f"{metric} ({figures.BETTER[metric]})" if metric in figures.BETTER else metric)
-        ax.set_ylabel(figures.units(figures.meanings(script)).get(metric, ""))
+        ax.set_ylabel(units.get(metric, ""))
         ax.set_xlabel(figures.axis_title(x, script))
-    figures.legend(figure, axes.flat[0])
+    figures.legend(figure, axes[0])
     figures.caption(figure, about(kinds))
     if title:
         figure.suptitle(title, x=0.01, ha="left", size=11)

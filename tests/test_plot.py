@@ -163,6 +163,7 @@ UNITS_BY_HAND = {
     "eval/rouge_l": "share", "eval/completions/mean_length": "tokens", "eval/gold/score": "reward units",
     "eval/gold/win_rate_baseline": "share", "eval/judge/win_rate_high": "share", "objective/kl": "nats per answer",
     "sft/loss": "nats per token", "policy/entropy_avg": "nats per token", "grad_norm": "",
+    "reward/loss": "",
 }  # fmt: skip
 
 
