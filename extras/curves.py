@@ -236,8 +236,8 @@ def draw_curves(
             if x in figures.AXES:
                 if found := curve(runs, metric, x):
                     thin = found.each if len(runs) > 1 else ()
-                    ends = (found.low, found.high) if found.kind else ()
-                    figures.draw(ax, found.x, found.mean, *ends, color=color, label=shown, each=thin)
+                    low, high = (found.low, found.high) if found.kind else (None, None)
+                    figures.draw(ax, found.x, found.mean, low, high, color, shown, thin)
                     kinds[found.kind] = drawn = True
             elif both := frontier(runs, metric, x):
                 draw_frontier(ax, both, color, shown)

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 COLORS = (
     "#4477aa",
@@ -16,7 +17,7 @@ COLORS = (
     "#66ccee",
 )  # Paul Tol's, told apart by the colour-blind
 GREY = "#888888"
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 BETTER = {"eval/nll": "lower is better", "eval/rouge_l": "higher is better", "eval/logps/gap": "higher is better"}
 AXES = {  # what a row of metrics counts
     "step": "optimizer steps",
@@ -28,25 +29,26 @@ AXES = {  # what a row of metrics counts
 }
 
 
-def subplots(rows: int, columns: int, size: tuple[float, float], **how):
-    """(figure, axes) in the house style; axes is an array (rows, columns). No screen is needed. how: as matplotlib has it."""
+def new(size: tuple[float, float], layout: Literal["constrained"] | None = "constrained"):
+    """An empty figure in the house style, of width and height in inches. No screen is needed."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout=layout)
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float], **how):
+    """(figure, axes); axes is an array (rows, columns). how: as matplotlib has it."""
+    figure = new(size)
     return figure, figure.subplots(rows, columns, squeeze=False, **how)
 
 
 def grid(panels: int, columns: int):
     """(figure, [axes of each panel]) of panels of one size with fixed margins, which is drawn in a third of the time."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update(STYLE)
     rows = -(-panels // columns)
     width, height = max(3.3 * columns + 0.3, 6.2), 2.5 * rows + 0.9
-    figure = Figure(figsize=(width, height))
+    figure = new((width, height), None)
     axes = figure.subplots(rows, columns, squeeze=False)
     space = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.85 / height, "top": 1 - 0.75 / height}
     figure.subplots_adjust(**space, wspace=0.34, hspace=0.5)
@@ -56,12 +58,8 @@ def grid(panels: int, columns: int):
 
 
 def mosaic(layout: str, size: tuple[float, float]):
-    """(figure, {letter: axes}) of a layout of letters, rows separated by semicolons, in the house style."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize=size, layout="constrained")
+    """(figure, {letter: axes}) of a layout of letters, rows separated by semicolons."""
+    figure = new(size)
     return figure, figure.subplot_mosaic(layout)
 
 
@@ -150,7 +148,10 @@ def meanings(script: str) -> dict[str, str]:
             and "METRICS" in ast.unparse(node.targets[0])
         ):
             pairs = zip(node.value.keys, node.value.values, strict=True)
-            found |= {k.value: v.value for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Constant)}
+            constant = [
+                (k.value, v.value) for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Constant)
+            ]
+            found |= {str(name): str(meaning) for name, meaning in constant}
     return found
 
 

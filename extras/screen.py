@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from extras.schedule import Schedule
 
@@ -115,7 +116,7 @@ class Screen:
         self.phases: list[Phase] = []
         self.schedule = Schedule([])
         self.trained: dict | None = None  # a row of the last update
-        self.live = None
+        self.live: Any = None  # rich's Live while a terminal shows the lines
         self.visible = False
         self.spoken = time.monotonic()
         self.lock = threading.RLock()
