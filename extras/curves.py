@@ -38,12 +38,10 @@ class History:
 
     @functools.cached_property
     def evaluations(self) -> list[dict[str, np.ndarray]]:
-        """The measures of each evaluation of a policy by held-out row, {column: (rows,)}; empty if not all are there."""
-        files = sorted((self.folder / "evals").glob("[0-9]*.parquet"), key=lambda path: int(path.stem))
-        if len(files) != sum("eval/nll" in row for row in self.rows):
-            return []
+        """The measures of each evaluation of a policy by held-out row, {column: (rows,)}."""
         from extras.statistics import read_columns
 
+        files = sorted((self.folder / "evals").glob("[0-9]*.parquet"), key=lambda path: int(path.stem))
         return [read_columns(path) for path in files]
 
 
@@ -165,10 +163,10 @@ def by_row(runs: list[History], name: str) -> list[np.ndarray] | None:
 def interval(runs: list[History], name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     """(low, high, what the interval is over) of the means of values (seeds, n)."""
     rows = by_row(runs, name)
-    if rows is not None and len(rows) >= values.shape[1]:
+    if rows is not None and len(rows) == values.shape[1]:  # else it is not known which row belongs to which
         from extras.statistics import bootstrap_interval
 
-        low, high = np.array([bootstrap_interval(v) for v in rows[: values.shape[1]]]).T
+        low, high = np.array([bootstrap_interval(v) for v in rows]).T
         return low, high, BOTH if len(runs) > 1 else ROWS
     if len(runs) > 1:
         return *seed_interval(values), SEEDS

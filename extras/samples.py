@@ -10,8 +10,8 @@ NAMES = {"response_ids": "response", "chosen_ids": "chosen", "rejected_ids": "re
 
 
 def fold(label: str, text: str, width: int) -> str:
-    """A text on lines of at most `width` columns below its label. Line breaks of the text are shown as \\n."""
-    text = text.replace("\n", "\\n")
+    """A text on lines of at most `width` columns beside its label. Line breaks and other control characters are escaped."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
     lines = textwrap.wrap(text, max(width - 12, 20), drop_whitespace=False) or [""]

@@ -115,6 +115,11 @@ def test_the_interval_of_an_evaluation_is_a_bootstrap_of_its_rows(tmp_path):
     (runs[0] / "evals" / "0010.parquet").unlink()
     (group,) = curves.read_groups(words(runs)).values()
     assert curves.curve(group, "eval/nll").kind == curves.SEEDS  # fewer files than evaluations
+    for own in runs:
+        for k in range(3):
+            write_pairs(own / "evals" / f"{10 * k:04}.parquet", [{"row": 5, "sample": "x", "nll": 1.0}] * 4)
+    (group,) = curves.read_groups(words(runs)).values()
+    assert curves.curve(group, "eval/nll").kind == curves.SEEDS  # more
 
 
 def test_values_that_are_not_finite_are_left_out(tmp_path):
@@ -136,6 +141,8 @@ def test_a_frontier_has_a_point_for_each_row_with_both_metrics(seeds):
 def test_a_metric_is_found_by_its_end_and_the_nearest_is_named(seeds):
     groups = curves.read_groups(words(seeds))
     assert curves.resolve("kl_k3", groups) == "eval/kl_k3" and curves.resolve("loss", groups) == "loss"
+    with pytest.raises(UserError, match="^--metric: found l_k3, which no run has"):  # half of a word
+        curves.resolve("l_k3", groups)
     with pytest.raises(
         UserError, match="^--metric: found kl_k1, which no run has, expected eval/kl_k3, or another metric"
     ):
@@ -174,14 +181,19 @@ def test_meanings_are_read_from_the_source_of_every_script(script):
 
 
 # ---- figures ----
-def blue_and_red(path: Path) -> tuple[float, float]:
-    """Shares of a figure's pixels in the colours of the first and of the second group."""
+BAND = (221, 231, 240)  # of the first group: its colour at 18% over white
+
+
+def share(path: Path, color: tuple[int, int, int]) -> float:
+    """Share of a figure's pixels in a colour."""
     from matplotlib.image import imread
 
-    image = imread(path)[..., :3]
-    return tuple(
-        float((np.abs(image - np.array(c) / 255).max(-1) < 0.02).mean()) for c in ((68, 119, 170), (238, 102, 119))
-    )
+    return float((np.abs(imread(path)[..., :3] - np.array(color) / 255).max(-1) < 0.015).mean())
+
+
+def blue_and_red(path: Path) -> tuple[float, float]:
+    """Shares of the colours of the first and of the second group."""
+    return share(path, (68, 119, 170)), share(path, (238, 102, 119))
 
 
 def test_plot_draws_curves_of_groups_and_a_frontier(tmp_path, seeds, monkeypatch):
@@ -189,14 +201,14 @@ def test_plot_draws_curves_of_groups_and_a_frontier(tmp_path, seeds, monkeypatch
     other = make_run(tmp_path / "other", [evaluation(0, 9.0, 0.0), evaluation(3, 5.0, 0.5)], beta=0.5)
     assert plot.plot(plot.Args(words([*seeds, other]))) == Path("curves.png")
     blue, red = blue_and_red(tmp_path / "curves.png")
-    assert blue > 0.0005 and red > 0.0005
+    assert blue > 0.0005 and red > 0.0005 and share(tmp_path / "curves.png", BAND) > 0.005
     first = (tmp_path / "curves.png").read_bytes()
     plot.plot(plot.Args(words([*seeds, other]), output="again.png"))
     assert (tmp_path / "again.png").read_bytes() == first  # nothing but what is drawn
     path = plot.plot(plot.Args(words([*seeds, other]), metric=("nll",), x="kl_k3", output="f/frontier.png"))
     assert min(blue_and_red(tmp_path / path)) > 0.0005
     assert plot.plot(plot.Args((str(other),), metric=("nll",))) == other / "curves.png"
-    assert blue_and_red(other / "curves.png")[1] == 0
+    assert blue_and_red(other / "curves.png")[1] == 0 and share(other / "curves.png", BAND) < 0.001  # one run: no band
 
 
 def test_what_is_drawn_unless_metrics_are_named(seeds):

@@ -294,6 +294,7 @@ def test_rows_are_shown_as_the_model_sees_them(capsys, monkeypatch, clock):
     screen.screen.trained = {"row": 8, "prompt_ids": [5], "chosen_ids": [6, 0], "rejected_ids": [7]}
     rows = [{"row": 4, "prompt_ids": [1, 2]}, {"row": 9, "prompt_ids": [3]}]
     rollout = SimpleNamespace(response_ids=[[3, 0], [4]])
+    assert samples.fold("answer", "a\x1b[2J\tb", 60) == "  answer    a\\x1b[2J\\tb"
     samples.show_samples(run, Words(), rows, rollout, ["w3", "w4"], 2)
     assert said == [
         "evaluation 2, held-out row 4:\n  prompt    w1\\nw2\\n\n  answer    w3\\n</s>",
