@@ -10,6 +10,7 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT
 
 from extras import trackers
 
@@ -45,16 +46,16 @@ LOG = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from accelerate.tracking import TrackioTracker
+from accelerate import Accelerator
 from extras import trackers
 folder, rows, texts = Path(sys.argv[1]), *json.loads(sys.argv[2])
 for step in (7, 14):  # the second time as a resumed run
-    tracker = TrackioTracker("cleanirl", **trackers.tracker_settings("trackio", folder)["trackio"])
-    tracker.start()
-    tracker.log({"eval/nll": float(step)}, step=step)
-    run = SimpleNamespace(position={"step": step}, accelerator=SimpleNamespace(trackers=[tracker]))
+    accelerator = Accelerator(log_with="trackio", cpu=True)
+    accelerator.init_trackers("cleanirl", init_kwargs=trackers.tracker_settings("trackio", folder))
+    accelerator.log({"eval/nll": float(step)}, step=step)
+    run = SimpleNamespace(position={"step": step}, accelerator=accelerator)
     trackers.log_samples(run, rows, texts, step)
-    tracker.finish()
+    accelerator.end_training()
 """
 needs_trackio = pytest.mark.skipif(not importlib.util.find_spec("trackio"), reason="trackio is not installed")
 
@@ -64,7 +65,8 @@ def test_trackios_page_shows_a_resumed_run_under_one_name_with_its_samples(tmp_p
     env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONUNBUFFERED": "1"}
     folder = tmp_path / "my_run"
     folder.mkdir()
-    subprocess.run([sys.executable, "-c", LOG, str(folder), json.dumps([ROWS, TEXTS])], env=env, check=True)
+    words = [sys.executable, "-c", LOG, str(folder), json.dumps([ROWS, TEXTS])]
+    subprocess.run(words, env=env, cwd=ROOT, check=True)
     show = "from trackio.cli import main; main()"
     words = [sys.executable, "-c", show, "show", "--project", "cleanirl"]
     server = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
