@@ -156,7 +156,12 @@ def assert_phases_as_planned(out: Path, n: int, m: int = 0) -> None:
     kinds = {schedule.kind(name) for name, _ in planned}
     timed = [json.loads(line) for line in (out / "timing.jsonl").read_text().splitlines()]
     found = [(row["phase"], row["items"]) for row in timed if schedule.kind(row["phase"]) in kinds]
-    assert found == planned
+    assert [name for name, _ in found] == [name for name, _ in planned]
+    measured = ("evaluation", "reward 0", "reward 1", "reward 2", "reference on held-out", "judge")
+    for (name, items), (_, expected) in zip(
+        found, planned, strict=True
+    ):  # there may be fewer held-out rows than asked for
+        assert items == expected or (items < expected and name.startswith(measured)), (name, items, expected)
     inside = {"evaluation #", "judge #"}  # the policy step
     before = {"gold scores of demonstrations", "expert's answers", "baseline on held-out rows"}
     assert {schedule.kind(row["phase"]) for row in timed} - kinds <= inside | before
