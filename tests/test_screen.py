@@ -203,13 +203,13 @@ table.print_table("held-out measures", ["policy", "iteration", "step", *columns]
 """
 
 
-def on_a_terminal(code: str, columns: int) -> str:
-    """All that a program writes to a terminal that is so many columns wide, and in which nothing else runs."""
+def on_a_terminal(words: list[str], columns: int, **variables: str) -> str:
+    """All that Python writes with these words to a terminal that is so many columns wide, and in which nothing else runs."""
     main, side = pty.openpty()
     ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
-    env |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=side, stdout=side, stderr=side, env=env)
+    env |= {"TERM": "xterm-256color", **variables}
+    child = subprocess.Popen([sys.executable, *words], stdin=side, stdout=side, stderr=side, env=env, cwd=ROOT)
     os.close(side)
     parts = []
     while True:
@@ -226,7 +226,7 @@ def on_a_terminal(code: str, columns: int) -> str:
 
 @pytest.mark.parametrize("columns", [80, 100, 120, 140])
 def test_on_a_terminal_no_line_and_no_table_row_wraps(columns):
-    raw = on_a_terminal(DRIVE, columns)
+    raw = on_a_terminal(["-c", DRIVE], columns)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\r", raw)
     drawn = [part for part in re.split(r"[\r\n]+", text) if part.strip()]
     assert max(map(len, drawn)) <= columns
@@ -245,10 +245,20 @@ def test_on_a_terminal_no_line_and_no_table_row_wraps(columns):
     assert bool(re.search("│ logp gap +│", body)) == (columns < 140), body
 
 
-def test_a_dumb_terminal_is_treated_as_none(monkeypatch):
+def test_a_dumb_terminal_is_treated_as_none():
     code = "from extras import screen\nwith screen.progress('answers', 2) as advance: advance(2)\nprint('end')"
-    raw = on_a_terminal("import os; os.environ['TERM'] = 'dumb'\n" + code, 80)
-    assert raw.strip() == "end"
+    assert on_a_terminal(["-c", code], 80, TERM="dumb").strip() == "end"
+
+
+def test_a_script_on_a_terminal_speaks_before_it_imports_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit")  # a stand-in
+    said = on_a_terminal(["irft.py", "--T", "2"], 80, PYTHONPATH=str(tmp_path))
+    assert said.strip() == "irft: loading libraries, data and models"
+    assert on_a_terminal(["irft.py", "--T", "2"], 80, PYTHONPATH=str(tmp_path), RANK="1") == ""
+    piped = subprocess.run(
+        [sys.executable, "irft.py"], capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert not piped.stdout + piped.stderr and piped.returncode == 0
 
 
 # ---- tables ----
