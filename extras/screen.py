@@ -162,11 +162,15 @@ def saw(tokens: int) -> None:
         screen.speak()
 
 
-def saw_rows(rows: list[dict]) -> None:
-    """Count the tokens of a global batch that is trained on: rows with a prompt and one or two responses. Keep the first."""
+def saw_rows(rows: list) -> None:
+    """Count the tokens of a global batch that is trained on: rows with a prompt and one or two responses. Keep the first.
+
+    Rows of another kind have no tokens to count.
+    """
+    rows = [row for row in rows if isinstance(row, dict) and "prompt_ids" in row]
     names = ("response_ids", "chosen_ids", "rejected_ids")
     saw(sum(len(r["prompt_ids"]) + len(r[name]) for r in rows for name in names if r.get(name)))
-    screen.trained = rows[0]
+    screen.trained = next(iter(rows), None)
 
 
 def saw_sequences(sequences: list[tuple]) -> None:

@@ -94,6 +94,7 @@ def test_tokens_of_rows_sequences_and_ranks_are_counted_in_every_open_phase(cloc
             screen.saw_sequences([([1, 2], [3]), ([1], [2])])
             assert [p.tokens for p in screen.screen.phases] == [14 + 20, 20]
     screen.saw(5)  # of no phase
+    screen.saw_rows([[1.0], [2.0]])
     assert not screen.screen.phases
 
 
