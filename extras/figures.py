@@ -111,7 +111,7 @@ UNITS = (  # in the meaning of a metric -> the unit of its axis; the first that 
     (r"^share\b|^win rate\b|\brate\b", "share"),
     (r"^tokens\b|tokens trained on|tokens of", "tokens"),
     (r"\blog pi\b.*\bper token\b", "nats per token"),
-    (r"\brewards?\b|\bscores?\b|\br\(", "reward units"),
+    (r"\brewards?\b|\bscores?\b|\br\(|^mean true return", "reward units"),
     (r"\bin \[0, 1\]", "share"),
 )
 

@@ -162,6 +162,8 @@ def test_units_follow_from_what_metrics_mean():
     assert {name: found[name] for name in UNITS_BY_HAND} == UNITS_BY_HAND
     assert figures.axis_title("eval/kl_k3", "rft") == "eval/kl_k3 [nats per response]"
     assert figures.axis_title("step", "rft") == "optimizer steps"
+    assert figures.axis_title("eval/return", "aihf_mujoco") == "eval/return [reward units]"
+    assert found["val/explained_variance"] == ""
 
 
 UNITS_BY_HAND = {
