@@ -47,6 +47,7 @@ from common.streams import stream_seed
 from extras import control
 from extras.command_line import given_args
 from extras.control import ControlRun, Environments
+from extras.ending import finish
 from extras.episodes import Episodes, cache_key, draw_pairs, read_episodes, sort_episodes, steps_of, write_episodes
 from extras.flags import TrainingFlags
 from extras.phases import stop_after
@@ -638,6 +639,8 @@ def train(args: Args, within: ControlRun | None = None) -> Learner:
         )
     last = [row for row in read_metrics(run.dir / "metrics.jsonl") if row["step"] == run.position["step"]]
     run.print(f"{name}: true return " + ", ".join(f"{row['eval/return']:.0f}" for row in last) + f"   weights: {path}")
+    if within is None:
+        finish(run)
     return learner
 
 

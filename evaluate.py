@@ -32,8 +32,9 @@ from common.generation import Rollout, make_generator
 from common.ranges import NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.store import without_nan, write_json, write_pairs
-from extras import metrics, statistics, tokenizers
+from extras import figures, metrics, statistics, tokenizers
 from extras.gold import gold_columns
+from extras.table import print_table
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(dataset="pydoc", eval_samples=200, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
@@ -145,33 +146,22 @@ def report(run, held: evals.HeldOut, values: dict[str, float]) -> None:
 
 
 def show_measures(run, result: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{run.args.model}, {result['rows']} held-out rows, {run.dir}")
-    table.add_column("measure")
-    for column in ("value", "95% interval"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, m in result["measures"].items():
         interval = "" if m["low"] is None else f"{m['low']:.3f}..{m['high']:.3f}"
         if name == "eval/reward/calibration_error":
             interval = "{low:.3f}..{high:.3f} if calibrated".format(**result["calibration"]["if_calibrated"])
-        table.add_row(name, f"{m['value']:.3f}", interval)
-    Console(width=100).print(table)
+        rows.append([name, f"{m['value']:.3f}", interval])
+    title = f"{run.args.model}, {result['rows']} held-out rows, {run.dir}"
+    print_table(title, ["measure", "value", "95% interval"], rows, run.dir / "evaluation.json")
 
 
 # ---- the figure ----
-BLUE, RED, GREY = "#4477aa", "#ee6677", "#888888"
+BLUE, RED, GREY = *figures.COLORS[:2], figures.GREY
 
 
 def draw_figure(path, held: evals.HeldOut, columns: dict, reward: dict, result: dict) -> None:
     """Up to four panels, by what was measured: log-prob gap; calibration and rewards; gold scores; else lengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
     gaps = {"model": columns["eval/logps/gap"]}
     if held.ref:
         gaps["reference"] = np.array(held.ref["chosen"]) - np.array(held.ref["rejected"])
@@ -189,11 +179,10 @@ def draw_figure(path, held: evals.HeldOut, columns: dict, reward: dict, result: 
         names = {"model's samples": "eval/completions/mean_length", "demonstrations": "eval/lengths/demonstrations"}
         lengths = {label: columns[name] for label, name in names.items()}
         panels.append((draw_histograms, lengths, "lengths", "response, tokens with EOS"))
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), layout="constrained")
+    fig, (axes,) = figures.subplots(1, len(panels), (3.6 * len(panels), 3.2))
     for ax, (draw, *data) in zip(axes, panels, strict=True):
         draw(ax, *data)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    figures.save(fig, path)
 
 
 def draw_histograms(ax, values: dict[str, np.ndarray], title: str, xlabel: str) -> None:

@@ -26,6 +26,7 @@ from benchmark.tables import (  # noqa: E402
 from common import UserError  # noqa: E402
 from common.args import main
 from common.evals import pairwise_wins
+from extras import figures
 
 METHODS = {  # folder -> label
     "sft": "SFT", "dpo": "DPO", "ipo": "IPO", "spin": "SPIN", "rlhf": "RLHF (online DPO)", "rlhf_ppo": "RLHF (PPO)",
@@ -171,13 +172,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def figure(runs: dict[str, dict[str, list[Run]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(2, 2, figsize=(10.5, 7.6), layout="constrained")
+    fig, axes = figures.subplots(2, 2, (10.5, 7.6))
     equal = runs["1_1"]
     for method, seeds in equal.items():
         points = len(seeds[0])
@@ -190,9 +185,9 @@ def figure(runs: dict[str, dict[str, list[Run]]], path: Path) -> None:
         )
         axes[0, 0].plot((done - done[0]) / (done[-1] - done[0]), gold, **style)
         axes[0, 1].plot(kl, gold, **style)
-    axes[0, 0].set(xlabel="share of the training done", ylabel="gold reward of samples")
+    axes[0, 0].set(xlabel="share of the training done", ylabel="gold score of samples, reward units")
     axes[0, 0].set_title("(a) score during training, 1:1", loc="left")
-    axes[0, 1].set(xlabel="KL to the base, nats per response", ylabel="gold reward of samples")
+    axes[0, 1].set(xlabel="KL to the base, nats per response", ylabel="gold score of samples, reward units")
     axes[0, 1].set_title("(b) score against KL, 1:1", loc="left")
     axes[0, 1].legend(frameon=False, fontsize=7, handlelength=3.5)
     bins = np.linspace(-3, 3, 31)
@@ -214,13 +209,14 @@ def figure(runs: dict[str, dict[str, list[Run]]], path: Path) -> None:
             x + 0.12 * (i - 1.5), mean, [mean - low, high - mean], fmt="o", color=COLORS[method], ms=4, capsize=2,
             label=METHODS[method],
         )  # fmt: skip
-    axes[1, 1].axhline(0, color="#bbbbbb", lw=1, label="base")
+    axes[1, 1].axhline(0, color=figures.GREY, ls="--", lw=1, label="base")
     axes[1, 1].set_xticks(x, list(RATIOS.values()))
-    axes[1, 1].set(xlabel="demonstrations : preferences", ylabel="gold reward of samples less the base's")
+    axes[1, 1].set(xlabel="demonstrations : preferences", ylabel="gold score less the base's, reward units")
     axes[1, 1].margins(y=0.2)
     axes[1, 1].set_title("(d) other ratios", loc="left")
     axes[1, 1].legend(frameon=False, fontsize=7, ncols=3, loc="upper left")
-    fig.savefig(path, dpi=130)
+    figures.caption(fig, "bars of (d): 95% bootstrap over seeds and held-out rows")
+    figures.save(fig, path)
 
 
 def check_folders(root: Path, folders: dict[str, dict[str, list[Path]]]) -> None:

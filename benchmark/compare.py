@@ -7,7 +7,6 @@ stands beside the mean. Measures that a run lacks are left out of the table. Run
     python benchmark/compare.py --runs SFT=runs/a,runs/b SPIN=runs/c,runs/d --output runs/table
 """
 
-import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -28,10 +27,9 @@ from benchmark.tables import (  # noqa: E402
 )
 from common import UserError  # noqa: E402
 from common.args import main
-from extras.table import TABLE
-
-COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee"]
-BETTER = {"eval/nll": "lower is better", "eval/rouge_l": "higher is better", "eval/logps/gap": "higher is better"}
+from extras import figures
+from extras.metrics import EVAL_METRICS
+from extras.table import TABLE, print_table
 
 
 @dataclass
@@ -84,41 +82,32 @@ def table_of(rows: dict[str, dict], measures: dict) -> str:
 
 
 def figure(methods: dict[str, list[list]], measures: dict, path: Path, title: str) -> None:
-    """Each measure against optimizer steps: the mean over seeds, and every seed thin."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(2, 4, figsize=(13, 5.6), sharex=True, layout="constrained")
+    """Each measure against optimizer steps: the mean over seeds, its interval, and every seed thin."""
+    fig, axes = figures.subplots(2, 4, (13, 5.6), sharex=True)
+    units = figures.units(EVAL_METRICS)
     for ax in axes.flat[len(measures) :]:
         ax.set_axis_off()
     for ax, (column, (name, _)) in zip(axes.flat, measures.items(), strict=False):
-        for color, (label, runs) in zip(itertools.cycle(COLORS), methods.items(), strict=False):
-            curves = []
-            for run in runs:
-                curves.append(([step for step, _ in run], [values[name].mean() for _, values in run]))
-                ax.plot(*curves[-1], color=color, alpha=0.25 if len(runs) > 1 else 1.0, marker="o", ms=3, lw=1.2)
-            x = curves[0][0]
-            ax.plot(x, np.mean([y for _, y in curves], 0), color=color, marker="o", ms=4, lw=2, label=label)
+        for label, color in figures.colored(methods):
+            runs = methods[label]
+            each = [([step for step, _ in run], [values[name].mean() for _, values in run]) for run in runs]
+            points = [mean_and_interval([run[k][1][name] for run in runs]) for k in range(len(runs[0]))]
+            thin = each if len(runs) > 1 else []
+            figures.draw(ax, each[0][0], *zip(*points, strict=True), color=color, label=label, each=thin)
         first = next(iter(methods.values()))[0][0][1]
         if name == "eval/completions/mean_length" and "eval/lengths/demonstrations" in first:
-            truth = first["eval/lengths/demonstrations"].mean()
-            ax.axhline(truth, color="#888888", ls="--", lw=1)
-            ax.text(
-                0.02, truth, "demonstrations", transform=ax.get_yaxis_transform(), color="#666666", va="bottom", size=8
-            )
+            figures.level(ax, first["eval/lengths/demonstrations"].mean(), "demonstrations")
         if name.startswith("eval/rewards"):
-            ax.axhline(0.5, color="#888888", ls="--", lw=1)
-        ax.set_title(f"{column} ({BETTER[name]})" if name in BETTER else column, size=9)
+            figures.level(ax, 0.5)
+        ax.set_title(f"{column} ({figures.BETTER[name]})" if name in figures.BETTER else column)
+        ax.set_ylabel(units.get(name, ""))
     for ax in axes[1]:
         ax.set_xlabel("optimizer steps")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    figures.legend(fig, axes.flat[0])
+    figures.caption(fig, about_intervals(max(map(len, methods.values()))))
     if title:
         fig.suptitle(title, x=0.01, ha="left", size=11)
-    fig.savefig(path, dpi=130)
+    figures.save(fig, path)
 
 
 def read_folders(words: tuple[str, ...]) -> dict[str, list[str]]:
@@ -179,17 +168,11 @@ def compare(args: Args) -> None:
 
 
 def show(table: dict, measures: dict, rows: int, notes: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    view = Table(title=f"{rows} held-out rows. " + " ".join(notes), show_lines=True)
-    view.add_column("")
-    for column in measures:
-        view.add_column(column, justify="right")
+    lines = []
     for label, row in table.items():
         cells = [f"{row[n]['mean']:.{d}f}\n{row[n]['low']:.{d}f}..{row[n]['high']:.{d}f}" for n, d in measures.values()]
-        view.add_row(label, *cells)
-    Console(width=160).print(view)
+        lines.append([label, *cells])
+    print_table(f"{rows} held-out rows. " + " ".join(notes), ["", *measures], lines, "table.md", show_lines=True)
 
 
 if __name__ == "__main__":

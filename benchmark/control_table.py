@@ -22,6 +22,7 @@ from benchmark.tables import markdown, read_json, read_log  # noqa: E402
 from common import UserError  # noqa: E402
 from common.args import main
 from common.streams import stream_seed
+from extras import figures
 from extras.episodes import Episodes, read_episodes, sort_episodes
 from extras.statistics import bootstrap_interval
 
@@ -29,12 +30,8 @@ ENVIRONMENTS = ("HalfCheetah", "Hopper", "Walker2d")
 METHODS = {"aihf": "AIHF", "rlhf": "RLHF", "irl": "IRL alone", "ipl": "IPL", "bc": "BC"}
 ONLINE = ("aihf", "rlhf", "irl")  # these act in the environment; the others learn from the data alone
 COLORS = {
-    "aihf": "#228833",
-    "rlhf": "#ee6677",
-    "irl": "#4477aa",
-    "ipl": "#aa3377",
-    "bc": "#ccbb44",
-    "expert": "#777777",
+    **dict(zip(("irl", "rlhf", "aihf", "ipl", "bc"), figures.COLORS, strict=False)),
+    "expert": figures.GREY,
 }
 DEMONSTRATIONS = {  # label -> suffix of a run's name; the main run has two
     "1, 100 steps": "_demonstrations_cut",
@@ -393,16 +390,6 @@ def sac_check(experts: list[Run]) -> str:
 
 
 # ---- figures ----
-def open_figure():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
 def draw(ax, steps: np.ndarray, values: np.ndarray, color: str, label: str, ls: str = "-", band: bool = True) -> None:
     """Mean of seeds, an interval at each step, and thin lines of seeds. values (seeds, evaluations)."""
     x = steps / 1000
@@ -423,8 +410,7 @@ def fit(ax, shown: list[np.ndarray]) -> None:
 
 
 def curves(runs: Runs, data: dict[str, Data], path: Path) -> None:
-    plt = open_figure()
-    fig, axes = plt.subplots(1, len(runs), figsize=(4.3 * len(runs), 4.2), layout="constrained", squeeze=False)
+    fig, axes = figures.subplots(1, len(runs), (4.3 * len(runs), 4.2))
     for ax, (env, named) in zip(axes[0], runs.items(), strict=True):
         shown = []
         for name in ONLINE:
@@ -459,14 +445,12 @@ def curves(runs: Runs, data: dict[str, Data], path: Path) -> None:
     for ax in axes[0]:
         handles |= {label: h for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    figures.caption(fig, "bands and bars: 95% interval over seeds")
+    figures.save(fig, path)
 
 
 def reward_curves(runs: Runs, data: dict[str, Data], path: Path) -> None:
-    plt = open_figure()
-    shape = (2, len(runs))
-    fig, axes = plt.subplots(*shape, figsize=(4.3 * len(runs), 6.0), layout="constrained", squeeze=False, sharex="col")
+    fig, axes = figures.subplots(2, len(runs), (4.3 * len(runs), 6.0), sharex="col")
     for (top, bottom), (env, named) in zip(axes.T, runs.items(), strict=True):
         shown: list[list[np.ndarray]] = [[], []]
         for name in ONLINE:
@@ -488,8 +472,8 @@ def reward_curves(runs: Runs, data: dict[str, Data], path: Path) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if handles:
         fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    figures.caption(fig, "bands and bars: 95% interval over seeds")
+    figures.save(fig, path)
 
 
 def points(
@@ -508,8 +492,7 @@ def points(
 
 
 def ablation_figure(runs: Runs, path: Path) -> None:
-    plt = open_figure()
-    fig, axes = plt.subplot_mosaic("AABBCC;DDDEEE", figsize=(12, 7.2), layout="constrained")
+    fig, axes = figures.mosaic("AABBCC;DDDEEE", (12, 7.2))
     cheetah, hopper = runs.get("HalfCheetah", {}), runs.get("Hopper", {})
     changed = [r.steps[-1] for name, r in cheetah.items() if name not in METHODS]
     until = min(changed) if changed else np.inf
@@ -559,8 +542,8 @@ def ablation_figure(runs: Runs, path: Path) -> None:
     for ax in axes.values():
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    figures.caption(fig, "bands and bars: 95% interval over seeds")
+    figures.save(fig, path)
 
 
 # ---- all ----

@@ -8,7 +8,6 @@ pi_ref (D/pi_ref)^(1/beta) / Z (docs/theory.md, section 2), whose share is the s
     python benchmark/demo.py --expert runs/demo/expert --runs SFT=runs/demo/sft SPIN=runs/demo/spin --output runs/demo
 """
 
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.best_of import reward_of  # noqa: E402
-from benchmark.compare import COLORS, read_folders
+from benchmark.compare import read_folders
 from benchmark.tables import (
     Columns,
     about_intervals,
     cell,
     evaluations,
     markdown,
+    mean_and_interval,
     of_seeds,
     read_json,
     require_same_rows,
@@ -33,6 +33,7 @@ from benchmark.tables import (
 from common import UserError
 from common.args import main
 from common.store import read_pairs
+from extras import figures
 from extras.sources import load_rows
 
 MEASURES = {"good": 3, "nll": 2, "kl_k3": 2, "completions/mean_length": 1}  # column -> digits
@@ -132,24 +133,21 @@ def samples(methods: dict[str, list[list[Point]]], prompts: list[str]) -> str:
 
 
 def figure(methods: dict[str, list[list[Point]]], lines: dict[str, float], word: str, path: Path) -> None:
-    """Good answers and NLL against optimizer steps, and good answers against KL: the mean over seeds, and each seed thin."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    """Good answers and NLL against optimizer steps, and good answers against KL: means, intervals, each seed thin."""
+    fig, (axes,) = figures.subplots(1, 3, (12, 3.8))
     good = f'answers that begin with "{word}"'
     titles = (f"{good}, share", TITLES["nll"], f"{good}, share")
     for ax, y, x, title in zip(axes, ("good", "nll", "good"), ("step", "step", "kl_k3"), titles, strict=True):
-        for color, (label, runs) in zip(itertools.cycle(COLORS), methods.items(), strict=False):
+        for label, color in figures.colored(methods):
+            runs = methods[label]
             curves = np.array(
                 [[[p.step if n == "step" else p.columns[n].mean() for n in (x, y)] for p in r] for r in runs]
             )
-            for curve in curves if len(curves) > 1 else ():
-                ax.plot(*curve.T, color=color, alpha=0.25, lw=1)
-            ax.plot(*curves.mean(0).T, color=color, marker="o", ms=4, lw=2, label=label)
+            each = [curve.T for curve in curves] if len(curves) > 1 else []
+            ends = zip(
+                *(mean_and_interval(list(point))[1:] for point in zip(*per_row(runs, y), strict=True)), strict=True
+            )
+            figures.draw(ax, *curves.mean(0).T, *(ends if x == "step" else ()), color=color, label=label, each=each)
         for (name, share), style in zip(lines.items(), (":", "--", "-."), strict=False):
             if y == "good":
                 ax.axhline(share, color="#666666", ls=style, lw=1)
@@ -158,9 +156,14 @@ def figure(methods: dict[str, list[list[Point]]], lines: dict[str, float], word:
                 )
         ax.set_title(title, size=9, loc="left")
         ax.set_xlabel("optimizer steps; those of a reward model count too" if x == "step" else TITLES[x])
-    handles, labels = axes[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    fig.savefig(path, dpi=130)
+    figures.legend(fig, axes[0])
+    figures.caption(fig, about_intervals(max(map(len, methods.values()))))
+    figures.save(fig, path)
+
+
+def per_row(runs: list[list[Point]], measure: str) -> list[list[np.ndarray]]:
+    """For each seed the values by row, each (rows,), of all its evaluations."""
+    return [[point.columns[measure] for point in run] for run in runs]
 
 
 def show(args: Args) -> None:

@@ -27,6 +27,7 @@ from benchmark.tables import (  # noqa: E402
 from common import UserError  # noqa: E402
 from common.args import main
 from common.evals import pairwise_wins
+from extras import figures
 
 MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
     "gold score": ("gold/score", 2),
@@ -39,7 +40,8 @@ MEASURES = {  # column of the table -> metric of evals/<updates>.parquet, digits
     "ROUGE-L": ("rouge_l", 3),
     "length": ("completions/mean_length", 1),
 }
-RFT, SFT, BASE, TRUTH = "#228833", "#4477aa", "#888888", "#aa3377"
+SFT, _, RFT, *_ = figures.COLORS
+BASE = figures.GREY
 
 
 @dataclass
@@ -112,37 +114,31 @@ def markdown(table: dict[str, dict]) -> str:
 
 
 def figure(runs: list[dict], table: dict[str, dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    fig, ((left, right),) = figures.subplots(1, 2, (9.5, 3.6))
     updates = list(runs[0])
 
     def curve(ax, metric: str, color: str, label: str) -> None:
         points = [table[f"RFT, {u} updates"][metric] for u in updates]
-        for seed in range(len(runs)):
-            ax.plot(updates, [p["seeds"][seed] for p in points], color=color, alpha=0.3, lw=0.9)
-        ax.fill_between(updates, [p["low"] for p in points], [p["high"] for p in points], color=color, alpha=0.12, lw=0)
-        ax.plot(updates, [p["mean"] for p in points], color=color, marker="o", ms=3.5, lw=2, label=label)
+        mean, low, high = ([p[key] for p in points] for key in ("mean", "low", "high"))
+        seeds = [(updates, [p["seeds"][seed] for p in points]) for seed in range(len(runs))]
+        figures.draw(ax, updates, mean, low, high, color, label, seeds)
 
     curve(left, "gold/score", RFT, "RFT on the selected")
     for label, name, color in (("SFT on the selected", "SFT, selected", SFT), ("base: SFT on all", "base", BASE)):
         level = table[name]["gold/score"]
         left.axhline(level["mean"], color=color, lw=1.6, ls="--", label=label)
         left.axhspan(level["low"], level["high"], color=color, alpha=0.1, lw=0)
-    left.set(xlabel="PPO updates", ylabel="gold reward of samples")
+    left.set(xlabel="PPO updates", ylabel="gold score of samples, reward units")
     left.set_title("(a) average score", loc="left")
     curve(right, "gold/win_rate_base", BASE, "over the base")
     curve(right, "gold/win_rate_baseline", SFT, "over SFT on the selected")
-    right.axhline(0.5, color="#bbbbbb", lw=1)
-    right.set(xlabel="PPO updates", ylabel="win rate")
+    figures.level(right, 0.5)
+    right.set(xlabel="PPO updates", ylabel="win rate, share of prompts")
     right.set_title("(b) win rate of RFT", loc="left")
     for ax in (left, right):
         ax.legend(frameon=False, loc="best")
-    fig.savefig(path, dpi=130)
+    figures.caption(fig, about_intervals(len(runs)))
+    figures.save(fig, path)
 
 
 def fig2(args: Args) -> None:

@@ -26,6 +26,7 @@ from benchmark.tables import (  # noqa: E402
 from common import UserError  # noqa: E402
 from common.args import main
 from common.evals import pairwise_wins
+from extras import figures
 
 COLUMNS = {  # column -> measure, digits
     "(a) accuracy, labelled pairs": ("accuracy", 3),
@@ -38,7 +39,7 @@ COLUMNS = {  # column -> measure, digits
     "length": ("completions/mean_length", 1),
     "NLL of people": ("nll", 1),
 }
-COLORS = {"IRL": "#228833", "SPIN": "#ee6677", "SFT": "#4477aa", "people": "#aa3377"}
+COLORS = dict(zip(("SFT", "SPIN", "IRL", "people"), figures.COLORS, strict=False))
 Point = dict[str, np.ndarray]  # measure -> (rows,)
 
 
@@ -139,13 +140,7 @@ def show(args: Args) -> None:
 
 
 def figure(named: dict[str, list[Point]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    fig, (axes,) = figures.subplots(1, 3, (12, 3.6))
     last = max(int(n.split()[-1]) for n in named if n[-1].isdigit())
     panels = [
         ("accuracy", "(a) accuracy of the reward", "share of labelled pairs"),
@@ -158,20 +153,19 @@ def figure(named: dict[str, list[Point]], path: Path) -> None:
             points += [(int(n.split()[-1]), p) for n, p in named.items() if n.startswith(method)]
             places = [k for k, _ in points]
             values = [[seed[measure] for seed in p] for _, p in points]
-            for seed in range(len(named["SFT"])):
-                ax.plot(places, [v[seed].mean() for v in values], color=COLORS[method], alpha=0.3, lw=0.9)
+            each = [(places, [v[seed].mean() for v in values]) for seed in range(len(named["SFT"]))]
             middle, low, high = zip(*(mean_and_interval(v) for v in values), strict=True)
-            ax.fill_between(places, low, high, color=COLORS[method], alpha=0.12, lw=0)
-            ax.plot(places, middle, color=COLORS[method], marker="o", ms=3.5, lw=2, label=method)
+            figures.draw(ax, places, middle, low, high, COLORS[method], method, each)
         for name in ("SFT", "people"):
             if measure == "gold/score":
                 ax.axhline(np.mean([p[measure] for p in named[name]]), color=COLORS[name], lw=1.4, ls="--", label=name)
         if measure == "accuracy":
-            ax.axhline(0.5, color="#bbbbbb", lw=1)
+            figures.level(ax, 0.5)
         ax.set(xlabel="outer iteration", ylabel=ylabel, xticks=range(last + 1))
         ax.set_title(title, loc="left")
         ax.legend(frameon=False, loc="center" if measure == "gold/score" else "best")
-    fig.savefig(path, dpi=130)
+    figures.caption(fig, about_intervals(len(named["SFT"])))
+    figures.save(fig, path)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from extras import figures
 from extras.lazy import size_of
 
 WORDS = "the of a file list and number item return open read count value name for each line text is in".split()
@@ -137,19 +138,15 @@ def show(case: dict) -> str:
 
 def draw(cases: list[dict], path: str) -> None:
     """Own memory and seconds over rows, a line for each kind of start."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    fig, (axes,) = figures.subplots(1, 2, (8, 3.2))
     for ax, name, label in zip(axes, ("own", "seconds"), ("own memory of a process, MB", "start, s"), strict=True):
-        for kind in dict.fromkeys((c["start"], c["processes"]) for c in cases):
+        for kind, color in figures.colored(dict.fromkeys((c["start"], c["processes"]) for c in cases)):
             points = [(c["rows"], c[name]) for c in cases if (c["start"], c["processes"]) == kind]
-            ax.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1, label=f"{kind[0]}, {kind[1]} process(es)")
+            label = f"{kind[0]}, {kind[1]} process(es)"
+            figures.draw(ax, *zip(*points, strict=True), color=color, label=label)
         ax.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
     axes[0].legend(frameon=False, fontsize=7)
-    fig.savefig(path, dpi=130)
+    figures.save(fig, Path(path))
 
 
 def main(args: Args) -> None:

@@ -25,7 +25,7 @@ from common.args import main  # noqa: E402
 from common.data import collate  # noqa: E402
 from common.engine import mixes_bf16  # noqa: E402
 from common.logprobs import response_logprobs  # noqa: E402
-from extras import noise, shared_prompts  # noqa: E402
+from extras import figures, noise, shared_prompts  # noqa: E402
 
 SHAPES = {"tiny": "the embedded model's shape, 1,024 words", "17m": "Llama, 17 million weights, 49,152 words"}
 LLAMA_17M = dict(
@@ -155,35 +155,26 @@ def markdown(shape: str, rows: list[dict]) -> str:
 
 def figure(found: dict[str, list[dict]], path: Path) -> None:
     """A panel for each shape and kind: the speed-up over the prompt's length, a colour for each length of answer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     kinds = ("training", "scoring")
-    fig, axes = plt.subplots(len(found), 2, figsize=(9.5, 3.4 * len(found)), layout="constrained", squeeze=False)
+    fig, axes = figures.subplots(len(found), 2, (9.5, 3.4 * len(found)))
     for line, (shape, rows) in zip(axes, found.items(), strict=True):
         for ax, kind in zip(line, kinds, strict=True):
             own = [r for r in rows if r["kind"] == kind]
-            for color, response in zip(
-                plt.cm.viridis([0.0, 0.45, 0.8, 0.95]), sorted({r["response"] for r in own}), strict=False
-            ):
+            for response, color in figures.colored(sorted({r["response"] for r in own})):
                 points = [r for r in own if r["response"] == response]
                 x, y = [r["prompt"] for r in points], [r["speed_up"] for r in points]
-                ax.fill_between(
-                    x, [r["least"] for r in points], [r["most"] for r in points], color=color, alpha=0.12, lw=0
-                )
-                ax.plot(x, y, color=color, marker="o", ms=3.5, lw=2, label=f"answers of {response}")
+                ends = [r["least"] for r in points], [r["most"] for r in points]
+                figures.draw(ax, x, y, *ends, color=color, label=f"answers of {response} tokens")
                 ax.plot(x, [r["bound"] for r in points], color=color, lw=1.2, ls="--")
-            ax.axhline(1.0, color="#bbbbbb", lw=1)
+            figures.level(ax, 1.0)
             ax.set(xscale="log", xlabel="tokens of the prompt", ylabel="separate / shared time")
             ax.set_xticks(x, [str(n) for n in x], minor=False)
             ax.minorticks_off()
             what = "training on pairs" if kind == "training" else f"scoring {own[0]['answers']} answers"
             ax.set_title(f"{shape}: {what} (dashed: bound)", loc="left")
             ax.legend(frameon=False, loc="best")
-    fig.savefig(path, dpi=130)
+    figures.caption(fig, "bands: least and most of the repeats")
+    figures.save(fig, path)
 
 
 def shared_prompt(args: Args) -> None:

@@ -144,6 +144,7 @@ def evaluate(
     """
     from extras.gold import gold_measures
     from extras.judge import judge_measures
+    from extras.samples import show_samples
 
     rows, with_kl = held.rows, reference is not None and temperature == 1.0
     passes = len(KINDS) + (rollout is None) + with_kl
@@ -187,6 +188,7 @@ def evaluate(
     judged, columns = judge_measures(run, rows, texts, iteration)
     if run.is_main:
         save_evaluation(run.dir, iteration, rows, texts, table | columns)
+        show_samples(run, tokenizer, rows, rollout, texts, iteration)
     return {f"eval/{name}": float(values.mean()) for name, values in table.items()} | judged
 
 

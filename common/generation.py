@@ -12,6 +12,7 @@ import torch
 
 from common.data import end_of_turn
 from common.engine import evaluating
+from extras import screen
 
 
 @dataclass
@@ -124,6 +125,7 @@ class Generator:
             )
             # Only the copy to the list below waits for the device.
             chosen = choose_tokens(logits, uniforms.to(logits.device, non_blocking=True), temperature)
+            screen.saw_ranks(len(streams))
             ended = []
             for i, (token, logprob) in zip(rows, torch.stack(chosen, -1).tolist(), strict=True):
                 if i in streams:  # else it has ended, in a cache that cannot drop it

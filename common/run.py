@@ -19,11 +19,10 @@ from common.data import collate
 from common.engine import Engine, all_weights, mixes_bf16, open_engine
 from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
-from extras import phases, terminal
+from extras import phases, screen, terminal
 from extras.lazy import pick
 from extras.out_of_memory import names_flag_when_out_of_memory
 from extras.shared_prompts import same_prompts, scoring_order
-from extras.terminal import progress
 
 
 class Run:
@@ -119,6 +118,7 @@ class Run:
 
         count: number of the update, from 1; by default its number within the phase.
         """
+        screen.show(row)
         if (count or self.update["count"]) % self.args.logging_steps == 0:
             self.log(row, step=self.update["step"], outer_iteration=self.update["outer_iteration"], **axis)
 
@@ -136,7 +136,7 @@ class Run:
         started, outer = time.time(), (self.in_updates, self.seconds)  # a training phase may contain an evaluation
         parts = self.seconds = {}
         self.in_updates = updates
-        with progress(name, total, self.is_main) as advance:
+        with screen.progress(name, total, self.is_main) as advance:
             yield advance
         self.in_updates, self.seconds = outer
         if self.is_main:
@@ -163,7 +163,7 @@ class Run:
         with self.phase(name, len(batches), updates=True, outer_iteration=outer_iteration) as advance:
             for k, batch in enumerate([*batches, None] if evaluate else batches):
                 if first + k * per_update < self.position["step"]:
-                    advance(1)
+                    screen.skip()
                     continue
                 if evaluate and (k == len(batches) or (k % self.args.eval_updates == 0 and (k or not outer_iteration))):
                     self.save_checkpoint()  # an evaluation is long, and a stop in it would lose what is not saved
@@ -227,9 +227,10 @@ class Run:
         with torch.no_grad():
             for i in range(0, len(order), size):
                 part = order[i : i + size]
-                batch = collate([sequences[j] for j in part], pad_token_id=0)  # the id is never read
+                batch = collate(rows := [sequences[j] for j in part], pad_token_id=0)  # the id is never read
                 for j, result in zip(part, score(batch.to(self.accelerator.device)), strict=True):
                     out[j] = result
+                screen.saw_sequences(rows)
                 advance(len(part))
         return out
 
@@ -292,6 +293,7 @@ class Run:
         micro = self.args.per_device_train_batch_size
         ordered = sorted(rows, key=length, reverse=True)
         mine = ordered[self.rank :: self.world]
+        screen.saw_rows(rows)
         # as many micro-batches on every rank: one that has run out takes part in the collectives with weight 0
         most = math.ceil(math.ceil(len(rows) / self.world) / micro)
         parts = [(mine[i * micro : (i + 1) * micro] or ordered[:1], float(i * micro < len(mine))) for i in range(most)]
@@ -351,5 +353,8 @@ class Run:
         return model_card(self, method, paper, note, base, measure)
 
     def end(self) -> None:
+        from extras.ending import finish
+
+        finish(self)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -88,19 +88,19 @@ def begin(path: str, description: str) -> None:
     The script has not imported torch yet, which takes a second. So its Args is made from the source of that class alone.
     """
     terminal.catch()
-    words = sys.argv[1:]
-    if not words:
-        return
-    cls, settings = read_flags(Path(path))
-    if {"--help", "-h"} & set(words) or words[0].startswith("--tyro-"):
-        from extras import help
+    if words := sys.argv[1:]:
+        cls, settings = read_flags(Path(path))
+        if {"--help", "-h"} & set(words) or words[0].startswith("--tyro-"):
+            from extras import help
 
-        terminal.run(lambda: help.show(cls, description, settings))
-        sys.exit()
-    try:
-        check_words(cls, words)
-    except UserError:
-        terminal.run(lambda: check_words(cls, words))
+            terminal.run(lambda: help.show(cls, description, settings))
+            sys.exit()
+        try:
+            check_words(cls, words)
+        except UserError:
+            terminal.run(lambda: check_words(cls, words))
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print(f"{Path(path).stem}: loading libraries, data and models", file=sys.stderr, flush=True)
 
 
 def check_words(cls, words: list[str]) -> None:

@@ -18,7 +18,7 @@ from common.args import require
 from common.checkpoint import checkpoints
 from common.run import Run
 from common.store import sync_path, write_json, write_manifest
-from extras import terminal
+from extras import screen, terminal
 from extras.episodes import Episodes
 from extras.resume import cut_metrics, newest_whole
 
@@ -270,6 +270,10 @@ class ControlRun(Run):
 
     def end(self) -> None:
         """Nothing is open: this run has no tracker and no other process."""
+
+    def log(self, row: dict[str, float], **axis: int) -> None:
+        super().log(row, **axis)
+        screen.show(row)
 
     def listen(self) -> None:
         """Have signals stop this run."""

@@ -9,6 +9,9 @@ import tiny
 from common.args import flag
 from common.data import plain_prompt
 from common.store import read_pairs, write_pairs
+from extras import screen
+from extras.samples import show_training_row
+from extras.schedule import SCRIPTS, of_run
 from extras.sources import load_rows
 
 # ---- what models in run folders were trained on before ----
@@ -37,8 +40,14 @@ def count_shared(rows: list[dict], others: list[dict]) -> int:
 
 
 def record_prompts(run, *trained: list[dict]) -> None:
-    """Keep the prompts that the run trains on in its folder, for load_held_out of runs on its models."""
+    """Keep the prompts that the run trains on in its folder, for load_held_out of runs on its models.
+
+    All that the run trains on is known here: its phases are planned, and its first row is printed.
+    """
     if run.is_main:
+        if run.script in SCRIPTS:
+            screen.screen.schedule = of_run(run.script, run.args, *trained)
+            show_training_row(run, trained)
         keys = set().union(*(prompt_keys(row) for rows in trained for row in rows))
         write_pairs(run.dir / TRAINED, [{"key": key} for key in sorted(keys)])
 

@@ -3,7 +3,6 @@
 Scripts call `catch` before they import torch, so that a signal during the imports ends in one line too. It imports nothing slow.
 """
 
-import contextlib
 import errno
 import io
 import os
@@ -13,7 +12,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from common import UserError
@@ -187,32 +186,6 @@ def leave_ranks(status: int | str | None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status if isinstance(status, int) else int(status is not None))
-
-
-SECONDS_BETWEEN_LINES = 15  # of progress where stderr is no terminal
-
-
-@contextlib.contextmanager
-def progress(phase: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar with ETA on a terminal; elsewhere a line every 15 s. Yields advance(n), which counts n items as done."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    console, spoken = Console(stderr=True), time.time()
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bars:
-        bars.add_task(phase, total=total)
-        (task,) = bars.tasks
-
-        def advance(n: int = 1) -> None:
-            nonlocal spoken
-            bars.advance(task.id, n)
-            if show and bars.disable and time.time() - spoken > SECONDS_BETWEEN_LINES:
-                spoken = time.time()
-                eta = (task.elapsed or 0.0) * (total - task.completed) / max(task.completed, 1)
-                print(f"  {phase}: {task.completed:.0f}/{total}, ETA {eta:.0f} s", file=sys.stderr, flush=True)
-
-        yield advance
 
 
 # ---- a run that is told to stop ----

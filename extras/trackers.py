@@ -73,6 +73,39 @@ def flat_config(args) -> dict:
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(args).items()}
 
 
+def log_samples(run, rows: list[dict], texts: list[str], iteration: int) -> None:
+    """Send the answers to the prompts of samples/ to the run's tracker, a table at the run's optimizer step.
+
+    rows: held-out. texts: an answer to each. Rank 0 calls it.
+    """
+    from common.evals import SHOWN
+
+    columns = ["row", "prompt", "demonstration", "sample"]
+    shown = list(zip(rows, texts, strict=True))[:SHOWN]
+    table = [[row["row"], row["prompt_text"].strip(), row["response_text"], text] for row, text in shown]
+    step = run.position["step"]
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_text("samples", markdown(columns, table), step)
+        elif tracker.name == "wandb":
+            tracker.log_table("samples", columns=columns, data=table, step=step)
+        else:
+            import trackio
+
+            tracker.log({"samples": trackio.Table(columns=columns, data=table)}, step=step)
+
+
+def markdown(columns: list[str], table: list[list]) -> str:
+    """A table as TensorBoard shows it: a cell is one line, its line breaks as HTML."""
+
+    def cell(value) -> str:
+        text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
+        return "<br>".join(text.splitlines())
+
+    rows = [columns, ["---"] * len(columns), *([cell(value) for value in row] for row in table)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def open_tracker(run) -> None:
     """Start the run's tracker, or go on with the one it had. All ranks call it together."""
     kept = tracker_settings(run.args.report_to, run.dir) if run.is_main else {}

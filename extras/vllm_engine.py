@@ -24,7 +24,7 @@ from common.data import collate
 from common.engine import evaluating
 from common.generation import Rollout, stop_tokens
 from common.logprobs import language_model, response_logprobs
-from extras import sharding
+from extras import screen, sharding
 from extras.adapters import fingerprint
 from extras.agreement import CHECKED, LIMITS
 from extras.loading import uses_bf16
@@ -283,6 +283,7 @@ class Engine:
             for output in outputs:
                 if output.finished:
                     done.append(output)
+                    screen.saw_ranks(sum(len(c.token_ids) for c in output.outputs))
                     advance(len(output.outputs))
         answers = [c for output in sorted(done, key=lambda o: int(o.request_id)) for c in output.outputs]
         return [

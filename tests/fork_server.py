@@ -28,6 +28,7 @@ READ_AT_IMPORT = (
     "KMP_",
     "LD_",
     "MKL_",
+    "MPL",
     "OMP_",
     "PYTHON",
     "TOKENIZERS_",
@@ -40,6 +41,7 @@ READ_AT_IMPORT = (
 LIBRARIES = (
     "accelerate",
     "fsspec",
+    "matplotlib.backends.backend_agg",
     "pandas",
     "peft",
     "pyarrow.dataset",

@@ -1,6 +1,7 @@
 """Small models, tokenizers and data made locally, and a way to run a script as a user would."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -138,6 +139,32 @@ def make_data(path: Path, n: int = 24, preference: bool = False) -> Path:
         rows.append(row)
     jsonl(path, rows)
     return path
+
+
+def assert_phases_as_planned(out: Path, n: int, m: int = 0) -> None:
+    """A finished run's phases and items are those that its line counted from the start; the others were inside these.
+
+    n, m: rows that it trained on, demonstrations and preferences or prompts.
+    """
+    from extras import schedule
+
+    stored = json.loads((out / "args.json").read_text())
+    cls = importlib.import_module(stored["script"]).Args
+    args = SimpleNamespace(**stored["args"], scalar_models=cls.scalar_models)
+    rows = [[{"prompt_ids": [1], "response_ids": [1]}] * count for count in (n, m)]
+    planned = [(p.name, p.items) for p in schedule.of_run(stored["script"], args, *rows).planned]
+    kinds = {schedule.kind(name) for name, _ in planned}
+    timed = [json.loads(line) for line in (out / "timing.jsonl").read_text().splitlines()]
+    found = [(row["phase"], row["items"]) for row in timed if schedule.kind(row["phase"]) in kinds]
+    assert [name for name, _ in found] == [name for name, _ in planned]
+    measured = ("evaluation", "reward 0", "reward 1", "reward 2", "reference on held-out", "judge")
+    for (name, items), (_, expected) in zip(
+        found, planned, strict=True
+    ):  # there may be fewer held-out rows than asked for
+        assert items == expected or (items < expected and name.startswith(measured)), (name, items, expected)
+    inside = {"evaluation #", "judge #"}  # the policy step
+    before = {"gold scores of demonstrations", "expert's answers", "baseline on held-out rows"}
+    assert {schedule.kind(row["phase"]) for row in timed} - kinds <= inside | before
 
 
 def command(script: str, model: Path, data: Path, out: Path, *flags: str) -> list[str]:

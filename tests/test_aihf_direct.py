@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import (
     LookUp,
+    assert_phases_as_planned,
     assert_same_metrics,
     chosen,
     command,
@@ -793,6 +794,7 @@ def test_a_run_leaves_what_it_promises(done, place):
     assert [(r["outer_iteration"], r["episodes"]) for r in measured] == [(0, 0), (1, 10), (2, 20)]
     assert measured[0]["eval/kl_k1"] == pytest.approx(0, abs=1e-5) and measured[0]["eval/rewards/accuracies"] == 0.5
     training = [r for r in rows if "loss" in r]
+    assert_phases_as_planned(out, 10, len(read_pairs(out / "generations" / "preferences.parquet")))
     n = len(read_pairs(out / "generations" / "preferences.parquet"))
     assert len(training) == 2 * -(-n // 4) and [r["epoch"] for r in training][-1] == 2.0
     assert training[-1]["rewards/margins"] > 0.1 and training[-1]["demonstrations/margins"] > 0.01

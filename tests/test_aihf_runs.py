@@ -11,6 +11,7 @@ import torch
 from helpers import (
     OnDemand,
     assert_data_can_be_given_back,
+    assert_phases_as_planned,
     assert_same_metrics,
     chosen,
     command,
@@ -190,6 +191,7 @@ def test_a_run_leaves_what_it_promises(finished, place, script):
 
     assert_data_can_be_given_back(finished[0][script], make_tokenizer().eos_token_id)
     out, printed = finished[0][script], finished[1][script]
+    assert_phases_as_planned(out, 12, 20)
     rows, module = metrics(out), SCRIPTS[script]
     names = set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"}
     assert names == set(module.METRICS) - set(JUDGE_METRICS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import (
     OnDemand,
+    assert_phases_as_planned,
     assert_same_metrics,
     chosen,
     command,
@@ -64,6 +65,7 @@ def test_a_run_leaves_what_it_promises(finished, place):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     out, printed = finished
+    assert_phases_as_planned(out, 12)
     rows = metrics(out)
     assert set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"} == set(irl.METRICS) - set(
         JUDGE_METRICS

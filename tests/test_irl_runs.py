@@ -8,6 +8,7 @@ import torch
 from helpers import (
     OnDemand,
     assert_data_can_be_given_back,
+    assert_phases_as_planned,
     assert_same_metrics,
     chosen,
     command,
@@ -68,6 +69,7 @@ def test_a_run_leaves_what_it_promises(finished):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     assert_data_can_be_given_back(finished, make_tokenizer().eos_token_id)
+    assert_phases_as_planned(finished, 12)
     rows = metrics(finished)
     unseen = {"eval/kl_k1", "eval/kl_k3", *JUDGE_METRICS}  # KL is of samples at temperature 1; there is no judge
     assert set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"} == set(irl.METRICS) - unseen

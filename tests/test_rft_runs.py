@@ -8,6 +8,7 @@ import torch
 from helpers import (
     OnDemand,
     assert_data_can_be_given_back,
+    assert_phases_as_planned,
     assert_same_metrics,
     command,
     drive,
@@ -58,6 +59,7 @@ def test_a_run_leaves_what_it_promises(finished, place):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     assert_data_can_be_given_back(finished, make_tokenizer().eos_token_id)
+    assert_phases_as_planned(finished, 12)
     rows = metrics(finished)
     names = set().union(*rows) - {"step", "outer_iteration", "episodes", "updates"}
     assert names == set(rft.METRICS) - set(JUDGE_METRICS)

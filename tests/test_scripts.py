@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     ROOT,
     ZEPHYR_TEMPLATE,
+    assert_phases_as_planned,
     assert_same_metrics,
     command,
     drive,
@@ -162,6 +163,7 @@ def test_a_run_leaves_what_it_promises(place):
     out = place / "run"
     flags = [*judged(place), "--select-top-k", "12", "--T", "2", "--report-to", "tensorboard"]
     run(command("irft.py", place / "model", place / "data.jsonl", out, *flags), CLEANIRL_CACHE=str(place / "cache"))
+    assert_phases_as_planned(out, 12)
     rows = metrics(out)
     training = [r for r in rows if "loss" in r]
     measured = [r for r in rows if "eval/nll" in r]

@@ -16,7 +16,7 @@ from extras.command_line import read_flags
 
 SLOW = set("torch numpy transformers accelerate pyarrow gymnasium".split())
 UNUSED = set(  # by a run without a flag that names them; pandas is not among them, since pyarrow imports it
-    "datasets scipy sklearn matplotlib vllm deepspeed peft tensorboard trackio wandb gymnasium openai".split()
+    "datasets scipy sklearn vllm deepspeed peft tensorboard trackio wandb gymnasium openai".split()
 )
 RUN = """
 import runpy, sys

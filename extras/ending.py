@@ -1,0 +1,34 @@
+"""The end of a run: its curves, what was saved where, and what to type next."""
+
+import shlex
+from pathlib import Path
+
+
+def finish(run) -> None:
+    """Draw a finished run's curves, and say what it saved and what to type next."""
+    if not run.is_main or not any((run.dir / name).exists() for name in ("final", "final.safetensors")):
+        return
+    from extras.curves import draw_run
+
+    saved = {"curves": draw_run(run), "metrics": run.dir / "metrics.jsonl"}
+    samples = sorted((run.dir / "samples").glob("*.md"))
+    saved |= {"samples": samples[-1]} if samples else {}
+    run.print("\n".join(["saved:", *(f"  {name:<8} {path}" for name, path in saved.items())]))
+    run.print("\n".join(["next:", *(f"  {command}" for command in commands(run, samples))]))
+
+
+def commands(run, samples: list[Path]) -> list[str]:
+    """What a user types next: to see the curves and the samples, and to measure the model."""
+    found = [["python", "plot.py", run.dir]]
+    if samples:
+        found.append(["less", samples[-1]])
+    if (run.dir / "final").is_dir():
+        reference = run.dir / "sft" if (run.dir / "sft").is_dir() else run.args.model
+        words = ["python", "evaluate.py", "--model", run.dir / "final", "--ref-model", reference]
+        words += ["--reward-model", run.dir / "reward"] if (run.dir / "reward").is_dir() else []
+        found.append([*words, "--dataset", run.args.dataset])
+    if run.args.report_to == "tensorboard":
+        found.append(["tensorboard", "--logdir", run.dir])
+    if run.args.report_to == "trackio":
+        found.append(["trackio", "show", "--project", "cleanirl"])
+    return [shlex.join(map(str, words)) for words in found]
