@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -100,7 +101,7 @@ def command_line(cls, description: str, default=None):
     given = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, description=description, **given)
+            return tyro.cli(cls, args=join_values(sys.argv[1:]), description=description, **given)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -109,12 +110,35 @@ def command_line(cls, description: str, default=None):
     raise UserError(wrong or " ".join(said[:2][-1].split()))
 
 
+LISTS = ("--dataset", "--eval-dataset", "--preference-dataset", "--eval-preference-dataset", "--columns")
+
+
+def join_values(words: list[str]) -> list[str]:
+    """The words of a command line, with the values of each flag of LISTS in one: --dataset a:0.7 b:0.3.
+
+    They are joined as a shell would need them. A single value stays as it is.
+    """
+    joined: list[list[str]] = []
+    for word in words:
+        last = joined[-1][0].partition("=")[0].replace("_", "-") if joined else ""
+        if last in LISTS and not word.startswith("-"):
+            joined[-1].append(word)
+        else:
+            joined.append([word])
+    out = []
+    for first, *values in joined:
+        name, is_given, value = first.partition("=")
+        many = [value, *values] if is_given else values
+        out += [name, shlex.join(many)] if len(many) > 1 else [first, *values]
+    return out
+
+
 def wrong_word(cls, words: list[str]) -> str:
     """Return one line about the first wrong word of a command line; empty if all are right."""
     types_of = get_type_hints(cls)
     known = {flag(field.name): types_of[field.name] for field in dataclasses.fields(cls)}
     known |= {f"--no-{name[2:]}": kind for name, kind in known.items() if kind is bool}
-    before, rest = "", iter(words)
+    before, rest = "", iter(join_values(words))
     for word in rest:
         name, given, value = word.partition("=")
         name = name.replace("_", "-")

@@ -65,7 +65,7 @@ def argv(script: str, place, out, *flags: str) -> list[str]:
 def load(place, tokenizer=None, **given) -> tuple[list[dict], list[dict]]:
     """(demonstrations, preferences) as the scripts load them; the messages of the latter are warnings."""
     sizes = dict(max_samples=0, max_preferences=0, seed=1, max_length=96, max_prompt_length=64, select_top_k=0)
-    sizes |= dict(turns="auto", max_new_tokens=32, cut_demonstrations=False)
+    sizes |= dict(turns="auto", columns="", max_new_tokens=32, cut_demonstrations=False)
     names = dict(dataset=str(place / "data.jsonl"), preference_dataset=str(place / "prefs.jsonl"))
     args, tokenizer = SimpleNamespace(**{**sizes, **names, **given}), tokenizer or make_tokenizer()
     with warnings.catch_warnings():
@@ -136,7 +136,7 @@ def test_held_out_prompts_that_are_trained_on_are_counted(place):
     assert len(load_rows(name, "train")) == len(rows)
     args = SimpleNamespace(
         model=str(place / "model"), trust_remote_code=False, dataset=name, eval_dataset=name, eval_samples=99, max_samples=0, seed=1, max_length=96, max_prompt_length=64, select_top_k=0,
-        gold_reward_model="", baseline="", judge_model="", turns="auto", max_new_tokens=32, cut_demonstrations=False,
+        gold_reward_model="", baseline="", judge_model="", turns="auto", columns="", max_new_tokens=32, cut_demonstrations=False,
     )  # fmt: skip
     tokenizer, everything = make_tokenizer(), len(load_rows(name, "all"))
     demonstrations = demos.load_demonstrations(args, tokenizer)
