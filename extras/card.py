@@ -140,7 +140,7 @@ print(chat([{{"role": "user", "content": "{question}"}}], max_new_tokens=64)[0][
 As a server with OpenAI's chat API, at http://localhost:8000/v1, by vLLM or by transformers:
 
 ```bash
-vllm serve {path} --generation-config auto
+vllm serve {path} --port 8000
 transformers serve {path} --port 8000
 ```
 """

@@ -5,6 +5,7 @@ token is that of the hub's client: HF_TOKEN, or what `hf auth login` has stored.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ PAIR = {"prompt", "chosen", "rejected"}  # columns of a file of pairs
 
 def check_hub(args) -> None:
     """Raise UserError for an ID that the hub does not take, and without a token, before hours of training."""
-    if not (name := getattr(args, "push_to_hub", "")):
+    if not hasattr(args, "push_to_hub") or not (name := args.push_to_hub):  # evaluate.py has no model to push
         return
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -32,9 +33,8 @@ def check_hub(args) -> None:
 
 def push_run(run) -> None:
     """Put the models and pairs of a run that ends on the hub, if --push-to-hub says so. UserError, in one line, if it fails."""
-    name = getattr(run.args, "push_to_hub", "")
-    if name and run.is_main:
-        for url in push(run.dir, name):
+    if run.is_main and hasattr(run.args, "push_to_hub") and run.args.push_to_hub:
+        for url in push(run.dir, run.args.push_to_hub):
             run.print(f"pushed: {url}")
 
 
@@ -72,7 +72,8 @@ def model_of(folder: Path, name: str) -> list:
     from huggingface_hub import CommitOperationAdd
 
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("README.md", "manifest.json")]
-    card = (folder / "README.md").read_text().replace(str(folder), name)
+    place = "/".join(map(re.escape, folder.resolve().parts[-2:]))
+    card = re.sub(rf'[^\s"`]*\b{place}(?![\w/])', name, (folder / "README.md").read_text())
     added = [CommitOperationAdd(str(p.relative_to(folder)), p) for p in files]
     return [*added, CommitOperationAdd("README.md", card.encode())]
 

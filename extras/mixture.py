@@ -1,6 +1,7 @@
 """Several sources under one flag, each with its share of the rows: --dataset a:0.7 b:0.3."""
 
 import dataclasses
+import os
 import shlex
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,9 @@ def split_names(given: str, flag: str = "--dataset") -> list[tuple[str, Fraction
     that is not above 0, for a weight that only some sources have, and for a source that is there twice.
     """
     try:
-        words = [given] if Path(given).exists() else shlex.split(given)
+        words = (
+            [given] if os.path.exists(given) else shlex.split(given)
+        )  # Path.exists stops at a text too long for a name
     except ValueError:  # a quotation mark of a name
         words = [given]
     if len(words) < 2:

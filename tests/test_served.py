@@ -1,16 +1,23 @@
 """Saved models as others use them: the prompts of a chat server, the card, the hub."""
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import ROOT, ZEPHYR_TEMPLATE, child_environment, make_model, make_tokenizer
 from hub import TOKEN, Hub
 from test_data import BARE, CHATML, PHI, byte_level, sentencepiece, tokenizer_with_bos
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import irft
+import tiny
 from common import UserError
 from common.data import encode, render_prompt
 from common.models import load_tokenizer
@@ -45,8 +52,6 @@ TOKENIZERS = {
 
 
 def saved(tokenizer, folder):
-    from transformers import AutoTokenizer
-
     templates.save_tokenizer(tokenizer, folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -103,6 +108,55 @@ def test_the_papers_template_is_saved_for_a_model_that_has_another(tmp_path):
     ids = again.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
     assert again.decode(ids) == "<s>### Instruction: what is it?\n\n### Response: "
     assert render_prompt(again, "what is it?") == "<s>" + render_prompt(tokenizer, "what is it?")
+
+
+# ---- a server ----
+@pytest.mark.slow
+def test_transformers_serve_answers_the_prompt_of_training(tmp_path):
+    """Its greedy answer to messages is that of the model to the ids of training, and it counts as many prompt tokens."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.MODEL), AutoTokenizer.from_pretrained(tiny.MODEL)
+    place = tmp_path / "model"
+    model.save_pretrained(place)
+    templates.save_tokenizer(tokenizer, place)
+    question = "def total(values):\n    return sum(values)"
+    (row,) = encode([{"row": 0, "prompt": question, "response": "x"}], tokenizer, 200, 150)
+    ids = torch.tensor([row["prompt_ids"]])
+    whole = model.generate(ids, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(ids))
+    expected = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", str(place), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "transformers.cli.transformers", *words],
+            stdout=log,
+            stderr=log,
+            env=child_environment(),
+        )
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.time() + 900
+        while True:
+            assert server.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            time.sleep(0.5)
+        asked = {
+            "model": str(place),
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": 12,
+        }
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        reply = json.loads(urllib.request.urlopen(request, timeout=900).read())
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    assert reply["choices"][0]["message"]["content"].strip() == expected.strip() != ""
+    assert reply["usage"]["prompt_tokens"] == len(row["prompt_ids"])
 
 
 # ---- the card ----
@@ -195,7 +249,9 @@ def finished(tmp_path):
         (folder / name / "sub").mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps({"model_type": name}))
         (folder / name / "sub" / "weights.bin").write_bytes(bytes(range(256)) * 40)
-        (folder / name / "README.md").write_text(f"---\ntags: [x]\n---\n\nvllm serve {folder / name}\n")
+        (folder / name / "README.md").write_text(
+            f'---\ntags: [x]\n---\n\nfrom runs/y/{name}\nvllm serve {folder / name}\n"runs/x/{name}"\n'
+        )
         write_manifest(folder / name)
     (folder / "args.json").write_text(json.dumps({"script": "irft", "args": {"dataset": "pydoc"}}))
     (folder / "generations").mkdir()
