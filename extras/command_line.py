@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shlex
 import sys
 import types
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 from common import UserError
 from common.args import flag, require
 from extras import terminal
+from extras.value_lists import join_values
 
 PLANNED = ("tokens_per_second", "generation_tokens_per_second", "num_processes")  # flags of the plan alone
 CHOSEN_ANEW = ("resume", "dry_run", "output_dir", *PLANNED)  # not a setting of the run that is resumed
@@ -108,29 +108,6 @@ def command_line(cls, description: str, default=None):
     wrong = wrong_word(cls, sys.argv[1:])
     said = re.split("[-─]{4,}", re.sub("[│╭╮╰╯]", "", printed.getvalue()))  # tyro's heading, what is wrong, help
     raise UserError(wrong or " ".join(said[:2][-1].split()))
-
-
-LISTS = ("--dataset", "--eval-dataset", "--preference-dataset", "--eval-preference-dataset", "--columns")
-
-
-def join_values(words: list[str]) -> list[str]:
-    """The words of a command line, with the values of each flag of LISTS in one: --dataset a:0.7 b:0.3.
-
-    They are joined as a shell would need them. A single value stays as it is.
-    """
-    joined: list[list[str]] = []
-    for word in words:
-        last = joined[-1][0].partition("=")[0].replace("_", "-") if joined else ""
-        if last in LISTS and not word.startswith("-"):
-            joined[-1].append(word)
-        else:
-            joined.append([word])
-    out = []
-    for first, *values in joined:
-        name, is_given, value = first.partition("=")
-        many = [value, *values] if is_given else values
-        out += [name, shlex.join(many)] if len(many) > 1 else [first, *values]
-    return out
 
 
 def wrong_word(cls, words: list[str]) -> str:

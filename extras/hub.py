@@ -61,9 +61,7 @@ def push(folder: Path, name: str) -> list[str]:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split()).replace(get_token() or "\0", "***")[:200]
         again = f"the run is whole in {folder}; again: python -m extras.hub {folder} {name}"
-        raise UserError(
-            f"--push-to-hub: found that the hub did not take {name} ({reason}), expected its answer; {again}"
-        ) from None
+        raise UserError(f"--push-to-hub: found no way to put {name} on the hub ({reason}); {again}") from None
     return urls
 
 

@@ -10,24 +10,26 @@ from pathlib import Path
 
 from common import UserError
 from extras.arrow_rows import renumbered
-from extras.sources import Source, source_id
+from extras.hub_names import hub_name
+from extras.sources import Source, looks_like_path, source_id
 
 
 def split_names(given: str, flag: str = "--dataset") -> list[tuple[str, Fraction | None]]:
     """[(name, weight or None)] of what stands behind a data flag, as the command line joins its words (join_values).
 
-    One word, or what exists as a path, is one source without a weight, whatever its name holds. UserError for a weight
-    that is not above 0, for a weight that only some sources have, and for a source that is there twice.
+    One word, what exists as a path, and words that are not all names of sources are one source without a weight, whatever
+    it holds. UserError for a weight that is not above 0, for a weight that only some sources have, and for a source that is
+    there twice.
     """
     try:
         words = (
-            [given] if os.path.exists(given) else shlex.split(given)
-        )  # Path.exists stops at a text too long for a name
+            [] if os.path.exists(given) else shlex.split(given)
+        )  # pathlib's exists() fails on a text too long for a name
     except ValueError:  # a quotation mark of a name
-        words = [given]
-    if len(words) < 2:
-        return [(given, None)]
+        words = []
     named = [split_weight(word, flag) for word in words]
+    if len(named) < 2 or not all(weight is not None or names_source(name) for name, weight in named):
+        return [(given, None)]
     lacking = [name for name, weight in named if weight is None]
     if lacking and len(lacking) < len(named):
         raise UserError(f"{flag}: found no weight for {lacking[0]}, expected one for every source, or for none")
@@ -35,6 +37,11 @@ def split_names(given: str, flag: str = "--dataset") -> list[tuple[str, Fraction
     if twice := [name for i, (name, _) in enumerate(named) if ids[i] in ids[:i]]:
         raise UserError(f"{flag}: found {twice[0]} twice, expected different sources")
     return named
+
+
+def names_source(word: str) -> bool:
+    """False for a word that may be a part of a file's name, as in "my rows.jsonl"."""
+    return word == "pydoc" or "/" in word or looks_like_path(word) or Path(word).exists() or bool(hub_name(word).train)
 
 
 def split_weight(word: str, flag: str) -> tuple[str, Fraction | None]:

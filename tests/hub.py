@@ -103,7 +103,7 @@ class Hub:
             kind, name = given.get("type") or "model", f"{given.get('organization') or 'someone'}/{given['name']}"
             if (kind, name) in self.commits:
                 return answer(request, {"error": "exists", "url": f"{self.url}/{name}"}, 409)
-            self.commit(kind, name, {}, bool(given.get("private")))
+            self.commit(kind, name, {}, given.get("visibility") == "private")
             return answer(
                 request, {"url": f"{self.url}/{'datasets/' if kind == 'dataset' else ''}{name}", "name": name}
             )

@@ -172,12 +172,12 @@ def run_of(folder, **given) -> SimpleNamespace:
     return SimpleNamespace(args=args, script="irft", metrics=metrics, is_main=True, logged=lambda: rows, dir=folder)
 
 
-def card_of(folder, tokenizer, model, **given):
+def card_of(folder, tokenizer, saved_model, **given):
     from huggingface_hub import ModelCard
 
     text = card.model_card(run_of(folder, **given), "IRFT", "arXiv:2405.17888", "A note.\n\n", "", "eval/nll")
     (folder / "final").mkdir(parents=True)
-    card.write_card(folder / "final", folder / "final", text, tokenizer, model)
+    card.write_card(folder / "final", folder / "final", text, tokenizer, saved_model)
     return ModelCard.load(folder / "final" / "README.md")
 
 

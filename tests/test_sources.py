@@ -19,9 +19,10 @@ import irft
 from common import UserError, demos
 from common.streams import data_order
 from extras import arrow_rows, encoded, hub_names, lazy, mixture, packed, preference_data, provenance, sources
-from extras.command_line import command_line, join_values, wrong_word
+from extras.command_line import command_line, wrong_word
 from extras.sources import Source, load_rows
 from extras.stream import MOST_UNUSABLE, Stream
+from extras.value_lists import join_values
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +161,7 @@ def test_columns_of_preferences(tmp_path):
     assert one(tmp_path, {"q": "q", "answer": "a"}, both)["response"] == "a"  # one flag for both kinds of sources
 
 
-@pytest.mark.parametrize("columns", ["promt=q", "prompt", "prompt=", "prompt=a prompt=b", "=a", "prompt=q completion"])
+@pytest.mark.parametrize("columns", ["promt=q", "prompt", "prompt=", "prompt=a prompt=b", "=a"])
 def test_a_wrong_word_of_columns_is_one_line(tmp_path, columns):
     line = line_of(lambda: one(tmp_path, {"q": "q"}, columns))
     assert line.startswith("--columns: found ") and "expected NAME=COLUMN" in line
@@ -277,6 +278,8 @@ def files(tmp_path, monkeypatch):
         (["owner/name:7"], [("owner/name:7", None)]),
         (["it's.jsonl", "b.jsonl"], [("it's.jsonl", None), ("b.jsonl", None)]),
         (["it's.jsonl"], [("it's.jsonl", None)]),
+        (["my rows.jsonl"], [("my rows.jsonl", None)]),
+        (["pydoc", "hh-rlhf", "o/n"], [("pydoc", None), ("hh-rlhf", None), ("o/n", None)]),
         (["o/n@refs/pr/1:1e-1", "stream:o/m:0.9"], [("o/n@refs/pr/1", "0.1"), ("stream:o/m", "0.9")]),
     ],
 )
@@ -291,6 +294,9 @@ def test_a_file_of_such_a_name_is_itself(files):
     jsonl(files / "two words.jsonl", pairs(3))
     assert mixture.split_names("two words.jsonl") == [("two words.jsonl", None)]
     assert mixture.split_names("x:0.5 a.jsonl") == [("x:0.5", None), ("a.jsonl", None)]
+    many = " ".join(f"{'n' * 30}{i}.jsonl:1" for i in range(50))  # longer than a name may be
+    assert len(mixture.split_names(many)) == 50
+    assert "found no file my rows.jsonl, expected" in line_of(lambda: load_rows("my rows.jsonl", "train"))
 
 
 @pytest.mark.parametrize(
