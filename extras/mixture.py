@@ -118,16 +118,20 @@ def encode_parts(source: Source, n: int, key: tuple, how: dict, encode_part: Cal
     return sorted(rows, key=lambda row: row["row"])
 
 
-def share_a_source(one: str, other: str) -> bool:
-    """True if two data flags name a source in common."""
-    return not {source_id(name) for name in names_of(one)}.isdisjoint(map(source_id, names_of(other)))
+def share_a_source(dataset: str, preferences: str) -> bool:
+    """True if --dataset and --preference-dataset name a source in common."""
+    return not set(source_ids(dataset)).isdisjoint(source_ids(preferences, "--preference-dataset"))
 
 
-def used_rows(given: str, rows: list[dict], other: str) -> frozenset[int]:
-    """Numbers, in the mixture `other`, of the rows that were drawn from the mixture `given`, where both share a source."""
-    mine, theirs = ([source_id(name) for name in names_of(value)] for value in (given, other))
-    if set(mine).isdisjoint(theirs):
+def used_rows(dataset: str, rows: list[dict], preferences: str) -> frozenset[int]:
+    """Numbers that the demonstrations, `rows` of --dataset, have in --preference-dataset, where both share a source."""
+    if not share_a_source(dataset, preferences):
         return frozenset()
+    mine, theirs = source_ids(dataset), source_ids(preferences, "--preference-dataset")
     place = {k: theirs.index(own) for k, own in enumerate(mine) if own in theirs}
     m, n = len(mine), len(theirs)
     return frozenset(row["row"] // m * n + place[k] for row in rows if (k := row["row"] % m) in place)
+
+
+def source_ids(given: str, flag: str = "--dataset") -> list[str]:
+    return [source_id(name) for name in names_of(given, flag)]

@@ -5,11 +5,11 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 
-PACKED = {".gz": "gzip", ".zst": "zstd"}
+PACKED = (".gz", ".zst")
 RATIO = 5  # bytes of JSON text for a packed byte, about: it decides if a file is large
 BROKEN = (OSError, EOFError, zlib.error)  # what reading a damaged packed file raises
 
@@ -43,7 +43,8 @@ def open_plain(path: Path) -> IO[bytes]:
     return file
 
 
-def open_packed(path: Path) -> IO[bytes]:
+def open_packed(path: Path) -> Any:
+    """The unpacked bytes of a packed file, as a file that can be read once."""
     return gzip.open(path, "rb") if path.suffix == ".gz" else pa.input_stream(str(path), compression="zstd")
 
 

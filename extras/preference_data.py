@@ -25,7 +25,7 @@ def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
     A source of both is shared out all the same: what the preferences are does not depend on the use of the rest.
     """
     demonstrations, preferences = [], []
-    if args.needs_demonstrations() or share_a_source(args.preference_dataset, args.dataset):
+    if args.needs_demonstrations() or share_a_source(args.dataset, args.preference_dataset):
         demonstrations = demos.load_demonstrations(args, tokenizer)
     if args.preference_dataset != "none":
         preferences = load_preferences(args, tokenizer, demonstrations)

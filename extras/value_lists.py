@@ -17,7 +17,7 @@ def join_values(words: list[str]) -> list[str]:
             joined[-1].append(word)
         else:
             joined.append([word])
-    out = []
+    out: list[str] = []
     for first, *values in joined:
         name, is_given, value = first.partition("=")
         many = [value, *values] if is_given else values

@@ -312,6 +312,12 @@ def test_wrong_weights_are_one_line(files, given, words):
     assert f"--dataset: {words}" in line_of(lambda: mixture.split_names(given))
 
 
+def test_wrong_weights_of_preferences_name_their_flag(files):
+    args = arguments("a.jsonl", preference_dataset="b.jsonl:0 c.jsonl:1", needs_demonstrations=lambda: False)
+    line = line_of(lambda: preference_data.load_both(args, make_tokenizer()))
+    assert line.startswith("--preference-dataset: found the weight 0 of b.jsonl")
+
+
 def test_the_command_line_joins_the_values_of_a_flag(monkeypatch):
     words = "--model tiny --dataset a:0.7 b:0.3 --columns prompt=q completion=a --T 2 --eval-dataset=c d".split()
     joined = join_values(words)
