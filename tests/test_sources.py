@@ -148,6 +148,7 @@ def test_a_bad_row_is_named_with_its_source_and_number(tmp_path, row, words):
         ({"prompt": "a", "completion": "q"}, "prompt=completion completion=prompt", "q", "a"),
         ({"chosen": "x", "rejected": "y", "prompt": "q", "a": "a"}, "completion=a", "q", "a"),
         ({"prompt": "q", "completion": "a"}, "prompt=other completion=more", "q", "a"),
+        ({"messages": "q", "completion": "a"}, "prompt=messages", "q", "a"),
     ],
 )
 def test_columns_get_the_names_that_the_flag_gives(tmp_path, row, columns, prompt, response):
