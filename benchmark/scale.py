@@ -85,7 +85,14 @@ def measure(path: str, lists: bool) -> dict[str, float]:
     threading.Thread(target=watch, daemon=True).start()
     lengths = dict(max_length=2048, max_prompt_length=1024, max_new_tokens=2048)
     args = SimpleNamespace(
-        dataset=path, turns="auto", max_samples=0, seed=1, cut_demonstrations=False, select_top_k=0, **lengths
+        dataset=path,
+        turns="auto",
+        columns="",
+        max_samples=0,
+        seed=1,
+        cut_demonstrations=False,
+        select_top_k=0,
+        **lengths,
     )
     begin = time.time()
     training = demos.load_demonstrations(args, tokenizer)

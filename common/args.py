@@ -38,7 +38,9 @@ class BaseArgs(flags.StartFlags):
     model: str = "tiny"
     """model to start from: tiny (embedded), a local folder, a short name (zephyr-7b-sft-full, pythia-1.4b, ...) or a hub id."""
     dataset: str = "auto"
-    """demonstrations: pydoc (embedded), a .json/.jsonl/.parquet file, a folder, a short name or a hub id."""
+    """demonstrations: pydoc (embedded), a .json/.jsonl/.parquet file, a folder, a short name or hub id; several: a:0.7 b:0.3."""
+    columns: str = ""
+    """names for the columns of your data: prompt=instruction completion=output; empty: by the names that are known."""
     eval_dataset: str = "auto"
     """held-out data; auto: the test split of --dataset (of --preference-dataset where there is one), or a tenth, by prompt."""
     turns: Literal["auto", "first", "last", "all"] = "auto"
@@ -82,7 +84,7 @@ class BaseArgs(flags.StartFlags):
     """score answers to one prompt in one row where the model can: the same numbers, with less work (docs/shared_prompts.md)."""
     template: Literal["auto", "paper"] = "auto"
     """auto: the chat template of --model's tokenizer, else the RFT paper's "### Instruction"; paper: the latter for any model, as
-    the paper does for zephyr too. Saved tokenizers then have no chat template, so that all that follows asks alike."""
+    the paper does for zephyr too. Saved tokenizers then have it as their chat template, so that all that follows asks alike."""
     trust_remote_code: bool = False
     """run the Python code that a hub repository ships. Off unless you ask."""
     seed: Annotated[int, NOT_NEGATIVE] = 1
@@ -155,6 +157,8 @@ class RunArgs(flags.TrainingFlags, BaseArgs):
     """optimizer steps between checkpoints inside a training phase, > 0; one is also written at the end of each phase."""
     logging_steps: Annotated[int, POSITIVE] = 1
     """optimizer steps between rows of metrics.jsonl, > 0."""
+    push_to_hub: str = ""
+    """at the end, put the models and pairs on the Hugging Face hub as ID, ID-reward and ID-pairs, private; empty: do not."""
     resume: str = ""
     """run directory to continue; its own settings are used."""
     dry_run: bool = False

@@ -17,6 +17,8 @@ from common.data import stop_at_end_of_turn
 from common.engine import all_weights, not_finite
 from common.store import sync_path, write_json, write_manifest
 from extras import terminal
+from extras.card import write_card
+from extras.templates import save_tokenizer
 
 
 def checkpoints(run) -> list[Path]:
@@ -141,8 +143,8 @@ def save_model(run, model, tokenizer, card: str, name: str, part: str) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             stop_at_end_of_turn(model, tokenizer)
             model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(card)
+            save_tokenizer(tokenizer, partial)
+            write_card(partial, path, card, tokenizer, model)
             write_manifest(partial)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)

@@ -18,6 +18,7 @@ from common import UserError
 from common.store import as_messages
 
 PLAIN_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # RFT paper, App. C
+NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # of roles in a plain prompt of several turns
 
 
 class UnusableRow(UserError):
@@ -45,8 +46,7 @@ def plain_prompt(prompt) -> str:
     """The prompt's text alone; several turns are written one below the other with Human: and Assistant: before them."""
     if not isinstance(prompt, list):
         return prompt
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    turns = [m["content"] if len(prompt) == 1 else f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt]
+    turns = [m["content"] if len(prompt) == 1 else f"{NAMES.get(m['role'], m['role'])}: {m['content']}" for m in prompt]
     return "\n\n".join(turns)
 
 

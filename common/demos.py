@@ -5,8 +5,6 @@ import warnings
 from common import models
 from common.args import require
 from common.data import encode
-from common.streams import data_order
-from extras.lazy import pick
 from extras.sources import Source
 
 EVAL_SEED = 20_240_528  # sampling seed of every evaluation: runs that are compared share their random streams
@@ -16,17 +14,19 @@ def encode_subset(args, tokenizer, source: Source, n: int, *key: int, encode=enc
     """Draw n of the source's rows that can be used (all if n is 0) and encode them. The key decides which; their order stays.
 
     Rows are drawn until n are kept, so prompts that are too long do not make them fewer. how: more arguments of encode.
+    Several sources under one flag give their shares of n (extras/mixture.py).
     """
     from extras.encoded import encode_source
+    from extras.mixture import encode_parts
 
-    def make(into):
-        rows = source.rows()
-        drawn = pick(rows, data_order(len(rows), *key)) if n else rows
-        return encode(drawn, tokenizer, *lengths, limit=n, into=into, **how)
+    def encode_part(part: Source, n: int, key: tuple, how: dict) -> list[dict]:
+        def make(into):
+            return encode(part.draw(n, key), tokenizer, *lengths, limit=n, into=into, **how)
+
+        return encode_source(part, tokenizer, encode, make, n=n, key=key, lengths=lengths, how=how)
 
     lengths = args.max_length, args.max_prompt_length
-    encoded = encode_source(source, tokenizer, encode, make, n=n, key=key, lengths=lengths, how=how)
-    return sorted(encoded, key=lambda row: row["row"])
+    return encode_parts(source, n, key, how, encode_part)
 
 
 def longest_response(args) -> int:
@@ -39,8 +39,9 @@ def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
 
     encode: turns rows into tokens; data.encode, or a function of a script with the same arguments.
     """
-    source, how = Source(args.dataset, "train", turns=args.turns), dict(longest_response=longest_response(args))
-    encoded = encode_subset(args, tokenizer, source, args.max_samples, args.seed, encode=encode, **how)
+    source = Source(args.dataset, "train", turns=args.turns, columns=args.columns)
+    how = dict(encode=encode, longest_response=longest_response(args))
+    encoded = encode_subset(args, tokenizer, source, args.max_samples, args.seed, **how)
     long = [d for d in encoded if len(d["response_ids"]) > args.max_new_tokens]
     if long:
         found = f"found {len(long)} of {len(encoded)} demonstrations longer than --max-new-tokens {args.max_new_tokens}"
@@ -66,11 +67,11 @@ def load_held_out(args, tokenizer, training: list[dict], preferences: str = "", 
     models.check_window(args)
     judge.refuse_unusable(args)
     if args.eval_dataset != "auto":
-        source = Source(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns)
+        source = Source(args.eval_dataset, "all", flag="--eval-dataset", turns=args.turns, columns=args.columns)
     elif preferences:
-        source = Source(preferences, "test", "preferences", "--preference-dataset")
+        source = Source(preferences, "test", "preferences", "--preference-dataset", columns=args.columns)
     else:
-        source = Source(args.dataset, "test", turns=args.turns)
+        source = Source(args.dataset, "test", turns=args.turns, columns=args.columns)
     how = dict(flag="--eval-dataset", encode=encode, longest_response=longest_response(args))
     rows = encode_subset(args, tokenizer, source, args.eval_samples, EVAL_SEED, **how)
     if known := count_shared(rows, training):

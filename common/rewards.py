@@ -137,7 +137,7 @@ def save_reward(run, reward_model, method: str, paper: str, centred_on: str) -> 
     from extras.tokenizers import pad_for_readers
 
     args, scalar = run.args, run.unwrap(reward_model)
-    tokenizer = models.read_tokenizer(args.model, args.trust_remote_code, "--model")
+    tokenizer = models.load_tokenizer(args)
     scalar.model.config.reward_center = scalar.center.item()
     how = f"A score is the classifier's output minus `reward_center` of config.json: held-out {centred_on} average 0."
     note = f"{pad_for_readers(scalar.model.config, tokenizer)}{how}\n\n"

@@ -70,10 +70,16 @@ class Row(Mapping):
 
 
 class Store:
-    """Columns of record batches. names: {key of a row: column}. sparse: a null is a key that the row does not have."""
+    """Columns of record batches. names: {key of a row: column}. sparse: a null is a key that the row does not have.
 
-    def __init__(self, batches: list[pa.RecordBatch], sparse: bool = False, names: dict[str, str] | None = None):
-        self.batches, self.sparse = batches, sparse
+    place: (k, m) of a source among several: its row i has the number i m + k in the column row.
+    """
+
+    def __init__(
+        self, batches: list[pa.RecordBatch], sparse: bool = False, names: dict[str, str] | None = None,
+        place: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
+        self.batches, self.sparse, self.place = batches, sparse, place
         self.names = names or {name: name for name in (batches[0].schema.names if batches else ())}
         self.starts = list(itertools.accumulate((b.num_rows for b in batches), initial=0))
         self.readers: dict[tuple[int, str], Callable[[int], Any]] = {}
@@ -103,7 +109,7 @@ class Store:
         value = self.readers[batch, name](local)
         if value is None and self.sparse:
             raise KeyError(name)
-        return value
+        return value * self.place[1] + self.place[0] if self.place[1] > 1 and name == "row" else value
 
 
 def column_reader(column: pa.Array, as_json: bool = False) -> Callable[[int], Any]:
@@ -147,11 +153,19 @@ def renamed(rows: list, names: dict[str, str]) -> list:
             old = row._store
             if old not in stores:
                 columns = {new: old.names[name] for new, name in names.items() if name in old.names}
-                stores[old] = Store(old.batches, old.sparse, columns)
+                stores[old] = Store(old.batches, old.sparse, columns, old.place)
             out.append(Row(stores[old], row._i))
         else:
             out.append({new: row[name] for new, name in names.items() if name in row})
     return out
+
+
+def renumbered(rows: list, k: int, m: int) -> list:
+    """The rows of source k of m with their numbers in the mixture: row i is i m + k."""
+    if not rows or not isinstance(rows[0], Row):
+        return [{**row, "row": row["row"] * m + k} for row in rows]
+    stores = {old: Store(old.batches, old.sparse, old.names, (k, m)) for old in {row._store for row in rows}}
+    return [Row(stores[row._store], row._i) for row in rows]
 
 
 # ---- files ----

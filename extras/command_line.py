@@ -16,6 +16,7 @@ from typing import get_type_hints
 from common import UserError
 from common.args import flag, require
 from extras import terminal
+from extras.value_lists import join_values
 from extras.words import CHOSEN_ANEW, PLANNED, holds, in_words, last_value, reads
 
 
@@ -145,7 +146,7 @@ def command_line(cls, description: str, default):
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, description=description, default=default)
+            return tyro.cli(cls, args=join_values(sys.argv[1:]), description=description, default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -159,7 +160,7 @@ def wrong_word(cls, words: list[str]) -> str:
     types_of = get_type_hints(cls)
     known = {flag(field.name): types_of[field.name] for field in dataclasses.fields(cls)}
     known |= {f"--no-{name[2:]}": kind for name, kind in known.items() if kind is bool}
-    before, rest = "", iter(words)
+    before, rest = "", iter(join_values(words))
     for word in rest:
         name, given, value = word.partition("=")
         name = name.replace("_", "-")

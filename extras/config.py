@@ -4,12 +4,14 @@ import dataclasses
 import difflib
 import inspect
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from common import UserError
 from common.args import flag
+from extras.value_lists import LISTS
 from extras.words import CHOSEN_ANEW, in_words, kinds_of, last_value
 
 SMOKE = {  # flag -> its value under --smoke, where a script has the flag
@@ -67,6 +69,8 @@ def read_config(cls, path: str) -> dict[str, Any]:
         name = str(key).removeprefix("--").replace("-", "_")
         near = "".join(f"{flag(n)}, or " for n in difflib.get_close_matches(name, known, 1))
         require(name in known, f"{key}, which is no flag for a file", f"{near}a flag that --help shows")
+        if isinstance(given, list) and flag(name) in LISTS:
+            given = shlex.join(map(str, given))
         values[name] = as_flag(given, kinds[name])
         require(values[name] is not None, f"{key} {given!r:.60}", in_words(kinds[name]))
     return values

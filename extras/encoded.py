@@ -14,8 +14,9 @@ import pyarrow as pa
 from common.store import digest
 from extras.arrow_rows import FORMAT, JSON, kept
 from extras.cache import cache_folder
+from extras.hub_names import hub_name
 from extras.lazy import is_large, size_of
-from extras.provenance import data_digest
+from extras.provenance import source_digest
 from extras.sources import Source, looks_like_path, open_hub
 
 TEXT, IDS = pa.large_string(), pa.list_(pa.int32())
@@ -25,8 +26,16 @@ SCHEMA = pa.schema(
        (("text", TEXT), ("ids", IDS), ("finished", pa.bool_()))]
 )  # fmt: skip
 CODE = (
-    *("common/data.py", "common/demos.py", "extras/arrow_rows.py", "extras/encoded.py", "extras/lazy.py"),
-    *("extras/left_out.py", "extras/retokenise.py", "extras/sources.py", "extras/templates.py"),
+    *("common/data.py", "common/demos.py", "extras/arrow_rows.py", "extras/columns.py", "extras/encoded.py"),
+    *(
+        "extras/hub_names.py",
+        "extras/lazy.py",
+        "extras/left_out.py",
+        "extras/mixture.py",
+        "extras/packed.py",
+        "extras/retokenise.py",
+    ),
+    *("extras/sources.py", "extras/templates.py"),
 )  # that makes the rows
 
 
@@ -49,11 +58,11 @@ def encode_source(source: Source, tokenizer, encode: Callable, make: Callable, *
 
 
 def content_of(source: Source) -> str:
-    """Identity of what a large source holds; empty for a small one, whose rows are read anew at every start."""
+    """Identity of what a large source holds; empty for a small one or a stream, whose rows are read anew at every start."""
     path = Path(source.name)
     if path.exists():
-        return data_digest(source.name) if is_large(size_of(path)) else ""
-    if source.name == "pydoc" or looks_like_path(source.name):
+        return source_digest(source.name) if is_large(size_of(path)) else ""
+    if source.name == "pydoc" or looks_like_path(source.name) or hub_name(source.name).streamed:
         return ""
     sets = open_hub(source.name, source.split, source.flag)[0]
     return " ".join(own._fingerprint for own in sets) if is_large(sum(own.data.nbytes for own in sets)) else ""
@@ -61,7 +70,7 @@ def content_of(source: Source) -> str:
 
 def cache_key(source: Source, content: str, tokenizer, encode: Callable, settings: dict) -> str:
     """Everything that encoded rows and their warnings depend on, as JSON: data, tokenizer, settings, code and libraries."""
-    where = [source.name, source.split, source.kind, source.flag, source.turns, sorted(source.taken)]
+    where = {**vars(source), "taken": sorted(source.taken)}
     root = Path(__file__).parent.parent
     code = [digest(path) for path in (*(root / name for name in CODE), Path(inspect.getfile(encode)))]
     made_by = {

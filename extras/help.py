@@ -11,7 +11,7 @@ from extras.words import last_value
 
 GROUPS = {  # group of flags -> its flags; a flag that stands in none is one of the method
     "data": """
-        dataset eval_dataset preference_dataset eval_preference_dataset turns prompts max_samples max_preferences
+        dataset eval_dataset preference_dataset eval_preference_dataset columns turns prompts max_samples max_preferences
         select_top_k cut_demonstrations candidates_from num_demonstrations demonstration_steps num_preferences
         segment_length flip_labels low_most medium_most high_least data_dir expert_steps expert_alpha expert_seeds
         expert_seed checkpoint_every checkpoint_episodes""",
@@ -29,7 +29,7 @@ GROUPS = {  # group of flags -> its flags; a flag that stands in none is one of 
         baseline judge_model judge_base_url judge_task""",
     "run": """
         config seed num_seeds output_dir resume stop_after smoke dry_run tokens_per_second generation_tokens_per_second
-        num_processes deterministic save_steps logging_steps report_to render""",
+        num_processes deterministic save_steps logging_steps report_to push_to_hub render""",
 }
 COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
 

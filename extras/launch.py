@@ -57,9 +57,11 @@ def check_engine(args, engine: str, processes: int, script: str) -> None:
 
 
 def check_installed(args) -> None:
-    """Raise UserError if the run's tracker or sampler is not installed, or the tracker has no key."""
+    """Raise UserError if the run's tracker or sampler is not installed, or the tracker or the hub has no key."""
+    from extras.hub import check_hub
     from extras.trackers import check_tracker
 
+    check_hub(args)
     check_tracker(args.report_to)
     samples = "--generation hf beside it: torch's switch does not reach vLLM"
     require(not (args.deterministic and args.generation == "vllm"), "deterministic", True, samples)

@@ -7,8 +7,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from common import UserError
+from extras.packed import bytes_of
 
 LARGE = 1 << 23  # bytes of a source, or of a Parquet file's columns, from which on its rows are not held as a list
 
@@ -74,23 +76,25 @@ def is_large(size: int) -> bool:
 
 
 def size_of(*paths: Path) -> int:
-    """Bytes of files, and of all files of folders."""
+    """Bytes of files, and of all files of folders; of a packed file, about those that it holds."""
     files = itertools.chain.from_iterable(path.rglob("*") if path.is_dir() else [path] for path in paths)
-    return sum(p.stat().st_size for p in files if p.is_file())
+    return sum(bytes_of(p) for p in files if p.is_file())
 
 
-def read_lines(path: Path, flag: str) -> Lazy:
-    """Rows of a JSON Lines file. Each line is read once here, so that a broken one is named before anything else is done."""
+def read_lines(file: IO[bytes], path: Path, flag: str) -> Lazy:
+    """Rows of a file of JSON Lines, open at its beginning; `path` names it.
+
+    Each line is read once here, so that a broken one is named before anything else is done.
+    """
     starts, ends, begin = array("q"), array("q"), 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            skipped = 3 if begin == 0 and line.startswith(b"\xef\xbb\xbf") else 0  # the mark of UTF-8 at the beginning
-            if line.strip():
-                parse_line(line[skipped:], path, number, flag)
-                starts.append(begin + skipped)
-                ends.append(begin + len(line))
-            begin += len(line)
-        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for number, line in enumerate(file, 1):
+        skipped = 3 if begin == 0 and line.startswith(b"\xef\xbb\xbf") else 0  # the mark of UTF-8 at the beginning
+        if line.strip():
+            parse_line(line[skipped:], path, number, flag)
+            starts.append(begin + skipped)
+            ends.append(begin + len(line))
+        begin += len(line)
+    text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return Lazy(len(starts), lambda places: [json.loads(text[starts[i] : ends[i]].decode()) for i in places])
 
 

@@ -9,8 +9,9 @@ from common.data import encode
 from common.demos import EVAL_SEED, encode_subset
 from common.evals import pairwise_wins, sequence_scores
 from common.store import write_pairs
+from extras.mixture import share_a_source, used_rows
 from extras.records import count_shared
-from extras.sources import Source, source_id
+from extras.sources import Source
 
 PREFERENCE_METRICS = {  # a learned reward model, with --eval-preference-dataset
     "eval/reward/accuracy_preferences": "share of people's held-out pairs with r(chosen) > r(rejected), ties half (IRL Fig. 2a)",
@@ -24,7 +25,7 @@ def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
     A source of both is shared out all the same: what the preferences are does not depend on the use of the rest.
     """
     demonstrations, preferences = [], []
-    if args.needs_demonstrations() or source_id(args.preference_dataset) == source_id(args.dataset):
+    if args.needs_demonstrations() or share_a_source(args.dataset, args.preference_dataset):
         demonstrations = demos.load_demonstrations(args, tokenizer)
     if args.preference_dataset != "none":
         preferences = load_preferences(args, tokenizer, demonstrations)
@@ -34,14 +35,14 @@ def load_both(args, tokenizer) -> tuple[list[dict], list[dict]]:
 def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
     """--max-preferences training rows of --preference-dataset, encoded: prompt_ids, chosen_ids, rejected_ids.
 
-    Where it is --dataset itself, no row serves as demonstration and as preference. Pairs whose responses have the same
-    tokens are dropped and counted; prompts shared with the demonstrations are counted.
+    Where it shares a source with --dataset, no row serves as demonstration and as preference. Pairs whose responses have
+    the same tokens are dropped and counted; prompts shared with the demonstrations are counted.
     """
     from extras.arrow_rows import renamed
 
     flag, name = "--preference-dataset", args.preference_dataset
-    taken = {d["row"] for d in demonstrations} if source_id(name) == source_id(args.dataset) else ()
-    source = Source(name, "train", "preferences", flag, taken=frozenset(taken))
+    taken = used_rows(args.dataset, demonstrations, name)
+    source = Source(name, "train", "preferences", flag, taken=taken, columns=args.columns)
     rows = encode_subset(args, tokenizer, source, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
     names = ("row", "prompt", "prompt_ids", "prompt_text", "rejected_text", "rejected_ids", "rejected_finished")
     kept = renamed(rows, {**dict(zip(names, names, strict=True)), "chosen_ids": "response_ids"})
@@ -55,7 +56,7 @@ def load_eval_preferences(args, tokenizer, encode=encode) -> list[dict]:
     flag, name = "--eval-preference-dataset", args.eval_preference_dataset
     if name == "none":
         return []
-    source = Source(name, "all", "preferences", flag)
+    source = Source(name, "all", "preferences", flag, columns=args.columns)
     return encode_subset(args, tokenizer, source, args.eval_samples, EVAL_SEED, flag=flag, encode=encode)
 
 

@@ -9,8 +9,9 @@ import tiny
 from common import UserError
 from common.args import flag
 from common.store import digest
+from extras.hub_names import cached_commit, hub_name
 from extras.loading import resolve_model
-from extras.sources import DATASETS
+from extras.mixture import names_of
 
 
 def environment() -> dict:
@@ -32,7 +33,7 @@ def environment() -> dict:
 
 DATA_FLAGS = ("dataset", "preference_dataset", "eval_dataset", "eval_preference_dataset")
 MODEL_FLAGS = ("model", "reward_model", "expert_model", "ref_model", "gold_reward_model", "baseline")
-DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow")
+DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".gz", ".zst")
 WHOLE = 1 << 25  # bytes up to which a model's file is read whole
 BLOCK, BLOCKS = 1 << 12, 1 << 9  # bytes of a block, and blocks that are read of a larger file
 
@@ -58,22 +59,31 @@ def changed_inputs(args, saved: dict) -> None:
         )
 
 
-def data_digest(name: str) -> str:
-    """Digest all bytes of a data file, or of the data files of a folder."""
+def data_digest(given: str) -> str:
+    """Digest of the source that a data flag names, or of all that it names."""
+    names = names_of(given)
+    return source_digest(given) if len(names) == 1 else joined({name: source_digest(name) for name in names})
+
+
+def source_digest(name: str) -> str:
+    """Digest all bytes of a data file, or of the data files of a folder; a hub set has its commit, where it is known."""
     path = Path(name)
     if path.is_file():
         return digest(path)
     if path.is_dir():
         files = (p for p in path.rglob("*") if p.suffix in DATA_FILES and not p.name.startswith("cache-"))
         return joined({str(p.relative_to(path)): digest(p) for p in files if p.is_file()})
-    return digest(tiny.DATA) if name == "pydoc" else hub_commit("datasets", DATASETS.get(name, (name,))[0])
+    if name == "pydoc":
+        return digest(tiny.DATA)
+    hub = hub_name(name)
+    return cached_commit("datasets", hub.id, hub.revision or "main")
 
 
 def model_digest(name: str) -> str:
     """Digest a model's files: all bytes of small ones; the size, the names and shapes, and sampled bytes of weights."""
     path = Path(resolve_model(name))
     if not path.is_dir():
-        return hub_commit("models", str(path))
+        return cached_commit("models", str(path))
     files = (p for p in path.iterdir() if p.is_file() and p.suffix != ".md" and not p.name.startswith("."))
     return joined({p.name: sampled_digest(p) for p in files})
 
@@ -95,11 +105,3 @@ def sampled_digest(path: Path) -> str:
 
 def joined(files: dict[str, str]) -> str:
     return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-
-
-def hub_commit(kind: str, name: str) -> str:
-    """Commit of a hub repository as it is in the hub's cache on this machine; empty if it is not there."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    ref = Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" / "refs" / "main"
-    return ref.read_text().strip() if ref.is_file() else ""

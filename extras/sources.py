@@ -7,28 +7,33 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import tiny
 from common import UserError
 from common.data import UnusableRow
 from common.store import BrokenFile, read_pairs
+from common.streams import data_order
+from extras import packed
+from extras.columns import read_columns, rename_columns
+from extras.hub_names import COMMIT, HubName, cached_commit, hub_name
 from extras.lazy import Lazy, is_large, joined, pick, read_at, read_dataset, read_lines, size_of
 from extras.left_out import warn_left_out
+from extras.stream import Stream
 
-DATASETS = {  # short name -> (hub id, configuration, training split, held-out split); a local path of the name wins
-    "ultrachat_200k": ("HuggingFaceH4/ultrachat_200k", None, "train_sft", "test_sft"),
-    "ultrafeedback_binarized": ("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", "test_prefs"),
-    "hh-rlhf": ("Anthropic/hh-rlhf", None, "train", "test"),
-    "tldr-sft": ("vwxyzjn/summarize_from_feedback_tldr_3_filtered", None, "train", "validation"),
-    "tldr-preferences": ("vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144", None, "train", "validation"),
-    "spin_iter0": ("UCLA-AGI/SPIN_iter0", None, "train", "test"),
-}
 HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: text cut in the middle of an emoji
+SUFFIXES = (".json", ".jsonl", ".parquet")  # of data files; JSON may be packed (extras/packed.py)
 HELD_OUT_NAMES = ("test", "validation", "val", "eval")
 FORMATS = (
     "prompt/completion, prompt/response, messages, prompt/chosen/rejected, chosen/rejected (HH transcripts),"
-    " real/generated (SPIN), title/post/summary (TL;DR), info/summaries/choice (TL;DR comparisons)"
+    " real/generated (SPIN), title/post/summary (TL;DR), info/summaries/choice (TL;DR comparisons),"
+    " instruction/input/output (Alpaca), conversations (ShareGPT)"
 )
+SPEAKERS = {  # of ShareGPT rows -> roles
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing"), "assistant"),
+    "system": "system",
+}
 
 
 # ---- sources ----
@@ -42,12 +47,30 @@ class Source:
     flag: str = "--dataset"
     turns: str = "auto"
     taken: frozenset[int] = frozenset()
+    columns: str = ""
+
+    def draw(self, n: int, key: tuple) -> Sequence[dict]:
+        """All rows, in the order of the key if n of them are wanted; those of a stream always come in its own order.
+
+        UserError for a stream of which all rows are wanted.
+        """
+        rows = self.rows()
+        if not isinstance(rows, Stream):
+            return pick(rows, data_order(len(rows), *key)) if n else rows
+        if not n:
+            raise UserError(
+                f"{self.flag}: found {self.name} beside 0 rows, which means all; expected a number of rows to read"
+            )
+        return rows
 
     def rows(self) -> Sequence[dict]:
         """UserError if all rows are taken."""
-        rows = load_rows(self.name, self.split, self.kind, self.flag, self.turns)
+        rows = load_rows(self.name, self.split, self.kind, self.flag, self.turns, self.columns)
         if not self.taken:
             return rows
+        if isinstance(rows, Stream):
+            empty = f"{self.flag}: found no row of {self.name} that --dataset has left over"
+            return Stream(rows, lambda row, _: None if row["row"] in self.taken else row, empty)
         left = pick(rows, [i for i, row in enumerate(rows) if row["row"] not in self.taken])
         if not left:
             expected = f"rows left over by the {len(self.taken)} demonstrations of --dataset (lower --max-samples)"
@@ -56,7 +79,7 @@ class Source:
 
 
 def load_rows(
-    name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset", turns: str = "auto"
+    name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset", turns: str = "auto", columns: str = ""
 ) -> Sequence[dict]:
     """Rows of a data set. split: train, test, or all (a source named as held-out data: its test split, else every row).
 
@@ -64,10 +87,13 @@ def load_rows(
     has no held-out split, a tenth of it is held out by a hash of the prompt, so that no prompt is on both sides.
     turns: which assistant turns of a dialogue (column messages) are learned: first, last, or all, a row each; auto as in
     default_turns. Turn k (from 0) of row i of n becomes row i + k n, and a dialogue is held out as a whole.
-    Rows of a small source are a list; those of a large one are read again whenever they are asked for (extras/lazy.py).
+    columns: the value of --columns (extras/columns.py).
+    Rows of a small source are a list; those of a large one are read again whenever they are asked for (extras/lazy.py);
+    those of a stream are read as far as they are asked for (extras/stream.py).
     UserError, in one line with the flag and the row, for anything that cannot be read.
     """
     path = Path(name)
+    read_columns(columns)
     if name == "pydoc" and not path.exists():
         return [r for test, r in tiny.pydoc_rows(kind) if split == "all" or test == (split == "test")]
     raw: Sequence
@@ -77,6 +103,8 @@ def load_rows(
         raw, own_split = read_file(path, flag, is_large(size_of(path))), False
     elif looks_like_path(name):
         raise UserError(f"{flag}: found no file {name}, expected a .json, .jsonl or .parquet file, a folder, or a name")
+    elif hub_name(name).streamed:
+        return read_stream(name, split, kind, flag, turns, columns)
     else:
         raw, own_split = read_hub(name, split, flag)
     if not raw:
@@ -85,7 +113,7 @@ def load_rows(
     every, keep = own_split or split == "all", isinstance(raw, list)
 
     def parse(r, i: int) -> list[dict]:
-        rows = parse_row(r, i, kind, f"{flag} {name}", turns)
+        rows = parse_row(r, i, kind, f"{flag} {name}", turns, columns)
         return [{"row": i + k * len(raw), **row, **unfinished(r)} for k, row in rows.items()]
 
     def usable(reasons: list[str]) -> Iterator[list[dict]]:
@@ -125,17 +153,20 @@ def load_rows(
 
 def looks_like_path(name: str) -> bool:
     """True for a name that no hub set has."""
-    return Path(name).suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~"))
+    return packed.kind_of(Path(name)) in SUFFIXES or name.startswith((".", "/", "~"))
 
 
 def default_turns(name: str) -> str:
     """The assistant turn of a dialogue to learn: UltraChat's first, as the papers take it after SPIN; else the last."""
-    return "first" if Path(name).name == "ultrachat_200k" else "last"
+    return "first" if Path(name if Path(name).exists() else hub_name(name).id).name == "ultrachat_200k" else "last"
 
 
 def source_id(name: str) -> str:
     """Return one name for a source, however it is written: relative or absolute path, short name or hub id."""
-    return str(Path(name).resolve()) if Path(name).exists() else DATASETS.get(name, (name,))[0]
+    if Path(name).exists():
+        return str(Path(name).resolve())
+    hub = hub_name(name)
+    return f"{hub.id}@{hub.revision}" if hub.revision else hub.id
 
 
 def held_out(prompt) -> bool:
@@ -149,25 +180,30 @@ def held_out(prompt) -> bool:
 def read_file(path: Path, flag: str, large: bool = False) -> Sequence:
     """Raw rows of a .json (a list, or a list under one key), .jsonl or .parquet file; of a large one not all at a time.
 
-    One JSON value is read as a whole however large it is.
+    One JSON value is read as a whole however large it is. JSON may be packed, .gz or .zst.
 
     Not by `datasets`, which reads the hub and its own folders below: its JSON builder fills absent columns with null, turns
     texts like 2024-01-01 into dates, and stops at a list among objects or half a surrogate pair without naming the line.
     Parquet would be the same rows, 3 s of import later, with a lock file in the hub's cache.
     """
-    if path.suffix not in (".json", ".jsonl", ".parquet"):
-        raise UserError(f"{flag}: found {path}, expected a .json, .jsonl or .parquet file")
+    kind = packed.kind_of(path)
+    if kind not in SUFFIXES:
+        raise UserError(f"{flag}: found {path}, expected a .json, .jsonl or .parquet file, or JSON in .gz or .zst")
     try:
-        if path.suffix == ".parquet":
+        if kind == ".parquet":
             return read_parquet(path) if large else read_pairs(path, lazy=False)
-        if large and (path.suffix == ".jsonl" or holds_lines(first_lines(path))):
-            return read_lines(path, flag)
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these types
+        if large:
+            with packed.open_plain(path) as file:
+                if kind == ".jsonl" or holds_lines(first_lines(file)):
+                    return read_lines(file, path, flag)
+        text = packed.read_text(path)
+    except (*packed.BROKEN, ValueError) as error:  # pyarrow's errors are of these types
         cause = error.__context__ if isinstance(error, BrokenFile) else error
-        kind = "readable Parquet" if path.suffix == ".parquet" else "UTF-8 text"
-        raise UserError(f"{flag}: found {path}, expected {kind} ({' '.join(str(cause).split())[:160]})") from None
-    if path.suffix == ".jsonl" or holds_lines(text):
+        expected = "readable Parquet" if kind == ".parquet" else "UTF-8 text"
+        whole = f"a whole {path.suffix} file of " if packed.is_packed(path) else ""
+        reason = " ".join(str(cause).split())[:160]
+        raise UserError(f"{flag}: found {path}, expected {whole}{expected} ({reason})") from None
+    if kind == ".jsonl" or holds_lines(text):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
             if line.strip():
@@ -209,10 +245,11 @@ def read_parquet(path: Path) -> Lazy:
     return Lazy(len(rows), lambda places: [dict(rows[i]) for i in places])
 
 
-def first_lines(path: Path) -> str:
-    """The first two lines of a text, and a sign of more."""
-    with open(path, encoding="utf-8-sig") as f:
-        return f.readline() + f.readline() + f.read(1)
+def first_lines(file: IO[bytes]) -> str:
+    """The first two lines of a text, and a line's end if there are more; the file is at its beginning again."""
+    lines = file.readline() + file.readline()
+    file.seek(0)
+    return lines.decode("utf-8-sig")
 
 
 def read_folder(path: Path, split: str, flag: str) -> tuple[Sequence, bool]:
@@ -228,7 +265,7 @@ def read_folder(path: Path, split: str, flag: str) -> tuple[Sequence, bool]:
         raise UserError(
             f"{flag}: found a run in {path}, expected a data set; its pairs are {path}/generations/*.parquet"
         )
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl", ".parquet"))
+    files = sorted(p for p in path.rglob("*") if packed.kind_of(p) in SUFFIXES)
     if not files:
         raise UserError(f"{flag}: found no .json, .jsonl or .parquet file in {path}, expected a data set folder")
     names = {}
@@ -275,37 +312,86 @@ def read_hub(name: str, split: str, flag: str) -> tuple[Sequence, bool]:
 
 
 def open_hub(name: str, split: str, flag: str) -> tuple[list, bool]:
-    """(sets of `datasets`, whether test rows are held apart) of a hub data set, or one line that says it cannot be had."""
+    """(sets of `datasets`, whether test rows are held apart) of a hub data set, or one line that says it cannot be had.
+
+    Those of a stream are iterable alone.
+    """
     from datasets import load_dataset
 
-    hub = DATASETS[name][0] if name in DATASETS else name
+    hub = hub_name(name)
+    how = {**({"revision": hub.revision} if hub.revision else {}), **({"streaming": True} if hub.streamed else {})}
     try:
-        if name not in DATASETS:
-            loaded = load_dataset(hub)
+        if hub.train is None:
+            loaded = load_dataset(hub.id, **how)
             wanted, own_split = pick_splits(list(loaded), split)
-            return [loaded[part] for part in wanted], own_split
-        _, config, train, test = DATASETS[name]
-        return [load_dataset(hub, config, split=train if split == "train" else test)], True
+            sets = [loaded[part] for part in wanted]
+        else:
+            own_split = True
+            sets = [load_dataset(hub.id, hub.config, split=hub.train if split == "train" else hub.test, **how)]
     except Exception as error:  # the hub client raises dozens of types; the user needs one line
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise UserError(not_provided(name, flag, error)) from None
+    refuse_other_revision(sets, hub, f"{flag} {name}")
+    return sets, own_split
+
+
+def refuse_other_revision(sets: list, hub: HubName, owner: str) -> None:
+    """UserError for a set of another commit: where the hub is out of reach, `datasets` takes whatever it loaded last."""
+    if not hub.revision or hub.streamed:
+        return
+    expected = cached_commit("datasets", hub.id, hub.revision)
+    for own in sets:
+        found = Path(own.cache_files[0]["filename"]).parent.name if own.cache_files else ""
+        if COMMIT.fullmatch(found) and found != expected:
+            wanted = f"{expected[:12] or 'that of ' + hub.revision}, which is not in the cache on this machine"
+            raise UserError(f"{owner}: found the commit {found[:12]} in place of the hub, expected {wanted}")
+
+
+def not_provided(name: str, flag: str, error: Exception) -> str:
+    """The line about a hub set that could not be had."""
+    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return (
+        f"{flag}: found no local path {name}, and the hub ({hub_name(name).id}) could not provide it; expected pydoc, a local"
+        f" file or folder (./{name} would do), or a reachable hub. {reason}"
+    )
+
+
+def read_stream(name: str, split: str, kind: str, flag: str, turns: str, columns: str) -> Sequence[dict]:
+    """Rows of a hub set as load_rows gives them, read as far as they are asked for, in the set's own order."""
+    if turns == "all":
         raise UserError(
-            f"{flag}: found no local path {name}, and the hub ({hub}) could not provide it; expected pydoc, a local"
-            f" file or folder (./{name} would do), or a reachable hub. {reason}"
-        ) from None
+            f"--turns: found all beside {name}, expected first or last: the rows of a stream are not counted"
+        )
+    sets, own_split = open_hub(name, split, flag)
+    turns = default_turns(name) if turns == "auto" else turns
+
+    def raw() -> Iterator:
+        try:
+            for own in sets:
+                yield from own
+        except Exception as error:  # of the hub client, in the middle of the set
+            raise UserError(not_provided(name, flag, error)) from None
+
+    def parse(r, i: int) -> dict | None:
+        row = parse_row(r, i, kind, f"{flag} {name}", turns, columns)[0]
+        wanted = own_split or split == "all" or held_out(row["prompt"]) == (split == "test")
+        return {"row": i, **row, **unfinished(r)} if wanted else None
+
+    return Stream(raw(), parse, f"{flag}: found no row in the {split} part of {name}, expected at least one")
 
 
 # ---- formats ----
-def parse_row(raw, index: int, kind: str, where: str, turns: str = "last") -> dict[int, dict]:
+def parse_row(raw, index: int, kind: str, where: str, turns: str = "last", columns: str = "") -> dict[int, dict]:
     """One raw row -> {turn: prompt/response (and rejected, if there is one) or prompt/chosen/rejected}.
 
-    The turn is 0, but for further assistant turns of a dialogue with turns = all. UnusableRow, which names the row, if
-    nothing can be learned from it.
+    The turn is 0, but for further assistant turns of a dialogue with turns = all. columns: the value of --columns.
+    UnusableRow, which names the row, if nothing can be learned from it.
     """
     where = f"{where} row {index}"
     rows: dict[int, dict] = {}
     problems: list[UnusableRow] = []
     if not isinstance(raw, dict):
         raise UnusableRow(f"{where}: found a {type(raw).__name__}, expected an object")
+    raw = rename_columns(raw, columns) if columns else raw
     for turn, (prompt, response, rejected) in enumerate(split_columns(raw, where, turns)):
         try:
             row = {"prompt": check_text(prompt, "prompt", where)}
@@ -359,6 +445,10 @@ def split_columns(raw: dict, where: str, turns: str) -> list[tuple]:
         return [(tldr_query(raw, where), raw["summary"], None)]
     if {"info", "summaries", "choice"} <= columns:
         return [split_comparison(raw, where)]
+    if "conversations" in columns:
+        return [(*split, None) for split in split_messages(as_roles(raw["conversations"], where), where, turns)]
+    if {"instruction", "output"} <= columns and not {"prompt", "messages"} & columns:
+        return [(alpaca_prompt(raw, where), raw["output"], None)]
     raise UnusableRow(f"{where}: found columns {', '.join(columns) or 'none'}, expected one of {FORMATS}")
 
 
@@ -378,6 +468,40 @@ def split_comparison(raw: dict, where: str) -> tuple[str, str, str]:
         raise UnusableRow(f"{where}: found choice {choice!r} of {summaries!r:.80}, expected 0 or 1 of two summaries")
     texts = [s.get("text") if isinstance(s, dict) else None for s in summaries]
     return tldr_query(info, where), texts[choice], texts[1 - choice]
+
+
+def alpaca_prompt(raw: dict, where: str) -> str | list[dict]:
+    """Instruction and input of an Alpaca row, with an empty line between them; messages where the row has system or history."""
+    text = check_text(raw["instruction"], "instruction", where)
+    if raw.get("input"):
+        text = f"{text}\n\n{check_text(raw['input'], 'input', where)}"
+    system, history = raw.get("system"), raw.get("history") or []
+    if not system and not history:
+        return text
+    before = [{"role": "system", "content": system}] if system else []
+    try:
+        for question, answer in history:
+            before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    except (TypeError, ValueError):
+        raise UnusableRow(f"{where}: found {history!r:.80} as history, expected [question, answer] pairs") from None
+    return [*before, {"role": "user", "content": text}]
+
+
+def as_roles(turns, where: str) -> list:
+    """ShareGPT's turns {from, value} -> messages {role, content}; messages stay as they are."""
+    if is_messages(turns) or not isinstance(turns, list):
+        return turns
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            found = ", ".join(turn) if isinstance(turn, dict) else type(turn).__name__
+            raise UnusableRow(
+                f"{where}: found {found or 'nothing'} in conversations, expected from and value in each turn"
+            )
+        if turn["from"] not in SPEAKERS:
+            raise UnusableRow(f"{where}: found a turn from {turn['from']!r:.40}, expected one of {', '.join(SPEAKERS)}")
+        messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
+    return messages
 
 
 def check_same(prompt: list[dict], other: list[dict], where: str) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from common import UserError
-from common.data import PLAIN_TEMPLATE, Frame, UnusableRow, render_prompt
+from common.data import NAMES, PLAIN_TEMPLATE, Frame, UnusableRow, render_prompt, tokenise, tokenise_prompts
 from common.store import as_messages
 
 
@@ -63,6 +63,49 @@ def check_template(tokenizer, where: str) -> None:
                 f"{where}: found a chat template with an error in line {error.lineno} ({error.message}), expected a valid"
                 " Jinja template (chat_template.jinja, or chat_template in tokenizer_config.json)"
             ) from error
+
+
+# ---- the template of a saved tokenizer ----
+BEFORE, AFTER = PLAIN_TEMPLATE.split("{prompt}")
+GAP = AFTER[: len(AFTER) - len(AFTER.lstrip())]
+PLAIN_CHAT = (  # PLAIN_TEMPLATE and data.plain_prompt, as a chat template; the answer of a finished exchange ends with EOS
+    "{% set answer = messages[-1] if messages[-1]['role'] == 'assistant' and not add_generation_prompt else none %}"
+    "{% set turns = messages[:-1] if answer else messages %}"
+    f"{{% set names = {NAMES!r} %}}{{{{ {BEFORE!r} }}}}"
+    "{% for turn in turns %}"
+    "{% if turns|length > 1 %}{{ names.get(turn['role'], turn['role']) + ': ' }}{% endif %}{{ turn['content'] }}"
+    "{% if not loop.last %}{{ '\n\n' }}{% endif %}"
+    f"{{% endfor %}}{{{{ {GAP!r} }}}}"
+    f"{{% if answer %}}{{{{ {AFTER.lstrip()!r} + answer['content'] + eos_token }}}}"
+    f"{{% elif add_generation_prompt %}}{{{{ {AFTER.lstrip()!r} }}}}{{% endif %}}"
+)
+
+
+def served_template(tokenizer) -> str | dict:
+    """The chat template with which a chat server sends the tokens of the prompts in training.
+
+    It is that of the tokenizer, or PLAIN_CHAT. A server adds no BOS of its own (add_special_tokens false), so the template
+    begins with it where training puts it before the text.
+    """
+    templates = tokenizer.chat_template or PLAIN_CHAT
+    try:
+        text = render_prompt(tokenizer, "a")
+    except UnusableRow:  # it wants another conversation: what it would write is not known
+        return templates
+    if tokenise_prompts(tokenizer, [text]) == tokenise(tokenizer, [text]):
+        return templates
+    bos = "{{ bos_token }}"
+    return {**templates, "default": bos + templates["default"]} if isinstance(templates, dict) else bos + templates
+
+
+def save_tokenizer(tokenizer, folder) -> None:
+    """save_pretrained, with served_template. The tokenizer itself stays as it is."""
+    own = tokenizer.chat_template
+    tokenizer.chat_template = served_template(tokenizer)
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = own
 
 
 # ---- tokens written out as text ----

@@ -66,7 +66,7 @@ def argv(script: str, place, out, *flags: str) -> list[str]:
 def load(place, tokenizer=None, **given) -> tuple[list[dict], list[dict]]:
     """(demonstrations, preferences) as the scripts load them; the messages of the latter are warnings."""
     sizes = dict(max_samples=0, max_preferences=0, seed=1, max_length=96, max_prompt_length=64, select_top_k=0)
-    sizes |= dict(turns="auto", max_new_tokens=32, cut_demonstrations=False)
+    sizes |= dict(turns="auto", columns="", max_new_tokens=32, cut_demonstrations=False)
     names = dict(dataset=str(place / "data.jsonl"), preference_dataset=str(place / "prefs.jsonl"))
     args, tokenizer = SimpleNamespace(**{**sizes, **names, **given}), tokenizer or make_tokenizer()
     with warnings.catch_warnings():
@@ -137,7 +137,7 @@ def test_held_out_prompts_that_are_trained_on_are_counted(place):
     assert len(load_rows(name, "train")) == len(rows)
     args = SimpleNamespace(
         model=str(place / "model"), trust_remote_code=False, dataset=name, eval_dataset=name, eval_samples=99, max_samples=0, seed=1, max_length=96, max_prompt_length=64, select_top_k=0,
-        gold_reward_model="", baseline="", judge_model="", turns="auto", max_new_tokens=32, cut_demonstrations=False,
+        gold_reward_model="", baseline="", judge_model="", turns="auto", columns="", max_new_tokens=32, cut_demonstrations=False,
     )  # fmt: skip
     tokenizer, everything = make_tokenizer(), len(load_rows(name, "all"))
     demonstrations = demos.load_demonstrations(args, tokenizer)
@@ -213,7 +213,9 @@ def test_a_run_leaves_what_it_promises(finished, place, script):
     assert reward.config.num_labels == 1 and reward.config.pad_token_id != tokenizer.eos_token_id
     card = (out / "final" / "README.md").read_text()
     assert "after AIHF" in card and "2406.06874" in card
-    assert f"datasets:\n- {place / 'data.jsonl'}\n- {place / 'prefs.jsonl'}\n" in card
+    assert (
+        f"on `{place / 'data.jsonl'}` and `{place / 'prefs.jsonl'}`" in card and "\ndatasets:" not in card
+    )  # not of the hub
     card = (out / "reward" / "README.md").read_text()
     assert "reward_center" in card and "eval/reward/accuracy" in card and "AIHF, reward model" in card
     found = read_pairs(out / "generations" / "iter_1.parquet")

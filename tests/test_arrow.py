@@ -59,7 +59,9 @@ def make_rows(n: int, kind: str = "mixed") -> list[dict]:
 
 
 def arguments(path, **given) -> SimpleNamespace:
-    usual = dict(max_samples=0, turns="auto", seed=3, max_length=80, max_prompt_length=76, max_new_tokens=30)
+    usual = dict(
+        max_samples=0, turns="auto", columns="", seed=3, max_length=80, max_prompt_length=76, max_new_tokens=30
+    )
     usual |= dict(cut_demonstrations=False, select_top_k=0, dataset=str(path), eval_samples=5, max_preferences=0)
     return SimpleNamespace(**{**usual, "preference_dataset": str(path), **given})
 

@@ -117,8 +117,15 @@ def test_a_file_of_flags_is_read_as_the_command_line_is(given):
     )
 
 
+def test_several_sources_are_a_list_in_the_file(given):
+    text = "dataset: ['my data.jsonl:0.7', b:0.3]\ncolumns: [prompt=question]\n"
+    args = given(text)
+    assert args.columns == "prompt=question"
+    assert args.dataset == given("", "--dataset", "my data.jsonl:0.7", "b:0.3").dataset == "'my data.jsonl:0.7' b:0.3"
+
+
 def test_what_is_typed_wins_over_the_file_even_if_it_is_the_default(given):
-    args = given("T: 3\nbeta: 0.5\nkeep: 1\n".replace("keep: 1\n", ""), "--T", "5", "--no-share-prompts")
+    args = given("T: 3\nbeta: 0.5\n", "--T", "5", "--no-share-prompts")
     assert (args.T, args.beta, args.share_prompts) == (5, 0.5, False)
     assert given("dry_run: true\n", "--no-dry-run").dry_run is False
 

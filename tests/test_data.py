@@ -19,7 +19,7 @@ from common import UserError, data, demos, models, store
 from common.data import collate, encode, render_prompt
 from common.store import read_pairs, write_pairs
 from common.streams import data_order
-from extras import preference_data, sources
+from extras import hub_names, preference_data, sources
 from extras.sources import load_rows
 from tiny import make
 
@@ -333,7 +333,7 @@ def test_local_copy_uses_the_splits_of_the_table(tmp_path, saved):
         else:
             for split, rows in splits.items():
                 write(tmp_path / name / "data" / f"{split}-00000-of-00001.parquet", rows)
-        for split, expected in zip(("train", "test"), sources.DATASETS[name][2:], strict=True):
+        for split, expected in zip(("train", "test"), hub_names.DATASETS[name][2:], strict=True):
             assert {r["prompt"].split()[0] for r in load_rows(str(tmp_path / name), split)} == {expected}
 
 

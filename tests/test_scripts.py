@@ -182,7 +182,7 @@ def test_a_run_leaves_what_it_promises(place):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "final"), AutoTokenizer.from_pretrained(out / "final")
     assert model.config.model_type == "gpt_neox" and tokenizer.eos_token == "</s>"
     card = (out / "final" / "README.md").read_text()
-    assert "base_model" in card and "IRFT" in card and "eval/nll" in card
+    assert "Base model: `" in card and "IRFT" in card and "eval/nll" in card
     pairs = [read_pairs(out / "generations" / f"iter_{t}.parquet") for t in range(2)]
     assert not {p["row"] for p in pairs[0]} & {p["row"] for p in pairs[1]}  # chunks are disjoint
     assert {"prompt", "prompt_text", "chosen", "rejected", "ref_chosen", "ref_rejected"} <= pairs[0][0].keys()
