@@ -20,7 +20,6 @@ from common.engine import Engine, all_weights, mixes_bf16, open_engine
 from common.store import read_metrics, read_pairs, without_nan, write_pairs
 from common.streams import bias_correction, data_order
 from extras import phases, screen, terminal
-from extras.hub import push_run
 from extras.lazy import pick
 from extras.out_of_memory import names_flag_when_out_of_memory
 from extras.shared_prompts import same_prompts, scoring_order
@@ -356,7 +355,6 @@ class Run:
     def end(self) -> None:
         from extras.ending import finish
 
-        finish(self)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        push_run(self)
+        finish(self)

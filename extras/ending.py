@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def finish(run) -> None:
-    """Draw a finished run's curves, and say what it saved and what to type next."""
+    """Draw a finished run's curves, say what it saved and what to type next, and push it to the hub where --push-to-hub asks."""
     if not run.is_main or not any((run.dir / name).exists() for name in ("final", "final.safetensors")):
         return
     from extras.curves import draw_run
@@ -15,6 +15,11 @@ def finish(run) -> None:
     saved |= {"samples": samples[-1]} if samples else {}
     run.print("\n".join(["saved:", *(f"  {name:<8} {path}" for name, path in saved.items())]))
     run.print("\n".join(["next:", *(f"  {command}" for command in commands(run, samples))]))
+    if getattr(run.args, "push_to_hub", ""):
+        from extras.hub import push
+
+        for url in push(run.dir, run.args.push_to_hub):
+            run.print(f"pushed: {url}")
 
 
 def commands(run, samples: list[Path]) -> list[str]:

@@ -31,14 +31,6 @@ def check_hub(args) -> None:
     require(bool(get_token()), "push_to_hub", "no token for the hub", expected)
 
 
-def push_run(run) -> None:
-    """Put the models and pairs of a run that ends on the hub, if --push-to-hub says so. UserError, in one line, if it fails."""
-    ended = (run.dir / "final").is_dir()  # not where --stop-after ends it before
-    if run.is_main and ended and getattr(run.args, "push_to_hub", ""):
-        for url in push(run.dir, run.args.push_to_hub):
-            run.print(f"pushed: {url}")
-
-
 def push(folder: Path, name: str) -> list[str]:
     """Put final/, reward/ and the pairs of a run's folder on the hub -> addresses. UserError, in one line, if it fails."""
     from huggingface_hub import HfApi, get_token

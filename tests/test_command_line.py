@@ -121,7 +121,11 @@ def test_several_sources_are_a_list_in_the_file(given):
     text = "dataset: ['my data.jsonl:0.7', b:0.3]\ncolumns: [prompt=question]\n"
     args = given(text)
     assert args.columns == "prompt=question"
-    assert args.dataset == given("", "--dataset", "my data.jsonl:0.7", "b:0.3").dataset == "'my data.jsonl:0.7' b:0.3"
+    assert (
+        args.dataset
+        == given("T: 3\n", "--dataset", "my data.jsonl:0.7", "b:0.3").dataset
+        == "'my data.jsonl:0.7' b:0.3"
+    )
 
 
 def test_what_is_typed_wins_over_the_file_even_if_it_is_the_default(given):

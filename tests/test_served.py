@@ -22,7 +22,7 @@ from common import UserError
 from common.data import encode, render_prompt
 from common.models import load_tokenizer
 from common.store import read_pairs, write_manifest, write_pairs
-from extras import card, hub, templates
+from extras import card, curves, ending, hub, templates
 
 USER, ASSISTANT = {"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a list"}
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -325,14 +325,21 @@ def test_a_push_is_checked_before_the_run(monkeypatch):
     hub.check_hub(SimpleNamespace(push_to_hub="me/policy"))
 
 
-def test_a_run_that_ends_is_pushed_by_one_process(finished, monkeypatch):
+def test_a_run_that_ends_is_pushed_by_one_process(finished, monkeypatch, tmp_path):
     pushed, said = [], []
     monkeypatch.setattr(hub, "push", lambda folder, name: pushed.append((folder, name)) or ["url"])
-    for is_main, name in ((True, ""), (False, "me/policy"), (True, "me/policy")):
-        run = SimpleNamespace(args=SimpleNamespace(push_to_hub=name), is_main=is_main, dir=finished, print=said.append)
-        hub.push_run(run)
-    assert pushed == [(finished, "me/policy")] and said == ["pushed: url"]
-    hub.push_run(SimpleNamespace(args=SimpleNamespace(), is_main=True))  # a script without the flag
+    monkeypatch.setattr(curves, "draw_run", lambda run: run.dir / "curves.png")
+    monkeypatch.setattr(ending, "commands", lambda run, samples: [])
+    stopped = tmp_path  # by --stop-after: it has no model yet
+    for is_main, name, folder in (
+        (True, "", finished), (False, "me/policy", finished), (True, "me/policy", stopped), (True, "me/policy", finished),
+    ):  # fmt: skip
+        given = SimpleNamespace(push_to_hub=name)
+        ending.finish(SimpleNamespace(args=given, is_main=is_main, dir=folder, print=said.append))
+    assert pushed == [(finished, "me/policy")] and said[-1] == "pushed: url" and "".join(said).count("pushed") == 1
+    ending.finish(
+        SimpleNamespace(args=SimpleNamespace(), is_main=True, dir=finished, print=said.append)
+    )  # without the flag
     with pytest.raises(UserError, match="found no model in .*never/final, expected the folder of a finished run"):
         monkeypatch.undo()
         hub.push(finished.parent / "never", "me/policy")
