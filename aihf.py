@@ -19,7 +19,7 @@ Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number
 
 Laptop CPU, minutes:   python aihf.py
 
-The paper's run:       accelerate launch aihf.py --model mistral-7b-sft-beta
+The paper's run:       accelerate launch --quiet aihf.py --model mistral-7b-sft-beta
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Dims: B pairs, T response tokens (T alone, as a flag, is the number of outer ite
 
 Laptop CPU, minutes:   python aihf_direct.py
 
-The paper's run:       accelerate launch aihf_direct.py --model mistral-7b-sft-beta
+The paper's run:       accelerate launch --quiet aihf_direct.py --model mistral-7b-sft-beta
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer
 
 Laptop CPU, minutes:   python aihf_ppo.py
 
-The paper's run:       accelerate launch aihf_ppo.py --model pythia-1b
+The paper's run:       accelerate launch --quiet aihf_ppo.py --model pythia-1b
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Dims: B pairs, T response tokens (T alone, as a flag, is the number of outer ite
 
 Laptop CPU, minutes:   python irft.py
 
-The paper's run:       accelerate launch irft.py --T 5 --model zephyr-7b-sft-full --template paper
+The paper's run:       accelerate launch --quiet irft.py --T 5 --model zephyr-7b-sft-full --template paper
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Dims: B sequences or pairs, T response tokens (T alone, as a flag, is the number
 
 Laptop CPU, minutes:   python irl_dpo_ultrachat.py
 
-The paper's run:       accelerate launch irl_dpo_ultrachat.py --model mistral-7b-sft-beta
+The paper's run:       accelerate launch --quiet irl_dpo_ultrachat.py --model mistral-7b-sft-beta
 """
 
 from __future__ import annotations

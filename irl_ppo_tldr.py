@@ -16,7 +16,7 @@ Laptop CPU, minutes:   python irl_ppo_tldr.py
 
 The paper's run, with the expert's weights in DIR (docs/irl_ppo_tldr.md):
 
-accelerate launch irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR --eval-preference-dataset tldr-preferences
+accelerate launch --quiet irl_ppo_tldr.py --model pythia-1b-deduped --expert-model DIR --eval-preference-dataset tldr-preferences
 """
 
 from __future__ import annotations

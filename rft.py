@@ -16,9 +16,9 @@ Dims: B sequences, T response tokens (T alone, as a flag, is the number of outer
 
 Laptop CPU, minutes:   python rft.py
 
-The paper's run, from a pythia-1.4b that sft.py has fine-tuned on all of HH (docs/rft.md):
+The paper's run, from a pythia-1.4b in DIR that sft.py has fine-tuned on all of HH (docs/rft.md):
 
-accelerate launch rft.py --model runs/base/final --max-samples 0 --select-top-k 10000 --gold-reward-model beaver-7b-v3.0-reward
+accelerate launch --quiet rft.py --model DIR --max-samples 0 --select-top-k 10000 --gold-reward-model beaver-7b-v3.0-reward
 """
 
 from __future__ import annotations

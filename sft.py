@@ -12,7 +12,7 @@ Dims: B demonstrations, T response tokens.
 
 Laptop CPU, a minute:   python sft.py
 
-At scale:               accelerate launch sft.py --model zephyr-7b-sft-full
+At scale:               accelerate launch --quiet sft.py --model zephyr-7b-sft-full
 """
 
 from __future__ import annotations
