@@ -37,6 +37,7 @@ from extras.gold import gold_columns
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(dataset="pydoc", eval_samples=200, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
+    "smollm2": dict(dataset="pydoc", eval_samples=100, max_length=256, max_new_tokens=48, per_device_eval_batch_size=16),
     "pythia": dict(dataset="hh-rlhf", eval_samples=500, max_length=1024, max_new_tokens=256, per_device_eval_batch_size=32),
     "other": dict(dataset="ultrachat_200k", eval_samples=500, max_length=2048, max_new_tokens=256, per_device_eval_batch_size=16),
 }  # fmt: skip

