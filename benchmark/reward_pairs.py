@@ -28,6 +28,8 @@ class Args:
     """JSON files of LLMBar and PandaLM."""
     output: str
     """file to write: a JSON line with prompt, chosen, rejected, subset and id for each pair."""
+    most: int = 0
+    """pairs of each file to keep, the first ones; 0 keeps all."""
 
 
 def read(path: Path) -> tuple[list[dict], int]:
@@ -68,7 +70,7 @@ def write(args: Args) -> None:
     lines = []
     for name in args.files:
         pairs, without = read(Path(name))
-        lines += [json.dumps(pair) + "\n" for pair in pairs]
+        lines += [json.dumps(pair) + "\n" for pair in pairs[: args.most or len(pairs)]]
         print(f"{name}: {len(pairs)} pairs, {without} rows without a label left out")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text("".join(lines))

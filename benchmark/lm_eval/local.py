@@ -15,7 +15,7 @@ def data_file(name: str) -> Path:
 
 
 def truthfulqa(**_):
-    """{validation: rows of question, choices and labels}: the correct answers of the CSV (label 1), then the incorrect ones (0)."""
+    """{validation: rows of question, choices and labels}: correct answers of the CSV (label 1), then incorrect ones (0)."""
     from datasets import Dataset
 
     rows = []
