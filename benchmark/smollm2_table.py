@@ -141,13 +141,13 @@ def told_apart(first: list[str], second: list[str], width: int = 4096, steps: in
 
 
 def hashed(text: str, width: int) -> np.ndarray:
-    """(width + 2,) of unit norm but for the constant: counts of hashed words and pairs of words, log length, 1."""
+    """(width + 2,): counts of hashed words and pairs of words, of unit norm; log length; 1."""
     words = text.lower().split()
     vector = np.zeros(width + 2)
     for gram in (*words, *(" ".join(pair) for pair in zip(words, words[1:], strict=False))):
         vector[zlib.crc32(gram.encode()) % width] += 1
     vector[:width] /= max(np.linalg.norm(vector), 1.0)
-    vector[width:] = np.log1p(len(words)) / 4, 1
+    vector[width:] = np.log1p(len(words)) - 2, 1  # near 0, so that its weight and the constant's are learned apart
     return vector
 
 
