@@ -6,8 +6,8 @@
 # DATA is a folder with hh_harmless.jsonl and debian_tldr.jsonl, and for the third part also llmbar/, pandalm.json, TruthfulQA.csv
 # and gsm8k_*.jsonl. Without DATA pairs and posts come from the hub, and the third part has the held-out pairs alone.
 # MODEL is the start, by default smollm2-135m (a folder of that name, or the hub's). PARTS names parts to run: hh summaries field.
-# SEEDS, ROWS, EVAL, WINDOW, ANSWER (tokens), EPISODES, PAIRS (of a file), LIMIT (of lm-eval) replace the sizes below; FLAGS are
-# added to every run.
+# SEEDS, ROWS, EVAL, WINDOW, ANSWER (tokens), EPISODES, PAIRS (of a file), LIMIT (of lm-eval) replace the sizes below; SFT_RATE and
+# RATE the learning rates, LORA_SFT_RATE and LORA_RATE those with LoRA; FLAGS are added to every run.
 set -euo pipefail
 device=cpu words=()
 while [ $# -gt 0 ]; do
@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
 done
 out=${words[0]:?"OUT: found nothing, expected a folder"} data=${words[1]:-}
 case $device in
-  cpu) seeds=1 rows=400 eval=100 window=320 answer=64 episodes=320 batch=4 limit=100 ts="2 5" lora="spin irft" summaries=800 ;;
+  cpu) seeds=1 rows=300 eval=100 window=320 answer=64 episodes=320 batch=4 limit=40 ts="2 5" lora=irft summaries=300 ;;
   cuda) seeds="1 2 3" rows=0 eval=500 window=1024 answer=256 episodes=2560 batch=16 limit= ts="2 5 10" lora="sft spin irft" summaries=8000 ;;
   *) echo "--device: found $device, expected cpu or cuda" >&2 && exit 2 ;;
 esac
@@ -49,14 +49,16 @@ measured() {
 
 # method FOLDER START NAME SEED FLAGS...: one run; NAME is sft, rft, spin or irftT, with _lora at its end for LoRA, r = 64.
 method() {
-  local folder=$1 name=$3 full=${3%_lora} shared=(--model "$2" --seed "$4" "${sizes[@]}") sft_rate=2e-5 rate=5e-6
+  local folder=$1 name=$3 full=${3%_lora} shared=(--model "$2" --seed "$4" "${sizes[@]}")
+  local sft_rate=${SFT_RATE:-2e-5} rate=${RATE:-5e-6}
   shift 4
-  [ "$name" = "$full" ] || { shared+=(--lora-r 64) && sft_rate=2e-4 rate=5e-5; }
+  [ "$name" = "$full" ] || { shared+=(--lora-r 64) && sft_rate=${LORA_SFT_RATE:-2e-4} rate=${LORA_RATE:-5e-5}; }
   case $full in
-    sft) once "$folder" "$name" sft.py "${shared[@]}" --learning-rate $sft_rate "$@" ;;
-    rft) once "$folder" rft rft.py "${shared[@]}" --total-episodes "$episodes" --rollout-batch-size 32 --eval-updates 10 "$@" ;;
-    spin) once "$folder" "$name" irft.py --T 1 "${shared[@]}" --learning-rate $rate "$@" ;;
-    irft*) once "$folder" "$name" irft.py --T "${full#irft}" "${shared[@]}" --learning-rate $rate "$@" ;;
+    sft) once "$folder" "$name" sft.py "${shared[@]}" --learning-rate "$sft_rate" "$@" ;;
+    rft) once "$folder" rft rft.py "${shared[@]}" --learning-rate "$rate" --total-episodes "$episodes" --rollout-batch-size 32 \
+      --eval-updates 10 "$@" ;;
+    spin) once "$folder" "$name" irft.py --T 1 "${shared[@]}" --learning-rate "$rate" "$@" ;;
+    irft*) once "$folder" "$name" irft.py --T "${full#irft}" "${shared[@]}" --learning-rate "$rate" "$@" ;;
   esac
 }
 
