@@ -88,7 +88,9 @@ def measure(args) -> dict:
     policy = models.for_inference(run, models.load_model(args))
     generator = make_generator(run, policy, tokenizer)
     run.print(f"MT-Bench: {args.model} on {len(questions)} questions, {run.world} process(es), {run.dir}")
-    conversations, texts, grades = [[] for _ in questions], [], []
+    conversations: list[list[dict]] = [[] for _ in questions]
+    texts: list[list[str | None]] = []
+    grades: list[np.ndarray] = []
     for turn in range(2):
         conversations = [
             [*c, {"role": "user", "content": q["turns"][turn]}] for c, q in zip(conversations, questions, strict=True)
@@ -134,7 +136,8 @@ def answer(
     run, generator, tokenizer, questions: list[dict], conversations: list[list[dict]], turn: int
 ) -> list[str | None]:
     """The policy's answers to conversations; None, with one warning, for one that cannot be asked."""
-    left_out, texts = LeftOut("--mt-bench"), [None] * len(questions)
+    left_out = LeftOut("--mt-bench")
+    texts: list[str | None] = [None] * len(questions)
     rows = [{"row": q["row"], "prompt": c} for q, c in zip(questions, conversations, strict=True)]
     items = encode_prompts(rows, tokenizer, render_prompt, Wording(tokenizer), left_out)
     fitting = [item for item in items if len(item["prompt_ids"]) <= run.args.max_prompt_length]
@@ -161,9 +164,9 @@ def grade(run, grader: Grader | None, questions, conversations, texts: list[str 
         for start in range(0, len(answered), BLOCK):
             part, problem = answered[start : start + BLOCK], None
             if grader:
-                rows = [(conversations[i], texts[i], questions[i]["reference"][turn]) for i in part]
+                asked, references = [conversations[i] for i in part], [questions[i]["reference"][turn] for i in part]
                 try:
-                    grades[part] = grader.grade(*map(list, zip(*rows, strict=True)), advance)
+                    grades[part] = grader.grade(asked, [texts[i] or "" for i in part], references, advance)
                 except UserError as error:
                     problem = f"{error}; replies that came are kept: a rerun asks for the others"
             (problem,) = broadcast_object_list([problem])

@@ -65,7 +65,7 @@ def load_pairs(args, tokenizer) -> list[dict]:
         )
     raw = read_file(path, flag)
     rows = load_rows(str(path), "all", "preferences", flag)
-    pairs = encode(rows, tokenizer, args.max_length, args.max_prompt_length, flag)
+    pairs = encode(list(rows), tokenizer, args.max_length, args.max_prompt_length, flag)
     return [{**pair, "subset": str(raw[pair["row"]].get("subset", "all"))} for pair in pairs]
 
 
