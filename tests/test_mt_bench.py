@@ -59,7 +59,7 @@ def measure(model: Path, out: Path, server: Server, questions=QUESTIONS, *given:
     "reply, grade",
     [
         ("It is fine.\nGrade: 7", 7), ("Grade: 10", 10), ("**Grade: 1**.", 1), ("grade: 3\n\n", 3), ("Grade: 4\nso\nGrade: 4", 4),
-        ("Grade: 0", None), ("Grade: 11", None), ("Grade: 7/10", None), ("Grade: N", None), ("7", None), ("", None),
+        ("Grade: 0", None), ("Grade: 11", None), ("Grade: 20", None), ("Grade: 7/10", None), ("Grade: N", None), ("7", None), ("", None),
         ("Grade: 7\nbut", None), ("Grade: 7\nGrade: 8", None), ("Grade: 7.5", None), ("Grade: 1O", None),
     ],
 )  # fmt: skip
