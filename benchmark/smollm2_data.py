@@ -1,7 +1,7 @@
 """Rows for benchmark/smollm2.sh: chosen answers to train on beside held-out pairs of people's preferences, and summaries.
 
-Families of prompts stay on one side (benchmark/families.py). A family is held out by a hash of its name, so the split does not
-depend on how many rows are used. What is trained on has no rejected response.
+Families of prompts stay on one side (benchmark/families.py): a hash of its name says which. What is trained on has no rejected
+response.
 
     python benchmark/smollm2_data.py --pairs DATA/hh_harmless.jsonl --summaries DATA/debian_tldr.jsonl --output-dir runs/data
 """

@@ -147,7 +147,7 @@ def test_labels_of_llmbar_and_pandalm_become_pairs(tmp_path, capsys):
     llmbar = [
         {"input": f"q{i}", "output_1": "one", "output_2": "two", "label": label} for i, label in enumerate((2, 1))
     ]
-    votes = [(1, 1, 1), (2, 2, 0), (0, 0, 2), (1, 2, 2), (0, 1, 2), (0, 0, 0)]
+    votes = [(1, 1, 1), (2, 2, 0), (0, 0, 2), (1, 2, 2), (0, 1, 2), (0, 0, 0), (1, 0, 2)]
     panda = [
         {"instruction": "do", "input": "this" if i else "", "response1": "one", "response2": "two"}
         | {f"annotator{k}": v for k, v in enumerate(three, 1)}
@@ -164,7 +164,7 @@ def test_labels_of_llmbar_and_pandalm_become_pairs(tmp_path, capsys):
         ("llmbar-Natural", "q0", "two", "one"), ("llmbar-Natural", "q1", "one", "two"),
         ("pandalm", "do", "one", "two"), ("pandalm", "do\n\nthis", "two", "one"), ("pandalm", "do\n\nthis", "two", "one"),
     ]  # fmt: skip
-    assert pairs[-1]["id"] == "pandalm-3" and "3 pairs, 3 rows without a label left out" in capsys.readouterr().out
+    assert pairs[-1]["id"] == "pandalm-3" and "3 pairs, 4 rows without a label left out" in capsys.readouterr().out
     converter.write(converter.Args(files, str(tmp_path / "few.jsonl"), most=1))
     assert len((tmp_path / "few.jsonl").read_text().splitlines()) == 3
 
