@@ -55,8 +55,8 @@ method() {
   [ "$name" = "$full" ] || { shared+=(--lora-r 64) && sft_rate=${LORA_SFT_RATE:-2e-4} rate=${LORA_RATE:-5e-5}; }
   case $full in
     sft) once "$folder" "$name" sft.py "${shared[@]}" --learning-rate "$sft_rate" "$@" ;;
-    rft) once "$folder" rft rft.py "${shared[@]}" --learning-rate "$rate" --total-episodes "$episodes" --rollout-batch-size 32 \
-      --eval-updates 10 "$@" ;;
+    rft) once "$folder" rft rft.py "${shared[@]}" --learning-rate "$rate" --sft-epochs 0 --total-episodes "$episodes" \
+      --rollout-batch-size 32 --eval-updates 10 "$@" ;;
     spin) once "$folder" "$name" irft.py --T 1 "${shared[@]}" --learning-rate "$rate" "$@" ;;
     irft*) once "$folder" "$name" irft.py --T "${full#irft}" "${shared[@]}" --learning-rate "$rate" "$@" ;;
   esac
