@@ -46,7 +46,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, cost, gold, metrics, preference_data, records, tokenizers
+from extras import agreement, cost, gold, metrics, preference_data, records, tokenizers, two_cores
 
 
 # ---- the maths: SFT, and the reward ----
@@ -582,6 +582,7 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         sft_epochs=2, sft_learning_rate=4e-4, batch_size=32, num_generations=4, total_prompts=640, rollout_batch_size=64,
         eval_updates=5, per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
+    "smollm2": two_cores.row(Args),
     "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and N are ours
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", reward_model="pythia-1.4b",

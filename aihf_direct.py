@@ -43,7 +43,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import cost, metrics, preference_data, records
+from extras import cost, metrics, preference_data, records, two_cores
 
 
 # ---- the maths ----
@@ -446,6 +446,7 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         max_new_tokens=48, learning_rate=1e-4, lr_scheduler_type="linear", batch_size=32, per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
     ),
+    "smollm2": two_cores.row(Args),
     "pythia": dict(  # AIHF paper, Sec. 5: data; rate, batch, lengths and schedule are ours, the paper gives none
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, lr_scheduler_type="cosine", batch_size=64, per_device_train_batch_size=4,

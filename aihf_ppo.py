@@ -45,7 +45,7 @@ from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, 
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, cost, gold, metrics, preference_data, records, tokenizers
+from extras import agreement, cost, gold, metrics, preference_data, records, tokenizers, two_cores
 
 
 # ---- the maths: SFT, and the reward ----
@@ -615,6 +615,7 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         sft_learning_rate=4e-4, batch_size=32, total_episodes=960, rollout_batch_size=64, value_warmup_ratio=0.125,
         eval_updates=10, per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
+    "smollm2": two_cores.row(Args),
     "pythia": dict(  # AIHF paper, Sec. 5: data, reward's model, one epoch of SFT; rates, batches, lengths and episodes are ours
         dataset="hh-rlhf", max_samples=10_000, preference_dataset="hh-rlhf", max_preferences=0, eval_samples=500, max_length=1024,
         max_new_tokens=256, learning_rate=5e-7, reward_model="pythia-1.4b", reward_learning_rate=5e-6, sft_epochs=1,

@@ -6,6 +6,9 @@ calibration of a learned reward (--reward-model); gold score and win rates (--go
 demonstrations by an LLM judge (--judge-model). They are those the training scripts log, each with a 95% bootstrap interval over
 the rows.
 
+Three other jobs, each in place of these measures: --reward-pairs FILE, rewards on labelled pairs by subset (RewardBench's way);
+--mt-bench FILE, answers to two-turn questions graded by --judge-model; --lm-eval FILE..., one table from lm-eval's results.
+
 Samples are drawn from a random stream per row, the same for every policy, as in the training scripts.
 
 Dims: n held-out rows.
@@ -27,7 +30,7 @@ from typing import Annotated
 import numpy as np
 
 from common import demos, evals, models, rewards
-from common.args import BaseArgs, main, parse_args
+from common.args import BaseArgs, flag, main, parse_args, require
 from common.generation import Rollout, make_generator
 from common.ranges import NOT_NEGATIVE, POSITIVE
 from common.run import Run
@@ -38,6 +41,7 @@ from extras.table import print_table
 
 SETTINGS = {  # what auto means: the row that args.settings_row finds by the model's name; a flag that is given wins
     "tiny": dict(dataset="pydoc", eval_samples=200, max_length=256, max_new_tokens=48, per_device_eval_batch_size=64),
+    "smollm2": dict(dataset="pydoc", eval_samples=100, max_length=256, max_new_tokens=48, per_device_eval_batch_size=16),
     "pythia": dict(dataset="hh-rlhf", eval_samples=500, max_length=1024, max_new_tokens=256, per_device_eval_batch_size=32),
     "other": dict(dataset="ultrachat_200k", eval_samples=500, max_length=2048, max_new_tokens=256, per_device_eval_batch_size=16),
 }  # fmt: skip
@@ -57,6 +61,17 @@ class Args(BaseArgs):
     """scale of the implicit reward beta log pi/pi_ref, reward units per nat, > 0."""
     temperature: Annotated[float, POSITIVE] = 1.0
     """of all samples, > 0; other than 1 there is no KL. irl_ppo_tldr.py measures at 0.01."""
+    reward_pairs: str = ""
+    """pairs (RewardBench's columns prompt, chosen, rejected, subset) on which rewards are measured instead; empty: none."""
+    mt_bench: str = ""
+    """two-turn questions (FastChat's question.jsonl) that --model answers and --judge-model grades instead; empty: none."""
+    lm_eval: tuple[str, ...] = ()
+    """result files of lm-eval, or its output folders, of which a table is made instead; no model is loaded."""
+
+    def check(self) -> None:
+        super().check()
+        jobs = [flag(name) for name in ("reward_pairs", "mt_bench", "lm_eval") if getattr(self, name)]
+        require(len(jobs) < 2, "reward_pairs", " and ".join(jobs), "one of these flags at a time")
 
 
 METRICS = {**metrics.EVAL_METRICS, **metrics.REWARD_METRICS}  # name -> meaning, unit, range
@@ -83,6 +98,14 @@ def hold_out(run, reference, samples: Rollout, rows: list[dict], tokenizer) -> e
 
 
 def evaluate(args: Args) -> None:
+    if args.lm_eval:
+        from extras import lm_eval_table
+
+        return lm_eval_table.tabulate(args)
+    if args.reward_pairs or args.mt_bench:
+        from extras import mt_bench, reward_pairs
+
+        return reward_pairs.measure(args) if args.reward_pairs else mt_bench.measure(args)
     tokenizer = models.load_tokenizer(args)
     if args.ref_model:
         tokenizers.check_same_tokenizer(args, tokenizer, args.ref_model, "--ref-model")

@@ -43,7 +43,7 @@ from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.store import read_pairs
 from common.streams import data_order, learning_rate_at, make_optimizer
-from extras import cost, metrics, records
+from extras import cost, metrics, records, two_cores
 
 
 # ---- the maths ----
@@ -316,6 +316,7 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=6e-5,
         later_learning_rate=1.2e-5, batch_size=32, per_device_train_batch_size=16, per_device_eval_batch_size=64,
     ),
+    "smollm2": two_cores.row(Args),
     "pythia": dict(  # RFT paper, Sec. 5.1 and App. C, pythia-1.4b: batch 16 is two devices with 8; answers up to 256: ours
         dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
         later_learning_rate=1e-7, batch_size=16, per_device_train_batch_size=8, per_device_eval_batch_size=32,

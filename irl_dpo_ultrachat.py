@@ -50,7 +50,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, cost, gold, metrics, preference_data, records
+from extras import agreement, cost, gold, metrics, preference_data, records, two_cores
 from extras.cache import weights_digest
 
 
@@ -660,6 +660,7 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         num_generations=8, total_prompts=320, rollout_batch_size=64, eval_updates=5, per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
     ),
+    "smollm2": two_cores.row(Args),
     "zephyr-7b-sft-full": {**MISTRAL, "policy_objective": "best_of_n"},  # the draft's model; its tables give no more
     "other": MISTRAL,
 }  # fmt: skip

@@ -45,7 +45,7 @@ from common.ranges import ANY_NUMBER, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIV
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, cost, gold, lazy, metrics, preference_data, records
+from extras import agreement, cost, gold, lazy, metrics, preference_data, records, two_cores
 
 
 # ---- the maths: SFT, and the reward ----
@@ -691,7 +691,7 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         total_episodes=1024, rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=8,
         per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
-    "pythia": PAPER,
+    "smollm2": two_cores.row(Args), "pythia": PAPER,
     "other": {**PAPER, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 16},
 }  # fmt: skip
 

@@ -46,7 +46,7 @@ from common.ranges import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UP_TO_1, 
 from common.rewards import ActorCritic
 from common.run import Run
 from common.streams import data_order, learning_rate_at, make_optimizer, stream_seed
-from extras import agreement, cost, gold, metrics, records, tokenizers
+from extras import agreement, cost, gold, metrics, records, tokenizers, two_cores
 
 
 # ---- the maths: SFT, and the reward ----
@@ -545,9 +545,9 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         rollout_batch_size=64, value_warmup_ratio=0.125, eval_updates=15, per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
     ),
-    # RFT paper, Sec. 5.1 and App. C: rates, window, batch 8 (two devices with 4), also of PPO; 35,000 answers are the 17,500
-    # policy steps of Fig. 2, if a step is one of the optimizer: 4 for every 8 answers. Answers up to 256, rate of SFT: ours
-    "pythia": dict(
+    "smollm2": two_cores.row(Args),
+    # 35,000 answers are the 17,500 policy steps of Fig. 2, if a step is one of the optimizer: 4 for every 8 answers
+    "pythia": dict(  # RFT paper, Sec. 5.1, App. C: rates, window, batch 8 (two devices with 4); answers up to 256, SFT rate: ours
         dataset="hh-rlhf", max_samples=10_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=5e-7,
         reward_model="pythia-1b", reward_learning_rate=5e-7, sft_epochs=0, sft_learning_rate=2e-5, batch_size=8,
         total_episodes=35_000, rollout_batch_size=8, value_warmup_ratio=0.0, eval_updates=125, per_device_train_batch_size=4,

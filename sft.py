@@ -36,7 +36,7 @@ from common.logprobs import masked_sum, response_logprobs
 from common.ranges import AT_LEAST_1, POSITIVE
 from common.run import Run
 from common.streams import learning_rate_at, make_optimizer
-from extras import cost, metrics, records
+from extras import cost, metrics, records, two_cores
 
 
 # ---- the maths ----
@@ -154,6 +154,7 @@ SETTINGS = {  # what auto means: the row that args.settings_row finds by the mod
         dataset="pydoc", max_samples=1600, eval_samples=200, max_length=256, max_new_tokens=48, learning_rate=4e-4, batch_size=32,
         per_device_train_batch_size=32, per_device_eval_batch_size=64,
     ),
+    "smollm2": two_cores.row(Args, learning_rate=2e-5),
     "pythia": dict(  # RFT paper, Table 3 beside irft.py: data, batch 16, window; the rate is ours, from alignment-handbook
         dataset="ultrachat_200k", max_samples=50_000, eval_samples=500, max_length=1024, max_new_tokens=256, learning_rate=2e-5,
         batch_size=16, per_device_train_batch_size=8, per_device_eval_batch_size=32,

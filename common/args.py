@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 else:
     Auto = Literal["auto"]
 LARGEST = 2**32 - 1  # largest whole number of a flag: numpy takes no larger seed
-FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?"}  # row of SETTINGS -> the models it is for
+FAMILIES = {  # row of SETTINGS -> the models it is for
+    "pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?",
+    "smollm2": r"smollm2-135m(-.*)?",
+}
 
 
 @dataclass
@@ -259,7 +262,7 @@ def parse_args(cls, description: str, settings: dict[str, dict]):
     resolve_auto(args, settings)
     args.check()
     if os.environ.get("RANK", "0") == "0" and filled and len(settings) > 1:
-        models = {"other": "any other model", "pythia": "pythia up to 2.8b"}.get(row, row)
+        models = {"other": "any other model", "pythia": "pythia up to 2.8b", "smollm2": "smollm2-135m"}.get(row, row)
         print(f"settings: those for {models} (--model {args.model}) where no flag is given", flush=True)
     if getattr(args, "dry_run", False) and os.environ.get("RANK", "0") != "0":
         sys.exit(0)  # rank 0 prints the plan

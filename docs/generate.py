@@ -94,7 +94,7 @@ def flags_table(rows: dict[str, tuple[str, str]]) -> str:
 
 def settings_table(name: str) -> str:
     settings = SCRIPTS[name].SETTINGS
-    models = {"other": "any other", "pythia": "`pythia-14m` to `pythia-2.8b`"}
+    models = {"other": "any other", "pythia": "`pythia-14m` to `pythia-2.8b`", "smollm2": "`smollm2-135m`"}
     fields = dict.fromkeys(k for row in settings.values() for k in row)
     rows = [[flag(k), *(str(row.get(k, "")) for row in settings.values())] for k in fields]
     return table(["flag", *(models.get(k, f"`{k}`") for k in settings)], rows)

@@ -133,6 +133,11 @@ class Judge:
             for prompt, a, b in zip(prompts, ours, theirs, strict=True)
             for pair in ((a, b), (b, a))
         ]
+        first = np.array([parse_reply(reply) for reply in self.answers(requests, advance)]).reshape(-1, 2)
+        return np.stack([first[:, 0], 1 - first[:, 1]], axis=1)
+
+    def answers(self, requests: list[dict], advance=lambda n: None) -> list[str]:
+        """The reply to each request: from the cache, or asked for now. UserError as in compare."""
         keys = [hashlib.sha256(json.dumps(r).encode()).hexdigest() for r in requests]
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in self.replies}
         with ThreadPool(
@@ -141,12 +146,15 @@ class Judge:
             for _ in pool.imap_unordered(lambda item: self.store(*item), missing.items()):
                 advance(1)
         advance(len(requests) - len(missing))
-        first = np.array([parse_reply(self.replies[k]) for k in keys]).reshape(-1, 2)
-        return np.stack([first[:, 0], 1 - first[:, 1]], axis=1)
+        return [self.replies[k] for k in keys]
 
     def request(self, prompt: str, a: str, b: str) -> dict:
-        """The body of the request that shows a first; max_tokens is the name that local servers know too."""
-        message = {"role": "user", "content": self.template.format(prompt=prompt, a=a, b=b)}
+        """The body of the request that shows a first."""
+        return self.body(self.template.format(prompt=prompt, a=a, b=b))
+
+    def body(self, question: str) -> dict:
+        """The body of a request; max_tokens is the name that local servers know too."""
+        message = {"role": "user", "content": question}
         return {"model": self.model, "messages": [message], "temperature": 0.0, "max_tokens": MAX_TOKENS}
 
     def store(self, key: str, request: dict) -> None:

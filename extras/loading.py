@@ -27,6 +27,7 @@ MODELS = {  # short name -> hub id; a local folder of the same name wins
     "pythia-1.4b": "EleutherAI/pythia-1.4b",
     "pythia-2.8b": "EleutherAI/pythia-2.8b",
     "pythia-6.9b": "EleutherAI/pythia-6.9b",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "beaver-7b-v3.0-reward": "PKU-Alignment/beaver-7b-v3.0-reward",
 }
 

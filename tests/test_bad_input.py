@@ -378,6 +378,7 @@ def test_another_number_of_processes_than_was_launched_is_refused(monkeypatch, s
         ("pythia-1.4b", "pythia"), ("EleutherAI/pythia-1.4b-deduped", "pythia"), ("pythia-160m-seed1", "pythia"), ("./Pythia-1B", "pythia"),
         ("pythia-6.9b", "other"), ("EleutherAI/pythia-12b-deduped", "other"), ("pythia", "other"), ("pythia-1.4bx", "other"),
         ("OpenAssistant/pythia-chat", "other"), ("zephyr-7b-sft-full", "other"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2"), ("./smollm2-135m", "smollm2"), ("SmolLM2-1.7B", "other"),
     ],
 )  # fmt: skip
 def test_a_model_takes_the_settings_of_its_own_name_alone(model, row, monkeypatch, capsys):
@@ -385,13 +386,13 @@ def test_a_model_takes_the_settings_of_its_own_name_alone(model, row, monkeypatc
     monkeypatch.setattr(sys, "argv", ["irft.py", "--model", model])
     assert settings_row(model, module.SETTINGS) == row
     args = parse_args(module.Args, "", module.SETTINGS)
-    assert (args.dataset == "pydoc") == (row == "tiny")
-    said = {"tiny": "tiny", "pythia": "pythia up to 2.8b", "other": "any other model"}[row]
+    assert (args.dataset == "pydoc") == (row in ("tiny", "smollm2"))
+    said = {"tiny": "tiny", "pythia": "pythia up to 2.8b", "smollm2": "smollm2-135m", "other": "any other model"}[row]
     assert f"settings: those for {said} (--model {model})" in capsys.readouterr().out
 
 
 def test_every_row_of_settings_is_found_by_some_name():
-    names = {"pythia": "pythia-1.4b", "other": "llama"}
+    names = {"pythia": "pythia-1.4b", "smollm2": "SmolLM2-135M-Instruct", "other": "llama"}
     of_models = [module for module in SCRIPTS.values() if hasattr(module.Args, "model")]
     assert len(of_models) == len(SCRIPTS) - 1  # aihf_mujoco.py goes by the environment
     for module in of_models:

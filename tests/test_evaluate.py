@@ -19,7 +19,7 @@ from common.args import RunArgs, main, parse_args, resolve_auto
 from common.data import encode
 from common.run import Run
 from common.store import read_pairs
-from extras import gold, records, statistics, tokenizers
+from extras import gold, lm_eval_table, records, reward_pairs, statistics, tokenizers
 from extras.metrics import JUDGE_METRICS
 from extras.sources import load_rows
 from extras.tokenizers import check_same_tokenizer
@@ -664,3 +664,178 @@ def test_an_interrupted_scoring_keeps_its_finished_blocks(selecting, monkeypatch
     monkeypatch.setattr(gold.GoldReward, "score", original)
     direct = gold.GoldReward(one).score(demonstrations, texts(demonstrations), [True] * N)
     assert found == pytest.approx(direct, abs=1e-5)
+
+
+# ---- rewards on labelled pairs ----
+def labelled_rows() -> list[dict]:
+    """Seven pairs of two subsets; the prompt of the first is too long for the window, and the third has as many tokens in both."""
+    texts = [
+        ("so", "so it is"),
+        ("yes", "yes it is so"),
+        ("a b", "b a"),
+        ("no no no no", "no"),
+        ("on", "on and on"),
+        ("up", "up it"),
+        ("in it", "in"),
+    ]
+    prompts = ["x" * 400, *(f"question {i}" for i in range(1, 7))]
+    subsets = ["easy", "hard", "easy", "hard", "easy", "easy", "hard"]
+    rows = zip(prompts, texts, subsets, strict=True)
+    return [{"id": i, "prompt": p, "chosen": c, "rejected": r, "subset": s} for i, (p, (c, r), s) in enumerate(rows)]
+
+
+def measure_pairs(place: Path, out: str, rows: list[dict], *flags: str) -> tuple[dict, list[dict]]:
+    file = jsonl(place / f"{out}.jsonl", rows)
+    with as_typed(words(place, out, "--reward-pairs", file, *flags)):
+        main(lambda: evaluate.evaluate(parse_args(evaluate.Args, evaluate.__doc__, evaluate.SETTINGS)))
+    return json.loads((place / out / "reward_pairs.json").read_text()), read_pairs(
+        place / out / "evals" / "reward_pairs.parquet"
+    )
+
+
+@pytest.fixture(scope="module")
+def labelled(place):
+    return measure_pairs(
+        place, "labelled", labelled_rows(), "--ref-model", place / "ref", "--reward-model", place / "reward"
+    )
+
+
+def test_scores_of_pairs_are_those_of_transformers_one_sequence_at_a_time(labelled, place):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    result, stored = labelled
+    assert [r["row"] for r in stored] == [1, 2, 3, 4, 5, 6]
+    assert [r["subset"] for r in stored] == ["hard", "easy", "hard", "easy", "easy", "hard"]
+    policy, ref = (AutoModelForCausalLM.from_pretrained(place / name).eval() for name in ("model", "ref"))
+    reward = AutoModelForSequenceClassification.from_pretrained(place / "reward").eval()
+    reward.config.pad_token_id = None  # else it would skip the EOS that ends a response
+    tokenizer = make_tokenizer()
+    for r in stored:
+        row = labelled_rows()[r["row"]]
+        prompt = tokenizer(f"### Instruction: {row['prompt']}\n\n### Response: ")["input_ids"]
+        for kind in ("chosen", "rejected"):
+            ids = [*tokenizer(row[kind])["input_ids"], tokenizer.eos_token_id]
+            log_pi, log_ref = log_prob(policy, prompt, ids), log_prob(ref, prompt, ids)
+            assert r[f"log_prob_{kind}"] == pytest.approx(log_pi, abs=1e-3)
+            assert r[f"implicit_{kind}"] == pytest.approx(0.1 * (log_pi - log_ref), abs=1e-4)
+            with torch.no_grad():
+                assert r[f"learned_{kind}"] == pytest.approx(
+                    reward(torch.tensor([prompt + ids])).logits.item(), abs=1e-4
+                )
+            assert r[f"shorter_{kind}"] == -len(ids)
+    for name in reward_pairs.REWARDS:
+        wins = [half_ties([r[f"{name}_chosen"]], [r[f"{name}_rejected"]]) for r in stored]
+        assert result["accuracy"][name]["all pairs"]["value"] == pytest.approx(np.mean(wins))
+
+
+def test_accuracy_by_subset_of_a_reward_that_is_known(labelled):
+    """Shorter is better: the pairs of `easy` are a tie and two wins, of `hard` a win and two losses."""
+    found = labelled[0]["accuracy"]["shorter"]
+    assert {name: (e["value"], e["pairs"]) for name, e in found.items()} == {
+        "hard": (pytest.approx(1 / 3), 3), "easy": (pytest.approx(2.5 / 3), 3),
+        "mean over subsets": (pytest.approx(3.5 / 6), 6), "all pairs": (pytest.approx(3.5 / 6), 6),
+    }  # fmt: skip
+
+
+def test_intervals_are_drawn_within_subsets_and_the_mean_weighs_them_alike():
+    wins = np.array([1.0, 0.0, 1.0, 0.5, 1.0, 1.0])
+    found = reward_pairs.accuracies(wins, ["a", "a", "b", "a", "a", "a"])
+    assert (found["a"]["value"], found["b"]["value"]) == (0.7, 1.0) and (found["a"]["pairs"], found["b"]["pairs"]) == (
+        5,
+        1,
+    )
+    assert found["mean over subsets"]["value"] == 0.85 and found["all pairs"]["value"] == pytest.approx(4.5 / 6)
+    for end in ("low", "high"):  # b has one pair, which is right in every draw
+        assert found["b"][end] == 1
+        assert found["mean over subsets"][end] == pytest.approx((found["a"][end] + 1) / 2)
+        assert found["all pairs"][end] == pytest.approx((5 * found["a"][end] + 1) / 6)
+    assert found["a"]["low"] < 0.5 < 0.9 < found["a"]["high"]
+    many = np.random.default_rng(0).random(400) < 0.6
+    wide = reward_pairs.accuracies(many.astype(float), ["a"] * 400)["a"]
+    assert wide["high"] - wide["low"] == pytest.approx(2 * 1.96 * many.std() / 20, rel=0.08)
+
+
+def test_a_reward_on_pairs_turned_round_has_the_other_accuracy(labelled, place):
+    turned = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in labelled_rows()]
+    for row in turned:
+        del row["subset"]
+    flags = ("--ref-model", place / "ref", "--reward-model", place / "reward", "--beta", "0.3")
+    found, _ = measure_pairs(place, "turned", turned, *flags)
+    for name, table in found["accuracy"].items():
+        assert set(table) == {"all", "mean over subsets", "all pairs"}
+        assert table["all"]["value"] == pytest.approx(1 - labelled[0]["accuracy"][name]["all pairs"]["value"]), name
+
+
+def test_a_policy_without_a_reference_has_no_implicit_reward_and_one_equal_to_it_has_ties(place, capsys):
+    alone, _ = measure_pairs(place, "pairs_alone", labelled_rows())
+    assert list(alone["accuracy"]) == ["log_prob", "shorter"] and "all pairs" in capsys.readouterr().out
+    itself, _ = measure_pairs(place, "pairs_itself", labelled_rows(), "--ref-model", place / "model")
+    assert all(e["value"] == e["low"] == e["high"] == 0.5 for e in itself["accuracy"]["implicit"].values())
+
+
+# ---- results of lm-eval ----
+def lm_eval_results(**changes) -> dict:
+    """The parts of a result file of lm-eval 0.4.13 that are read."""
+    return {
+        "results": {
+            "truthfulqa_mc2_local": {"alias": "t", "acc,none": 0.4, "acc_stderr,none": 0.0123},
+            "gsm8k": {
+                "alias": "g", "exact_match,strict-match": 0.015, "exact_match_stderr,strict-match": 0.003,
+                "exact_match,flexible-extract": 0.02, "exact_match_stderr,flexible-extract": 0.004,
+            },
+            "arc_challenge": {"alias": "a", "acc,none": 0.2, "acc_norm,none": 0.25, "acc_stderr,none": 0.1, "acc_norm_stderr,none": "N/A"},
+            "other": {"alias": "o", "acc,none": 0.5, "acc_stderr,none": 0.05, "f1,none": 0.6, "f1_stderr,none": 0.06},
+        },
+        "n-shot": {"truthfulqa_mc2_local": 0, "gsm8k": 5, "arc_challenge": 0, "other": 3},
+        "n-samples": {"truthfulqa_mc2_local": {"original": 817, "effective": 817}, "gsm8k": {"original": 1319, "effective": 100}},
+        "model_name": "runs/x/final",
+    } | changes  # fmt: skip
+
+
+def tabulated(folder: Path, *words: str) -> str:
+    with as_typed(["evaluate.py", "--lm-eval", *words, "--output-dir", str(folder)]):
+        main(lambda: evaluate.evaluate(parse_args(evaluate.Args, evaluate.__doc__, evaluate.SETTINGS)))
+    return (folder / "lm_eval.md").read_text()
+
+
+def test_the_table_of_lm_eval_has_the_papers_metrics_and_tells_other_shots(tmp_path):
+    for name, value, time in (("b", 0.1, "01"), ("b", 0.3, "02")):  # an older and a newer result of one model
+        (tmp_path / "out" / name).mkdir(parents=True, exist_ok=True)
+        results = {"gsm8k_local": {"exact_match,strict-match": value, "exact_match_stderr,strict-match": 0.0}}
+        file = tmp_path / "out" / name / f"results_2026-01-{time}T00-00-00.json"
+        file.write_text(json.dumps(lm_eval_results(results=results, model_name="base")))
+    (tmp_path / "one.json").write_text(json.dumps(lm_eval_results()))
+    text = tabulated(tmp_path / "table", str(tmp_path / "one.json"), str(tmp_path / "out"))
+    assert text.splitlines()[2:] == [
+        "| base | gsm8k_local | exact_match, strict-match |  |  | 30.00 ± 0.00 |",
+        "| runs/x/final | truthfulqa_mc2_local | acc | 0 | 817 | 40.00 ± 1.23 |",
+        "| runs/x/final | gsm8k | exact_match, strict-match | 5 | 100 | 1.50 ± 0.30 |",
+        "| runs/x/final | arc_challenge | acc_norm | 0 (usual: 25) |  | 25.00 |",
+        "| runs/x/final | other | acc | 3 |  | 50.00 ± 5.00 |",
+        "| runs/x/final | other | f1 | 3 |  | 60.00 ± 6.00 |",
+    ]
+    rows = json.loads((tmp_path / "table" / "lm_eval.json").read_text())["rows"]
+    assert [r["value"] for r in rows] == [0.3, 0.4, 0.015, 0.25, 0.5, 0.6] and rows[3]["stderr"] is None
+    assert set(lm_eval_table.SHOTS) == set(lm_eval_table.METRICS)
+
+
+OTHER_JOBS = {  # name -> (flags, what the one line says)
+    "no such pairs": (["--reward-pairs", "nowhere.jsonl"], "--reward-pairs: found no file nowhere.jsonl"),
+    "two jobs": (
+        ["--reward-pairs", "a.jsonl", "--mt-bench", "b.jsonl"],
+        "found --reward-pairs and --mt-bench, expected one",
+    ),
+    "no judge": (["--mt-bench", "b.jsonl"], "--mt-bench: found b.jsonl, expected --judge-model beside it"),
+    "no results": (["--lm-eval", "nowhere"], "--lm-eval: found no results_*.json at nowhere"),
+    "no result file": (["--lm-eval", "{place}/preferences.jsonl"], "expected a result file of lm-eval 0.4"),
+    "demonstrations": (["--reward-pairs", "{place}/data.jsonl"], "expected a preference: prompt/chosen/rejected"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_JOBS)
+def test_bad_input_of_the_other_jobs_ends_with_one_clear_line(place, capsys, name):
+    given, expected = OTHER_JOBS[name]
+    with pytest.raises(SystemExit) as stop:
+        measure(place, f"bad_{name.replace(' ', '_')}", *(word.format(place=place) for word in given))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1 and expected in errors[0], errors

@@ -1,0 +1,216 @@
+"""Tables of benchmark/smollm2.sh: held-out pairs of people, summaries, labelled pairs by subset, lm-eval, MT-Bench.
+
+Parts that are not there are left out, so it can be called at any time. Intervals are 95%: a hierarchical bootstrap over seeds and
+held-out rows, over rows alone where there is one seed.
+
+    python benchmark/smollm2_table.py --runs runs/smollm2 --output runs/smollm2
+"""
+
+import json
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.tables import (  # noqa: E402
+    about_intervals,
+    cell,
+    columns_of,
+    evaluations,
+    markdown,
+    of_seeds,
+    read_json,
+    require_measures,
+)
+from common import UserError  # noqa: E402
+from common.args import main
+from common.evals import pairwise_wins
+from common.store import read_pairs
+from extras import lm_eval_table
+
+LABELS = {"sft": "SFT", "spin": "SPIN", "rft": "RFT"}
+HH = {  # column -> measure of an evaluation's rows, digits
+    "NLL": ("nll", 2),
+    "log-prob gap": ("logps/gap", 2),
+    "accuracy, implicit reward": ("rewards/accuracies", 3),
+    "KL": ("kl_k1", 2),
+    "length": ("completions/mean_length", 1),
+}
+SUMMARIES = {"KL": ("kl_k1", 2), "NLL": ("nll", 2), "ROUGE-L": ("rouge_l", 3), "length": ("completions/mean_length", 1)}
+
+
+@dataclass
+class Args:
+    runs: str
+    """folder that benchmark/smollm2.sh fills."""
+    output: str = "runs/smollm2"
+    """folder for smollm2.md."""
+
+
+def label(name: str) -> str:
+    """irft5_lora -> IRFT, T = 5, LoRA."""
+    method, _, lora = name.partition("_")
+    shown = f"IRFT, T = {method[4:]}" if method.startswith("irft") else LABELS.get(method, method)
+    return f"{shown}, LoRA" if lora else shown
+
+
+def runs_of(folder: Path) -> dict[str, list[Path]]:
+    """{method: its finished runs, one a seed} below the folders of seeds, full weights before LoRA."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("[0-9]*/*/final/manifest.json")):
+        found.setdefault(path.parent.parent.name, []).append(path.parent.parent)
+    return dict(sorted(found.items(), key=lambda item: ("lora" in item[0], item[0])))
+
+
+# ---- part 1 ----
+def hh_table(folder: Path) -> str:
+    """Rows: the start, then every method's last evaluation. The learned reward of RFT has a column of its own."""
+    methods = runs_of(folder)
+    seeds, rows = max(map(len, methods.values())), []
+    for name, runs in methods.items():
+        every = [evaluations(run) for run in runs]
+        for one, run in zip(every, runs, strict=True):
+            require_measures(one[-1].columns, [measure for measure, _ in HH.values()], run)
+        if not rows:
+            rows.append(["start", *hh_cells([every[0][0].columns]), ""])
+        learned = [pairwise_wins(scores["chosen"], scores["rejected"]) for run in runs for scores in last_reward(run)]
+        shown = cell(learned, 3) if learned else ""
+        rows.append([of_seeds(label(name), len(runs), seeds), *hh_cells([one[-1].columns for one in every]), shown])
+    return f"{about_intervals(seeds)}\n\n{markdown(['', *HH, 'accuracy, learned reward'], rows)}"
+
+
+def hh_cells(columns: list[dict]) -> list[str]:
+    return [cell([one[measure] for one in columns], digits) for measure, digits in HH.values()]
+
+
+def last_reward(run: Path) -> list[dict]:
+    """[columns of the last reward model's scores of held-out pairs], empty for a run without one."""
+    files = sorted((run / "evals").glob("reward_*.parquet"), key=lambda path: int(path.stem.partition("_")[2]))
+    return [columns_of(files[-1], "--runs")] if files else []
+
+
+# ---- part 2 ----
+def summaries_table(folder: Path, demonstrations: Path) -> str:
+    """A row for every evaluation of every method, so that methods can be compared at equal KL; greedy ROUGE-L at the end."""
+    texts = [json.loads(line)["completion"] for line in demonstrations.read_text().splitlines()]
+    methods = runs_of(folder)
+    seeds, rows = max(map(len, methods.values())), []
+    for name, runs in methods.items():
+        every = [evaluations(run) for run in runs]
+        for i in range(min(map(len, every))):
+            cells = [cell([one[i].columns[measure] for one in every], digits) for measure, digits in SUMMARIES.values()]
+            last = i == min(map(len, every)) - 1
+            files = [run.parent / "greedy" / name / "evals" / "0000.parquet" for run in runs]
+            greedy = [columns_of(file, "--runs")["rouge_l"] for file in files if last and file.is_file()]
+            tests = [samples_told_apart(run, one[i].number, texts) for run, one in zip(runs, every, strict=True)]
+            shown = [cell(greedy, 3) if greedy else "", f"{np.mean(tests):.3f}"]
+            rows.append([of_seeds(label(name), len(runs), seeds), str(every[0][i].step), *cells, *shown])
+    header = ["", "updates", *SUMMARIES, "ROUGE-L, greedy", "two-sample test"]
+    note = "Two-sample test: accuracy of a classifier between demonstrations and samples; 0.5 if it cannot tell them apart."
+    return f"{about_intervals(seeds)} {note}\n\n{markdown(header, rows)}"
+
+
+def samples_told_apart(run: Path, number: int, demonstrations: list[str]) -> float:
+    stored = read_pairs(run / "evals" / f"{number:04d}.parquet")
+    return told_apart([demonstrations[row["row"]] for row in stored], [row["sample"] for row in stored])
+
+
+def told_apart(first: list[str], second: list[str], width: int = 4096, steps: int = 300) -> float:
+    """Classifier two-sample test: accuracy of telling texts of `first` from those of `second`, each fold by the other's model.
+
+    Logistic regression with a ridge on hashed 1- and 2-grams of words and the length. Texts i of both are in the same fold,
+    since they answer one prompt.
+    """
+    n = len(first)
+    features = np.stack([hashed(text, width) for text in (*first, *second)])
+    target, fold = np.repeat([1.0, 0.0], n), np.tile(np.arange(n) % 2, 2)
+    right = np.zeros(2 * n)
+    for held in (0, 1):
+        x, y = features[fold != held], target[fold != held]
+        weights = np.zeros(width + 2)
+        for _ in range(steps):
+            gradient = x.T @ (1 / (1 + np.exp(-x @ weights)) - y) / len(y) + 1e-3 * weights
+            weights -= gradient
+        margins = features[fold == held] @ weights
+        right[fold == held] = pairwise_wins(margins * (2 * target[fold == held] - 1), np.zeros_like(margins))
+    return float(right.mean())
+
+
+def hashed(text: str, width: int) -> np.ndarray:
+    """(width + 2,): counts of hashed words and pairs of words, of unit norm; log length; 1."""
+    words = text.lower().split()
+    vector = np.zeros(width + 2)
+    for gram in (*words, *(" ".join(pair) for pair in zip(words, words[1:], strict=False))):
+        vector[zlib.crc32(gram.encode()) % width] += 1
+    vector[:width] /= max(np.linalg.norm(vector), 1.0)
+    vector[width:] = np.log1p(len(words)) - 2, 1  # near 0, so that its weight and the constant's are learned apart
+    return vector
+
+
+# ---- part 3 ----
+def pairs_table(folder: Path) -> str:
+    """Accuracy of each model's rewards: its learned one, else its implicit one, else log pi. A column per subset."""
+    rows, header = [], []
+    for path in sorted(folder.rglob("reward_pairs.json")):
+        accuracy = read_json(path, "--runs")["accuracy"]
+        for reward in accuracy:
+            own = accuracy[reward]
+            header = header or ["model", "reward", *(f"{subset} ({e['pairs']})" for subset, e in own.items())]
+            shown = (f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in own.values())
+            rows.append([str(path.parent.relative_to(folder)), reward, *shown])
+    return markdown(header, rows)
+
+
+def lm_eval_rows(folder: Path) -> str:
+    """The table of lm-eval's results, with the names of the runs in place of the folders of their models."""
+    rows = []
+    for path in lm_eval_table.result_files(folder):
+        name = str(path.relative_to(folder).parent.parent.parent)  # below it: the task, then the model's folder
+        rows += [{**row, "model": name} for row in lm_eval_table.read_results(path)]
+    return lm_eval_table.markdown(sorted(rows, key=lambda row: (row["task"], row["model"])))
+
+
+def mt_bench_table(folder: Path) -> str:
+    rows = []
+    for path in sorted(folder.rglob("mt_bench.json")):
+        found = read_json(path, "--runs")
+        shown = (found[part]["value"] for part in ("turn_1", "turn_2", "both"))
+        rows.append(
+            [
+                str(path.parent.relative_to(folder)),
+                *(f"{v:.2f}" if v is not None else "" for v in shown),
+                str(found["ungraded"]),
+            ]
+        )
+    return markdown(["model", "first turn", "second turn", "both", "without a grade"], rows)
+
+
+def write(args: Args) -> None:
+    runs, parts = Path(args.runs), []
+    if runs_of(runs / "hh"):
+        parts += ["## Held-out pairs of people, chosen answers trained on alone\n", hh_table(runs / "hh")]
+    if runs_of(runs / "summaries"):
+        held_out = runs / "data" / "summaries_held_out.jsonl"
+        parts += ["## Summaries\n", summaries_table(runs / "summaries", held_out)]
+    for title, name, file, table in (
+        ("Labelled pairs", "pairs", "reward_pairs.json", pairs_table),
+        ("lm-eval", "lm_eval", "results_*.json", lm_eval_rows),
+        ("MT-Bench", "mt_bench", "mt_bench.json", mt_bench_table),
+    ):
+        if any((runs / "field" / name).rglob(file)):
+            parts += [f"## {title}\n", table(runs / "field" / name)]
+    if not parts:
+        raise UserError(f"--runs: found no finished run in {runs}, expected a folder of benchmark/smollm2.sh")
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "smollm2.md").write_text("\n".join(parts))
+    print("\n".join(parts))
+    print(f"table: {out / 'smollm2.md'}")
+
+
+if __name__ == "__main__":
+    main(lambda: write(tyro.cli(Args, description=__doc__)))
