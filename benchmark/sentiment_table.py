@@ -1,0 +1,523 @@
+"""Tables, samples and figures of benchmark/sentiment.sh: the methods of the AIHF paper with a known reward of film reviews.
+
+Every measure of samples comes from the evaluations of the runs; the gold score is that of benchmark/film.py on the stored
+texts. Intervals are 95%: a hierarchical bootstrap over seeds and held-out rows.
+
+    python benchmark/sentiment_table.py --runs runs/sentiment --gold runs/film/world --output runs/sentiment
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.film import Gold  # noqa: E402
+from benchmark.tables import (  # noqa: E402
+    Columns,
+    about_intervals,
+    cell,
+    columns_of,
+    evaluations,
+    markdown,
+    mean_and_interval,
+    of_seeds,
+    read_json,
+    require_same_rows,
+)
+from common import UserError
+from common.args import main
+from common.evals import pairwise_wins
+from common.store import read_pairs
+from extras.sources import load_rows
+
+METHODS = {  # folder -> label
+    "sft": "SFT", "dpo": "DPO", "rlhf": "RLHF (online DPO)", "rlhf_sft": "RLHF from SFT", "rlhf_ppo": "RLHF (PPO)",
+    "direct": "Direct AIHF", "self_play": "Self-Play AIHF", "aihf": "AIHF (online DPO)", "aihf_ppo": "AIHF (PPO)",
+}  # fmt: skip
+LEARNED = (
+    "rlhf",
+    "rlhf_sft",
+    "rlhf_ppo",
+    "aihf",
+    "aihf_ppo",
+)  # those with a reward model; the others' is log pi/pi_base
+MEASURES = {  # column -> (measure, digits)
+    "gold of samples": ("gold", 3),
+    "less the base's": ("gain", 3),
+    "KL to the base, nats": ("kl_k1", 2),
+    "NLL of demonstrations": ("nll", 2),
+    "length": ("completions/mean_length", 1),
+    "without end": ("completions/clipped_ratio", 3),
+}
+CONTRASTS = [
+    ("aihf", "rlhf"), ("aihf_ppo", "rlhf_ppo"), ("aihf", "rlhf_sft"), ("aihf", "sft"), ("aihf", "dpo"), ("aihf", "direct"),
+    ("aihf", "self_play"), ("direct", "dpo"), ("self_play", "dpo"), ("direct", "rlhf"), ("self_play", "rlhf"),
+    ("rlhf_sft", "rlhf"),
+]  # fmt: skip
+PAIRS = {"held_out_medium_low": "medium over low", "held_out_high_medium": "high over medium"}
+KLS = (0.3, 1.0, 3.0)
+EQUAL = 20  # policy steps at which methods are compared
+GATES = (0.80, 0.10, 0.65)  # own samples; above length and end; another row's demonstration
+COLORS = {
+    "sft": "#888888", "dpo": "#4477aa", "rlhf": "#ee6677", "rlhf_sft": "#ccbb44", "rlhf_ppo": "#ee6677",
+    "direct": "#aa3377", "self_play": "#332288", "aihf": "#228833", "aihf_ppo": "#228833",
+}  # fmt: skip
+DASHED = {"rlhf_ppo", "aihf_ppo"}
+SHOWN = 3  # prompts whose answers are printed
+
+
+@dataclass
+class Args:
+    runs: str
+    """folder of benchmark/sentiment.sh: <preferences>/<seed>/<method>."""
+    gold: str
+    """folder of the gold reward, made by benchmark/film.py."""
+    main: int = 300
+    """preferences of the main comparison."""
+    output: str = "runs/sentiment"
+    """folder for the tables and figures."""
+
+
+@dataclass
+class Point:
+    """One evaluation of a run."""
+
+    updates: int  # optimizer steps of the policy, without those of a reward model
+    columns: Columns  # measure -> (rows,)
+    texts: list[str]
+
+
+@dataclass
+class Trial:
+    """A finished run."""
+
+    folder: Path
+    points: list[Point]
+
+
+# ---- measures ----
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, the mean rank for equal values. (n,)"""
+    return pairwise_wins(values[:, None], values).sum(1) - 0.5
+
+
+def rank_correlation_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Values (n,) whose mean is Spearman's correlation of a and b, and whose spread is its influence function's.
+
+    Of standardised ranks x and y: x y - rho (x^2 + y^2 - 2) / 2. So the bootstrap of a mean is one of the correlation.
+    """
+    x, y = ((r - r.mean()) / r.std() for r in (ranks(a), ranks(b)))
+    rho = (x * y).mean()
+    return x * y - rho * (x**2 + y**2 - 2) / 2
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Kolmogorov's distance of two samples, each standardised: the largest difference of their distribution functions."""
+    a, b = (np.sort((v - v.mean()) / v.std()) for v in (a, b))
+    every = np.concatenate([a, b])
+    shares = (np.searchsorted(v, every, side="right") / len(v) for v in (a, b))
+    return float(np.abs(np.subtract(*shares)).max())
+
+
+def at_kl(points: list[Point], target: float, measure: str = "gold") -> np.ndarray | None:
+    """The measure (rows,) on the straight line between the two evaluations around the first crossing of the mean KL.
+
+    None if the run never comes so far.
+    """
+    kls = [p.columns["kl_k1"].mean() for p in points]
+    for k in range(1, len(points)):
+        if kls[k - 1] < target <= kls[k]:
+            share = (target - kls[k - 1]) / (kls[k] - kls[k - 1])
+            before, after = (points[i].columns[measure] for i in (k - 1, k))
+            return (1 - share) * before + share * after
+    return None
+
+
+def shape_accuracy(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
+    """Right or not (n,) for pairs judged by a logistic model of length and end alone, each half by the other half's model.
+
+    better, worse: (n, 2) tokens, 1 where the answer has an end. Equal answers count half.
+    """
+    x = (better - worse).astype(float)
+    found = np.empty(len(x))
+    halves = np.arange(len(x)) % 2 == 0
+    for half in (halves, ~halves):
+        found[half] = pairwise_wins(x[half] @ logistic(x[~half]), np.zeros(half.sum()))
+    return found
+
+
+def logistic(x: np.ndarray, ridge: float = 1e-3, steps: int = 50) -> np.ndarray:
+    """Weights (d,) of the logistic model by which rows x (n, d), differences of better and worse, are positive. Newton."""
+    w = np.zeros(x.shape[1])
+    for _ in range(steps):
+        p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
+        gradient = x.T @ (1 - p) / len(x) - ridge * w
+        hessian = (x * (p * (1 - p))[:, None]).T @ x / len(x) + ridge * np.eye(len(w))
+        w = w + np.linalg.solve(hessian, gradient)
+    return w
+
+
+# ---- runs ----
+def policy_updates(folder: Path, number: int, step: int) -> int:
+    """Optimizer steps of the policy at an evaluation. `number`: of its file; `step`: all optimizer steps of the run."""
+    stored = read_json(folder / "args.json", "--runs")
+    args = stored["args"]
+    if stored["script"] == "aihf":
+        return number * args["num_policy_epochs"] * -(-args["rollout_batch_size"] // args["batch_size"])
+    if stored["script"] == "aihf_ppo":
+        return number * args["num_ppo_epochs"] * args["num_mini_batches"]
+    return step
+
+
+def load(folder: Path, gold: Gold) -> Trial:
+    """A finished run, with the gold score of its samples."""
+    points = []
+    for found in evaluations(folder):
+        texts = [row["sample"] for row in read_pairs(folder / "evals" / f"{found.number:04d}.parquet")]
+        columns = {**found.columns, "gold": gold.score(texts)}
+        points.append(Point(policy_updates(folder, found.number, found.step), columns, texts))
+    return Trial(folder, points)
+
+
+def trials(root: Path, gold: Gold) -> dict[str, list[Trial]]:
+    """{method: its runs, a seed each} below <root>/<seed>/<method>; seeds that lack a method are left out for it."""
+    seeds = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: int(p.name)) if root.is_dir() else []
+    found = {m: [load(s / m, gold) for s in seeds if (s / m / "done").is_file()] for m in METHODS}
+    return {m: runs for m, runs in found.items() if runs}
+
+
+def add_gain(sizes: dict[int, dict[str, list[Trial]]], base: np.ndarray) -> None:
+    """Give every evaluation the measure `gain`: gold less that of the base's samples, (rows,)."""
+    for run in [run for methods in sizes.values() for runs in methods.values() for run in runs]:
+        for point in run.points:
+            point.columns["gain"] = point.columns["gold"] - base
+
+
+def last(runs: list[Trial]) -> list[Columns]:
+    return [run.points[-1].columns for run in runs]
+
+
+def own_reward(method: str, run: Trial) -> np.ndarray:
+    """Reward of the policy's last samples: the learned one, or log pi/pi_base of the policy itself. (rows,)"""
+    columns = run.points[-1].columns
+    return columns["reward/samples"] if method in LEARNED else columns["kl_k1"]
+
+
+def pair_wins(run: Trial, name: str) -> np.ndarray:
+    """Right or not for each held-out pair of that file, by the run's reward. (pairs,)"""
+    rows = [r for r in read_pairs(run.folder / "pairs.parquet") if r["pairs"] == name]
+    chosen, rejected = (np.array([r[kind] for r in rows]) for kind in ("chosen", "rejected"))
+    return pairwise_wins(chosen, rejected)
+
+
+def last_reward(folder: Path) -> Columns:
+    """Scores of the last reward of a run on held-out rows: chosen, rejected (the first policy's sample), shuffled."""
+    return columns_of(sorted((folder / "evals").glob("reward_*.parquet"))[-1], "--runs")
+
+
+def shapes(folder: Path, kind: str) -> np.ndarray:
+    """(rows, 2): tokens and whether there is an end, of the demonstrations or of the first policy's samples."""
+    start = columns_of(folder / "evals" / "0000.parquet", "--runs")
+    if kind == "samples":
+        return np.stack([start["completions/mean_length"], 1 - start["completions/clipped_ratio"]], 1)
+    length = start["lengths/demonstrations"]
+    return np.stack([length, np.ones_like(length)], 1)
+
+
+# ---- tables ----
+def method_table(methods: dict[str, list[Trial]], start: Columns, expert: np.ndarray) -> str:
+    seeds = max(map(len, methods.values()))
+    rows = [["demonstrations", cell([expert], 3), *[""] * (len(MEASURES) - 1)]]
+    rows.append(["base", *(cell([start[m]], digits) for m, digits in MEASURES.values())])
+    for method, runs in methods.items():
+        cells = [cell([c[m] for c in last(runs)], digits) for m, digits in MEASURES.values()]
+        rows.append([of_seeds(METHODS[method], len(runs), seeds), *cells])
+    return markdown(["", *MEASURES], rows)
+
+
+def paired(a: list[Trial], b: list[Trial]) -> list[tuple[Trial, Trial]]:
+    """Runs of two methods on the same seed."""
+    other = {run.folder.parent.name: run for run in b}
+    return [(run, other[run.folder.parent.name]) for run in a if run.folder.parent.name in other]
+
+
+def difference(values: list[np.ndarray], digits: int = 3) -> str:
+    mean, low, high = mean_and_interval(values)
+    return f"{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def contrast_table(methods: dict[str, list[Trial]]) -> str:
+    rows = []
+    for first, second in CONTRASTS:
+        if not (pairs := paired(methods.get(first, []), methods.get(second, []))):
+            continue
+        ends = [(a.points[-1].columns, b.points[-1].columns) for a, b in pairs]
+        gold = [a["gold"] - b["gold"] for a, b in ends]
+        label = of_seeds(f"{METHODS[first]} less {METHODS[second]}", len(pairs), max(map(len, methods.values())))
+        rows.append([
+            label, difference(gold), ", ".join(f"{v.mean():+.2f}" for v in gold),
+            difference([a["kl_k1"] - b["kl_k1"] for a, b in ends], 2),
+        ])  # fmt: skip
+    return markdown(["", "gold of samples", "each seed", "KL to the base, nats"], rows)
+
+
+def kl_table(methods: dict[str, list[Trial]]) -> str:
+    """Gold at equal KL, of the seeds that come so far."""
+    rows = []
+    for method, runs in methods.items():
+        cells = []
+        for target in KLS:
+            found = [v for v in (at_kl(run.points, target) for run in runs) if v is not None]
+            cells.append(of_seeds(cell(found, 3), len(found), len(runs)) if found else "not reached")
+        rows.append([METHODS[method], *cells])
+    return markdown(["gold of samples at", *(f"{k:g} nats" for k in KLS)], rows)
+
+
+def update_table(methods: dict[str, list[Trial]]) -> str:
+    """Gold after equal numbers of optimizer steps of the policy."""
+    rows = []
+    for method, runs in methods.items():
+        found = [[p for p in run.points if p.updates == EQUAL] for run in runs]
+        at_equal = cell([p[0].columns["gold"] for p in found], 3) if all(found) else ""
+        rows.append(
+            [METHODS[method], at_equal, str(runs[0].points[-1].updates), cell([c["gold"] for c in last(runs)], 3)]
+        )
+    return markdown(["", f"gold after {EQUAL} steps of the policy", "steps in all", "gold at the end"], rows)
+
+
+def reward_table(methods: dict[str, list[Trial]]) -> str:
+    """How each reward orders held-out pairs and the policy's own samples."""
+    rows = []
+    for method, runs in methods.items():
+        cells = [cell([pair_wins(run, name) for run in runs], 3) for name in PAIRS]
+        gold = [c["gold"] for c in last(runs)]
+        rewards = [own_reward(method, run) for run in runs]
+        cells.append(cell([rank_correlation_rows(r, g) for r, g in zip(rewards, gold, strict=True)], 3))
+        cells.append(", ".join(f"{distance(r, g):.2f}" for r, g in zip(rewards, gold, strict=True)))
+        kind = "learned" if method in LEARNED else "log π/π_base"
+        rows.append([METHODS[method], kind, *cells])
+    return markdown(
+        ["", "reward", *PAIRS.values(), "rank correlation with gold on own samples", "distance from gold, each seed"],
+        rows,
+    )
+
+
+def reward_contrasts(methods: dict[str, list[Trial]]) -> str:
+    """Differences of two rewards: on pairs, and in the rank correlation on each policy's own samples."""
+    rows = []
+    for first, second in [*CONTRASTS[:3], ("aihf", "dpo"), ("direct", "dpo"), ("self_play", "dpo")]:
+        if not (pairs := paired(methods.get(first, []), methods.get(second, []))):
+            continue
+        cells = [difference([pair_wins(a, n) - pair_wins(b, n) for a, b in pairs]) for n in PAIRS]
+        correlations = [
+            [
+                rank_correlation_rows(own_reward(m, run), run.points[-1].columns["gold"])
+                for m, run in ((first, a), (second, b))
+            ]
+            for a, b in pairs
+        ]
+        cells.append(difference([a - b for a, b in correlations]))
+        rows.append([f"{METHODS[first]} less {METHODS[second]}", *cells])
+    return markdown(["", *PAIRS.values(), "rank correlation on own samples"], rows)
+
+
+def gate_table(methods: dict[str, list[Trial]], gold: Gold, demonstrations: list[str]) -> str:
+    """The conditions under which a learned reward is worth a policy step, for each reward and for the gold reward itself."""
+    rows = []
+    run = methods["rlhf" if "rlhf" in methods else next(iter(methods))][0]
+    expert, base = gold.score(demonstrations), run.points[0].columns["gold"]
+    shape = shape_accuracy(shapes(run.folder, "demonstrations"), shapes(run.folder, "samples"))
+    own = pairwise_wins(expert, base)
+    shuffled = pairwise_wins(expert, np.roll(expert, -1))
+    rows.append(
+        ["the gold reward itself", cell([own], 3), cell([shape], 3), difference([own - shape]), cell([shuffled], 3), ""]
+    )
+    for method in LEARNED:
+        if method not in methods:
+            continue
+        runs = methods[method]
+        scores = [last_reward(run.folder) for run in runs]
+        own = [pairwise_wins(s["chosen"], s["rejected"]) for s in scores]
+        shape = [shape_accuracy(shapes(r.folder, "demonstrations"), shapes(r.folder, "samples")) for r in runs]
+        above = [a - b for a, b in zip(own, shape, strict=True)]
+        others = [pairwise_wins(s["chosen"], s["shuffled"]) for s in scores]
+        passed = [
+            f"{np.mean(v) >= least and 'yes' or 'no'}" for v, least in zip((own, above, others), GATES, strict=True)
+        ]
+        rows.append(
+            [METHODS[method], cell(own, 3), cell(shape, 3), difference(above), cell(others, 3), ", ".join(passed)]
+        )
+    names = [
+        f"over the first policy's sample, at least {GATES[0]}", "length and end alone", f"above that, at least {GATES[1]}",
+        f"over another row's demonstration, at least {GATES[2]}", "passed",
+    ]  # fmt: skip
+    return markdown(["", *names], rows)
+
+
+def ratio_table(sizes: dict[int, dict[str, list[Trial]]]) -> str:
+    names = [m for m in METHODS if sum(m in methods for methods in sizes.values()) > 1]
+    rows = []
+    for size, methods in sizes.items():
+        cells = []
+        for m in names:
+            runs = methods.get(m, [])
+            cells.append(f"{cell([c['gain'] for c in last(runs)], 3)} ({len(runs)})" if runs else "")
+        rows.append([str(size), *cells])
+    return markdown(["preferences", *(METHODS[m] for m in names)], rows)
+
+
+def weight_table(root: Path, methods: dict[str, list[Trial]], gold: Gold) -> str:
+    """Direct AIHF at several weights of the demonstrations, DPO being the weight 0."""
+    found = {float(p.name): trials(p, gold).get("direct", []) for p in root.iterdir()} if root.is_dir() else {}
+    found = {
+        w: runs for w, runs in {0.0: methods.get("dpo", []), 0.05: methods.get("direct", []), **found}.items() if runs
+    }
+    rows = []
+    for weight, runs in sorted(found.items()):
+        cells = [cell([c[m] for c in last(runs)], d) for m, d in list(MEASURES.values())[:4]]
+        cells += [cell([pair_wins(run, name) for run in runs], 3) for name in PAIRS]
+        rows.append([f"{weight:g} ({len(runs)})", *cells])
+    return markdown(["w1 (seeds)", *list(MEASURES)[:4], *PAIRS.values()], rows)
+
+
+def samples(methods: dict[str, list[Trial]], prompts: list[str], gold: Gold) -> str:
+    """The last answers of the first seed, with their gold scores, below those of the base."""
+    first = next(iter(methods.values()))[0].points[0]
+    lines = []
+    for i in range(SHOWN):
+        said = {"base": first.texts[i]} | {METHODS[m]: runs[0].points[-1].texts[i] for m, runs in methods.items()}
+        lines.append(prompts[i])
+        lines += [
+            f"  {label:<18} {score:+.2f}  {text}"
+            for (label, text), score in zip(said.items(), gold.score(list(said.values())), strict=True)
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+# ---- figure ----
+def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Trial]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    fig, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    frontier, pairs, density, ratios = axes.flat
+    for method, runs in methods.items():
+        style = dict(color=COLORS[method], ls="--" if method in DASHED else "-")
+        curves = np.array([[[p.columns[m].mean() for p in run.points] for m in ("kl_k1", "gold")] for run in runs])
+        for curve in curves:
+            frontier.plot(*curve, alpha=0.2, lw=1, **style)
+        frontier.plot(*curves.mean(0), marker="o", ms=3, lw=2, label=METHODS[method], **style)
+    frontier.set(xlabel="KL to the base, nats per answer", ylabel="gold of samples")
+    frontier.set_title("(a) gold against KL (Fig. 7); thin lines are seeds", loc="left")
+    frontier.legend(frameon=False, fontsize=7, handlelength=3)
+    x = np.arange(len(methods))
+    for k, (name, label) in enumerate(PAIRS.items()):
+        stats = [mean_and_interval([pair_wins(run, name) for run in runs]) for runs in methods.values()]
+        mean, low, high = (np.array(v) for v in zip(*stats, strict=True))
+        pairs.errorbar(
+            x + 0.2 * k - 0.1,
+            mean,
+            [mean - low, high - mean],
+            fmt="os"[k],
+            ms=5,
+            capsize=2,
+            label=label,
+            color=["#4477aa", "#228833"][k],
+        )
+    pairs.axhline(0.5, color="#bbbbbb", lw=1)
+    pairs.set_xticks(x, [METHODS[m].replace(" (", "\n(") for m in methods], rotation=45, ha="right", fontsize=7)
+    pairs.set(ylabel="share of held-out pairs right")
+    pairs.set_title("(b) accuracy inside and outside the preferences", loc="left")
+    pairs.legend(frameon=False, fontsize=8)
+    bins = np.linspace(-3.5, 3.5, 36)
+    shown = [m for m in ("rlhf", "rlhf_sft", "aihf") if m in methods]
+    for k, method in enumerate(shown):
+        for values, fill in (
+            ([own_reward(method, r) for r in methods[method]], True),
+            ([c["gold"] for c in last(methods[method])], False),
+        ):
+            flat = np.concatenate([(v - v.mean()) / v.std() for v in values])
+            heights, _ = np.histogram(flat, bins, density=True)
+            style = dict(alpha=0.35, lw=0) if fill else dict(fill=False, lw=1.5)
+            density.stairs(
+                heights + 0.6 * k,
+                bins,
+                baseline=0.6 * k,
+                color=COLORS[method],
+                ec=COLORS[method],
+                **({"fill": True} if fill else {}),
+                **style,
+            )
+        density.text(-3.4, 0.6 * k + 0.35, METHODS[method], color=COLORS[method], fontsize=8)
+    density.set(xlabel="own samples, standardised; filled: learned reward, line: gold", yticks=[])
+    density.set_title("(c) learned and gold reward of own samples (Fig. 6)", loc="left")
+    names = [m for m in METHODS if sum(m in methods for methods in sizes.values()) > 1]
+    for k, method in enumerate(names):
+        own = {size: methods[method] for size, methods in sizes.items() if method in methods}
+        stats = [mean_and_interval([c["gold"] for c in last(runs)]) for runs in own.values()]
+        mean, low, high = (np.array(v) for v in zip(*stats, strict=True))
+        place = np.array([list(sizes).index(size) for size in own]) + 0.1 * (k - len(names) / 2)
+        ratios.errorbar(
+            place,
+            mean,
+            [mean - low, high - mean],
+            fmt="o-",
+            ms=4,
+            capsize=2,
+            color=COLORS[method],
+            ls="--" if method in DASHED else "-",
+            label=METHODS[method],
+        )
+    ratios.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    ratios.set(xlabel="preferences beside 300 demonstrations", ylabel="gold of samples")
+    ratios.set_title("(d) numbers of preferences (Fig. 3)", loc="left")
+    ratios.legend(frameon=False, fontsize=7)
+    fig.savefig(path, dpi=120)
+
+
+def show(args: Args) -> None:
+    root, out, gold = Path(args.runs), Path(args.output), Gold(args.gold)
+    numbers = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit())
+    sizes = {size: trials(root / str(size), gold) for size in numbers}
+    methods = sizes.get(args.main, {})
+    if not methods:
+        raise UserError(f"--runs: found no finished run in {root / str(args.main)}, expected <seed>/<method>")
+    named = {str(run.folder): run.points[-1].columns for own in sizes.values() for runs in own.values() for run in runs}
+    require_same_rows(named)
+    start = methods["sft"][0].points[0].columns
+    add_gain(sizes, start["gold"])
+    shown = start["row"]
+    held = {row["row"]: row for row in load_rows(str(root / "data" / "held_out.jsonl"), "all")}
+    held = [held[int(row)] for row in shown]
+    expert = gold.score([row["response"] for row in held])
+    parts = [f"{about_intervals(max(map(len, methods.values())))}\n"]
+    if (root / "grid" / "table.md").is_file():
+        parts += ["Rates\n", (root / "grid" / "table.md").read_text()]
+    parts += [
+        "Methods\n", method_table(methods, start, expert),
+        "Contrasts\n", contrast_table(methods), "Equal KL\n", kl_table(methods), "Equal updates\n", update_table(methods),
+        "Gates\n", gate_table(methods, gold, [row["response"] for row in held]),
+        "Rewards\n", reward_table(methods), reward_contrasts(methods),
+        "Numbers of preferences, gold less the base's (seeds)\n", ratio_table(sizes),
+        "w1 of Direct AIHF\n", weight_table(root / "w1", methods, gold),
+    ]  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(parts)
+    (out / "sentiment.md").write_text(text)
+    said = samples(methods, [row["prompt"] for row in held], gold)
+    (out / "samples.txt").write_text(said)
+    figure(methods, sizes, out / "sentiment.png")
+    print(said)
+    print(text)
+    print(f"tables: {out / 'sentiment.md'}   figure: {out / 'sentiment.png'}")
+
+
+if __name__ == "__main__":
+    main(lambda: show(tyro.cli(Args, description=__doc__)))
