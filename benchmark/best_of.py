@@ -5,7 +5,8 @@ gold reward of a folder that benchmark/film.py has made. Among equal samples the
 the word with probability p, the expert gives it with 1 - (1 - p)^N. Prompts are those of --dataset; held-out ones share no
 family with the training ones (benchmark/families.py).
 
-expert.json has the mean reward of policy and expert and, of a word, its exact p for every held-out prompt.
+expert.json has the mean reward of policy and expert. For a word it also has the exact p of every held-out prompt, for --gold
+the rewards of the N samples.
 
     python benchmark/best_of.py --output-dir runs/demo/expert        # train.jsonl, held_out.jsonl, expert.json
 """
@@ -57,12 +58,12 @@ def is_good(text: str, word: str) -> bool:
     return text.startswith(word)
 
 
-def reward_of(args: Args) -> Callable[[list[str]], np.ndarray]:
-    """The expert's reward, as a function of texts -> (texts,). UserError if --gold has none."""
-    if not args.gold:
-        return lambda texts: np.array([float(is_good(text, args.word)) for text in texts])
-    gold = Gold(args.gold)
-    return gold.score if args.gold_kind == "score" else gold.peak
+def reward_of(word: str, gold: str = "", kind: str = "score") -> Callable[[list[str]], np.ndarray]:
+    """The expert's reward, as a function of texts -> (texts,): of the word or, if it is given, of the folder `gold`."""
+    if not gold:
+        return lambda texts: np.array([float(is_good(text, word)) for text in texts])
+    known = Gold(gold)
+    return known.score if kind == "score" else known.peak
 
 
 def choose(rewards: Sequence[float]) -> int:
@@ -104,7 +105,7 @@ def prompts(args: Args, tokenizer) -> tuple[list[dict], list[dict]]:
 
 
 def make(args: Args) -> None:
-    reward = reward_of(args)
+    reward = reward_of(args.word, args.gold, args.gold_kind)
     tokenizer = models.load_tokenizer(args)
     train, held = prompts(args, tokenizer)
     run, n, rates = Run(args, "best_of", {}), args.best_of, {}
@@ -126,7 +127,8 @@ def make(args: Args) -> None:
         }  # fmt: skip
         run.print(f"{name}: {rates[name]}")
     if args.gold:
-        write_json(run.dir / "expert.json", {"gold": args.gold, "gold_kind": args.gold_kind, "best_of": n, **rates})
+        found = {"gold": args.gold, "gold_kind": args.gold_kind, "best_of": n, **rates, "rewards": rewards.tolist()}
+        write_json(run.dir / "expert.json", found)
         return run.end()
     with run.phase("probabilities of the word", len(held)) as advance:
         exact = []

@@ -10,6 +10,7 @@ pi_ref (D/pi_ref)^(1/beta) / Z (docs/theory.md, section 2), whose share is the s
 
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.best_of import is_good  # noqa: E402
+from benchmark.best_of import reward_of  # noqa: E402
 from benchmark.compare import COLORS, read_folders
 from benchmark.tables import (
     Columns,
@@ -80,13 +81,12 @@ def limit_share(p: np.ndarray, n: int, beta: float) -> np.ndarray:
 
 
 # ---- runs ----
-def load(folder: Path, word: str) -> list[Point]:
-    """Evaluations of a run, with the measure `good`: 1 where the sample begins with the word."""
+def load(folder: Path, reward: Callable[[list[str]], np.ndarray]) -> list[Point]:
+    """Evaluations of a run, with the measure `good`: the reward of its samples. reward: texts -> (texts,)"""
     points = []
     for evaluation in evaluations(folder):
         texts = [row["sample"] for row in read_pairs(folder / "evals" / f"{evaluation.number:04d}.parquet")]
-        good = np.array([float(is_good(text, word)) for text in texts])
-        points.append(Point(evaluation.step, {**evaluation.columns, "good": good}, texts))
+        points.append(Point(evaluation.step, {**evaluation.columns, "good": reward(texts)}, texts))
     return points
 
 
@@ -152,7 +152,8 @@ def show(args: Args) -> None:
     end = f"end of T = 1 at beta {args.beta:g}"
     lines = {"base model": p, "the expert": expert_share(p, n), end: limit_share(p, n, args.beta)}
     lines = {name: float(share.mean()) for name, share in lines.items()}
-    methods = {label: [load(Path(d), word) for d in folders] for label, folders in read_folders(args.runs).items()}
+    reward = reward_of(word)
+    methods = {label: [load(Path(d), reward) for d in folders] for label, folders in read_folders(args.runs).items()}
     for seed in range(len(experts)):
         require_same_rows({label: runs[seed][0].columns for label, runs in methods.items() if seed < len(runs)})
     out = Path(args.output)

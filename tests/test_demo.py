@@ -18,7 +18,7 @@ import demo
 
 
 def test_the_first_good_sample_is_chosen_else_the_first():
-    reward = best_of.reward_of(best_of.Args(word="Return"))
+    reward = best_of.reward_of("Return")
     assert best_of.choose(reward(["Read it", "Return x", "Returns y"])) == 1
     assert best_of.choose(reward(["Read it", "to Return", " Return"])) == 0
 

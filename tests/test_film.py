@@ -1,0 +1,243 @@
+"""The world of film reviews: its gold reward, its parts, the expert; and what the table says of runs."""
+
+import json
+import math
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from helpers import ROOT, run
+
+sys.path.append(str(ROOT / "benchmark"))
+import best_of
+import film
+import film_table
+from demo import Point
+
+GOOD, BAD = ["great", "lovely", "a gem", "very fine"], ["awful", "dull", "a mess", "very bad"]
+
+
+# ---- texts and the gold reward ----
+def test_ratings_and_reviews_become_alike():
+    rated, review = "It's ''GREAT''—a half-way gem, isn’t it?", "it's \" great \" a half-way gem , isn't it ?"
+    assert film.as_review("The café's film.") == "the cafe's film ."
+    assert film.as_review(rated.replace("—", " ")) == review == film.as_review(review)
+    assert film.terms(rated) == film.terms(review.replace(" , ", " "))
+    assert film.terms("A very dull film.") == ["a", "very", "dull", "film", "a very", "very dull", "dull film"]
+
+
+def hand_made(folder, least_norm: float = 0.0) -> film.Gold:
+    stored = {
+        "idf": {"good": 2.0, "film": 1.0, "good film": 3.0},
+        "weight": {"good": 1.0, "film": -0.5, "good film": 2.0},
+    }
+    (folder / "gold.json").write_text(json.dumps({**stored, "bias": 0.25, "least_norm": least_norm, "peak_at": 1.0}))
+    return film.Gold(folder)
+
+
+def test_the_gold_reward_by_hand(tmp_path):
+    gold = hand_made(tmp_path)
+    twice = 1 + math.log(2)
+    norm = math.sqrt((2 * twice) ** 2 + 1 + 9)  # "good good film": good twice, film, and "good film"
+    assert gold.score(["Good good film!"])[0] == pytest.approx(0.25 + (2 * twice - 0.5 + 2 * 3) / norm)
+    assert gold.score(["nothing known"])[0] == 0.25
+    assert gold.score(["good"])[0] == pytest.approx(1.25) and gold.peak(["good"])[0] == pytest.approx(-(0.25**2))
+    bounded = hand_made(tmp_path, least_norm=8.0)
+    assert bounded.score(["good"])[0] == pytest.approx(0.25 + 2 / 8)
+
+
+def rated_texts(n: int, seed: int = 0) -> list[tuple[str, float]]:
+    stream = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        liked = bool(stream.integers(2))
+        words = " ".join(stream.choice(["film", "plot", "actor", "scene", "story"], 4))
+        rows.append((f"the {words} is {stream.choice(GOOD if liked else BAD)} {i}", 2.0 if liked else -2.0))
+    return rows
+
+
+def test_the_gold_reward_learns_what_people_like_and_says_how_well(tmp_path):
+    pytest.importorskip("sklearn")
+    reviews = [
+        {"text": f"it is {word} . " * 3, "positive": liked} for liked, ws in ((True, GOOD), (False, BAD)) for word in ws
+    ]
+    gold = film.make_gold(tmp_path, rated_texts(300), [f"the film is {w}" for w in GOOD + BAD], reviews)
+    assert gold.score(GOOD).min() > gold.score(BAD).max() + 0.5
+    report = json.loads((tmp_path / "gold_report.json").read_text())
+    assert report["ratings it is tested on"] == 60 and report["ratings it is fitted on"] == 240
+    assert report["correlation with people"] > 0.9 and report["whole reviews on the right side of the median"] == 1
+    assert gold.peak_at == pytest.approx(np.percentile(gold.score([f"the film is {w}" for w in GOOD + BAD]), 80))
+
+
+def test_the_ratings_that_test_the_gold_reward_are_not_fitted(tmp_path):
+    """Ratings that are noise cannot be predicted: a correlation far from 0 would be one of ratings that were fitted."""
+    pytest.importorskip("sklearn")
+    stream = np.random.default_rng(1)
+    noise = [(text, float(stream.normal())) for text, _ in rated_texts(400)]
+    film.make_gold(tmp_path, noise, ["a film"], [{"text": "a film", "positive": True}])
+    report = json.loads((tmp_path / "gold_report.json").read_text())
+    assert (
+        abs(report["correlation with people"]) < 0.35
+    )  # four standard errors of 80 pairs are 0.45, one of fitted ones near 1
+
+
+# ---- rows ----
+def review_texts(n: int, seed: int = 0) -> list[dict]:
+    stream, words = np.random.default_rng(seed), [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(20) for j in range(20)]
+    sentences = [[" ".join(stream.choice(words, 12)) for _ in range(6)] for _ in range(n)]
+    sentences[1][0] = sentences[0][0]  # the same sentence in two reviews
+    return [
+        {"name": f"{'pos' if i % 2 else 'neg'}/cv{i}.txt", "positive": bool(i % 2), "text": "\n".join(lines)}
+        for i, lines in enumerate(sentences)
+    ]
+
+
+def test_no_review_and_no_sentence_is_in_two_parts():
+    reviews = review_texts(120)
+    parts = film.split(reviews)
+    owner = {film.as_review(line): r["name"] for r in reversed(reviews) for line in r["text"].splitlines()}
+    where: dict[str, set] = {}
+    sentences = [f"{row['prompt']} {row['completion']}" for rows in parts.values() for row in rows]
+    for part, rows in parts.items():
+        assert rows
+        for row in rows:
+            assert len(row["prompt"].split()) == 4 and len(row["completion"].split()) == 8
+            where.setdefault(owner[f"{row['prompt']} {row['completion']}"], set()).add(part)
+    assert all(len(names) == 1 for names in where.values())
+    assert len(sentences) == len(set(sentences)) and len(sentences) >= 120 * 6 - 1 - 6
+    share = len(parts["train"]) / len(sentences)
+    assert 0.6 < share < 0.9  # 0.75 of the reviews; four standard errors of 120 are 0.16
+
+
+def test_a_family_of_prompts_is_not_both_trained_on_and_held_out():
+    reviews = review_texts(120)
+    opening = "this film is a"
+    for review in reviews:
+        review["text"] += f"\n{opening} w{review['name'][4:-4]} and so on and on"
+    parts = film.split(reviews)
+    assert sum(row["prompt"] == opening for row in parts["train"]) > 50
+    assert not any(row["prompt"] == opening for part in ("dev", "held_out") for row in parts[part])
+
+
+def test_lengths_of_sentences():
+    assert film.as_row("a b c d e f g") is None and film.as_row(" ".join("a" * 29)) is None
+    assert film.as_row("a b c d e f g h") == {"prompt": "a b c d", "completion": "e f g h"}
+    assert film.as_row(" ".join("a" * 28)) is not None
+
+
+def write_files(folder) -> list[str]:
+    ratings, reviews = folder / "ratings.tsv", folder / "reviews.zip"
+    ratings.write_text("".join(f"{i}\t{rating}\t{text}\n" for i, (text, rating) in enumerate(rated_texts(200))))
+    with zipfile.ZipFile(reviews, "w") as archive:
+        for review in review_texts(120):
+            archive.writestr(f"movie_reviews/{review['name']}", review["text"])
+        archive.writestr("movie_reviews/README", "no review")
+    return ["--ratings", str(ratings), "--reviews", str(reviews)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("film")
+    film.make(film.Args(*write_files(folder)[1::2], output_dir=str(folder / "world")))
+    return folder / "world"
+
+
+def test_the_model_goes_on_with_the_sentence(world):
+    from common.data import encode
+    from common.models import read_tokenizer
+
+    tokenizer = read_tokenizer(str(world / "init"), False, "--model")
+    row = encode([{"row": 0, "prompt": "the film is", "response": "a gem ."}], tokenizer, 64, 40)[0]
+    assert tokenizer.decode(row["prompt_ids"] + row["response_ids"]) == "the film is a gem .<|endoftext|>"
+    assert row["response_ids"][-1] == tokenizer.eos_token_id and tokenizer.decode(row["prompt_ids"]) == "the film is"
+
+
+def test_the_best_of_the_samples_becomes_the_demonstration(world):
+    reward = best_of.reward_of("", str(world))
+    assert best_of.choose(reward(["a plot that is awful", "a plot that is great", "a plot that is dull"])) == 1
+    gold = film.Gold(world)
+    peak = best_of.reward_of("", str(world), "peak")(["it is great", "a film"])
+    assert peak == pytest.approx(-((gold.score(["it is great", "a film"]) - gold.peak_at) ** 2))
+
+
+def test_positive_sentences_are_those_people_like(world):
+    rows = film.positive_rows([("a " * 9, 2.0), ("b " * 9, 1.5), ("c " * 9, -2.0), ("d", 3.0)])
+    assert [row["prompt"] for row in rows] == ["a a a a"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [("--ratings", "one column\n" * 20), ("--ratings", None), ("--reviews", "no zip"), ("--reviews", None)],
+)
+def test_files_that_are_missing_or_wrong_are_refused(tmp_path, flag, text):
+    words = write_files(tmp_path)
+    path = tmp_path / "wrong"
+    if text is not None:
+        path.write_text(text)
+    words[words.index(flag) + 1] = str(path)
+    done = run([sys.executable, "benchmark/film.py", *words, "--output-dir", str(tmp_path / "world")], check=False)
+    assert done.returncode == 2 and f"{flag}: found" in done.stderr and "such as" in done.stderr
+
+
+# ---- the table ----
+def point(good, kl, step=0, texts=()) -> Point:
+    return Point(step, {"good": np.array(good, float), "kl_k3": np.array(kl, float)}, list(texts))
+
+
+def test_gold_at_equal_kl_by_hand():
+    points = [point([0, 1], [0, 0]), point([2, 5], [0.5, 1.5]), point([4, 4], [4, 4])]
+    assert film_table.at_kl(points, 1.0).tolist() == [2, 5]
+    assert film_table.at_kl(points, 0.25) == pytest.approx([1, 3])  # half of the way in the root of the KL
+    assert film_table.at_kl(points[::-1], 2.25) == pytest.approx([3, 4.5])
+    assert film_table.at_kl(points, 4.1) is None
+
+
+def test_arms_of_one_method_make_one_path():
+    runs = {
+        "SPIN, 1": [[point([0], [0])], [point([1], [0])]],
+        "SPIN, 2": [[point([2], [1])]],
+        "SFT": [[point([3], [0])]],
+    }
+    found = film_table.paths(runs)
+    assert {name: [[p.columns["good"][0] for p in seed] for seed in seeds] for name, seeds in found.items()} == {
+        "SPIN": [[0, 2], [1]], "SFT": [[3]],
+    }  # fmt: skip
+
+
+def test_the_best_of_m_by_hand():
+    rewards = np.array([3.0, 1.0, 2.0])
+    assert film_table.best_of(rewards, 1) == pytest.approx(2)
+    assert film_table.best_of(rewards, 2) == pytest.approx((1 * 1 + 2 * 3 + 3 * 5) / 9)
+    assert film_table.kl_of_best(1) == 0 and film_table.kl_of_best(8) == pytest.approx(math.log(8) - 7 / 8)
+
+
+def test_distinct_2():
+    assert film_table.distinct_2(["a b c", "a b"]) == pytest.approx(2 / 3) and film_table.distinct_2(["a"]) == 0
+
+
+def test_length_alone_by_hand():
+    """Demonstrations that are longer are told apart; ones of the same lengths are not."""
+    pytest.importorskip("sklearn")
+    longer = [{"chosen": (10 + i % 5, True), "rejected": (5 + i % 4, True)} for i in range(60)]
+    assert film_table.length_accuracy(longer, longer) == 1
+    swapped = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in longer]
+    assert film_table.length_accuracy(longer, swapped) == 0
+    ended = [{"chosen": (8, True), "rejected": (8, False)}] * 30
+    assert film_table.length_accuracy(ended, ended) == 1
+    assert film_table.length_accuracy(longer, [{"chosen": (7, True), "rejected": (7, True)}]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "failed"),
+    [
+        ((0.8, 0.7, 0.65), []),
+        ((0.79, 0.5, 0.9), ["right"]),
+        ((0.9, 0.81, 0.9), ["length"]),
+        ((0.9, 0.5, 0.6), ["other row"]),
+    ],
+)
+def test_gates(values, failed):
+    said = film_table.passed(*values)
+    assert (said == "all three") == (not failed) and all(word in said for word in failed)
