@@ -4,7 +4,8 @@ AIHF paper, arXiv:2406.06874, App. A.1.2: a language model is trained with PPO o
 checkpoints are kept. The PPO is that of rft.py. The gold reward of benchmark/film.py, which reads the text of an answer, stands
 in the place of the reward model, so nothing is learned about the reward.
 
-    python benchmark/sentiment_gold.py --model runs/film/base/final --gold runs/film/world --dataset runs/sentiment/split/ppo.jsonl
+    python benchmark/sentiment_gold.py --model runs/film/base/final --gold runs/film/world
+        --dataset runs/sentiment/split/ppo.jsonl
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 Rates of a reward model are tried as well. Of these the one counts that orders most held-out pairs as the gold reward does.
 
-    python benchmark/sentiment_grid.py --grid runs/sentiment/grid --gold runs/film/world     # table.md, and rates: <method> <rate>
+    python benchmark/sentiment_grid.py --grid runs/sentiment/grid --gold runs/film/world   # table.md; rates: <method> <rate>
 """
 
 import sys
@@ -39,9 +39,9 @@ def best(scores: dict[str, float]) -> str:
 def policies(folders: list[Path], gold: Gold) -> tuple[dict[str, float], dict[str, str]]:
     """({rate: mean gold of the last samples}, {rate: what the table says}) of the runs of one method."""
     ends = {folder.name: load(folder, gold).points[-1].columns for folder in folders}
-    scores = {rate: float(end["gold"].mean()) for rate, end in ends.items()}
+    scores = {rate: float(end["good"].mean()) for rate, end in ends.items()}
     said = {
-        rate: f"{scores[rate]:.3f} (KL {end['kl_k1'].mean():.2f}, NLL {end['nll'].mean():.1f})"
+        rate: f"{scores[rate]:.3f} (KL {end['kl_k3'].mean():.2f}, NLL {end['nll'].mean():.1f})"
         for rate, end in ends.items()
     }
     return scores, said

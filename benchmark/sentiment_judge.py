@@ -1,7 +1,7 @@
 """Scores of held-out pairs by the reward of each finished run: the learned one, or else log pi/pi_base of its policy.
 
-    python benchmark/sentiment_judge.py --model runs/film/base/final --runs runs/sentiment/300/1/* --output-dir runs/sentiment/judge
-        --pairs runs/sentiment/data/held_out_medium_low.jsonl runs/sentiment/data/held_out_high_medium.jsonl
+    python benchmark/sentiment_judge.py --model runs/film/base/final --runs runs/sentiment/300/1/*
+        --pairs runs/sentiment/data/held_out_*_*.jsonl --output-dir runs/sentiment/judge
 
 The scores go to pairs.parquet in the folder of the run: pairs (name of the file), row, chosen, rejected.
 """

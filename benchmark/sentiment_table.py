@@ -14,8 +14,10 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.film import Gold  # noqa: E402
-from benchmark.tables import (  # noqa: E402
+from benchmark.demo import Point  # noqa: E402
+from benchmark.film import Gold
+from benchmark.film_table import ABOVE_LENGTH, OTHER_ROW, RIGHT, at_kl, length_accuracy, passed
+from benchmark.tables import (
     Columns,
     about_intervals,
     cell,
@@ -37,17 +39,11 @@ METHODS = {  # folder -> label
     "sft": "SFT", "dpo": "DPO", "rlhf": "RLHF (online DPO)", "rlhf_sft": "RLHF from SFT", "rlhf_ppo": "RLHF (PPO)",
     "direct": "Direct AIHF", "self_play": "Self-Play AIHF", "aihf": "AIHF (online DPO)", "aihf_ppo": "AIHF (PPO)",
 }  # fmt: skip
-LEARNED = (
-    "rlhf",
-    "rlhf_sft",
-    "rlhf_ppo",
-    "aihf",
-    "aihf_ppo",
-)  # those with a reward model; the others' is log pi/pi_base
+LEARNED = ("rlhf", "rlhf_sft", "rlhf_ppo", "aihf", "aihf_ppo")  # with a reward model; the others' is log pi/pi_base
 MEASURES = {  # column -> (measure, digits)
-    "gold of samples": ("gold", 3),
+    "gold of samples": ("good", 3),
     "less the base's": ("gain", 3),
-    "KL to the base, nats": ("kl_k1", 2),
+    "KL to the base, nats": ("kl_k3", 2),
     "NLL of demonstrations": ("nll", 2),
     "length": ("completions/mean_length", 1),
     "without end": ("completions/clipped_ratio", 3),
@@ -59,8 +55,7 @@ CONTRASTS = [
 ]  # fmt: skip
 PAIRS = {"held_out_medium_low": "medium over low", "held_out_high_medium": "high over medium"}
 KLS = (0.3, 1.0, 3.0)
-EQUAL = 20  # policy steps at which methods are compared
-GATES = (0.80, 0.10, 0.65)  # own samples; above length and end; another row's demonstration
+EQUAL = (10, 20)  # policy steps at which methods are compared
 COLORS = {
     "sft": "#888888", "dpo": "#4477aa", "rlhf": "#ee6677", "rlhf_sft": "#ccbb44", "rlhf_ppo": "#ee6677",
     "direct": "#aa3377", "self_play": "#332288", "aihf": "#228833", "aihf_ppo": "#228833",
@@ -82,20 +77,11 @@ class Args:
 
 
 @dataclass
-class Point:
-    """One evaluation of a run."""
-
-    updates: int  # optimizer steps of the policy, without those of a reward model
-    columns: Columns  # measure -> (rows,)
-    texts: list[str]
-
-
-@dataclass
 class Trial:
     """A finished run."""
 
     folder: Path
-    points: list[Point]
+    points: list[Point]  # `step` counts the policy's optimizer steps; the measure `good` is the gold score
 
 
 # ---- measures ----
@@ -122,44 +108,6 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(np.subtract(*shares)).max())
 
 
-def at_kl(points: list[Point], target: float, measure: str = "gold") -> np.ndarray | None:
-    """The measure (rows,) on the straight line between the two evaluations around the first crossing of the mean KL.
-
-    None if the run never comes so far.
-    """
-    kls = [p.columns["kl_k1"].mean() for p in points]
-    for k in range(1, len(points)):
-        if kls[k - 1] < target <= kls[k]:
-            share = (target - kls[k - 1]) / (kls[k] - kls[k - 1])
-            before, after = (points[i].columns[measure] for i in (k - 1, k))
-            return (1 - share) * before + share * after
-    return None
-
-
-def shape_accuracy(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """Right or not (n,) for pairs judged by a logistic model of length and end alone, each half by the other half's model.
-
-    better, worse: (n, 2) tokens, 1 where the answer has an end. Equal answers count half.
-    """
-    x = (better - worse).astype(float)
-    found = np.empty(len(x))
-    halves = np.arange(len(x)) % 2 == 0
-    for half in (halves, ~halves):
-        found[half] = pairwise_wins(x[half] @ logistic(x[~half]), np.zeros(half.sum()))
-    return found
-
-
-def logistic(x: np.ndarray, ridge: float = 1e-3, steps: int = 50) -> np.ndarray:
-    """Weights (d,) of the logistic model by which rows x (n, d), differences of better and worse, are positive. Newton."""
-    w = np.zeros(x.shape[1])
-    for _ in range(steps):
-        p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
-        gradient = x.T @ (1 - p) / len(x) - ridge * w
-        hessian = (x * (p * (1 - p))[:, None]).T @ x / len(x) + ridge * np.eye(len(w))
-        w = w + np.linalg.solve(hessian, gradient)
-    return w
-
-
 # ---- runs ----
 def policy_updates(folder: Path, number: int, step: int) -> int:
     """Optimizer steps of the policy at an evaluation. `number`: of its file; `step`: all optimizer steps of the run."""
@@ -177,7 +125,7 @@ def load(folder: Path, gold: Gold) -> Trial:
     points = []
     for found in evaluations(folder):
         texts = [row["sample"] for row in read_pairs(folder / "evals" / f"{found.number:04d}.parquet")]
-        columns = {**found.columns, "gold": gold.score(texts)}
+        columns = {**found.columns, "good": gold.score(texts)}
         points.append(Point(policy_updates(folder, found.number, found.step), columns, texts))
     return Trial(folder, points)
 
@@ -193,7 +141,7 @@ def add_gain(sizes: dict[int, dict[str, list[Trial]]], base: np.ndarray) -> None
     """Give every evaluation the measure `gain`: gold less that of the base's samples, (rows,)."""
     for run in [run for methods in sizes.values() for runs in methods.values() for run in runs]:
         for point in run.points:
-            point.columns["gain"] = point.columns["gold"] - base
+            point.columns["gain"] = point.columns["good"] - base
 
 
 def last(runs: list[Trial]) -> list[Columns]:
@@ -218,13 +166,14 @@ def last_reward(folder: Path) -> Columns:
     return columns_of(sorted((folder / "evals").glob("reward_*.parquet"))[-1], "--runs")
 
 
-def shapes(folder: Path, kind: str) -> np.ndarray:
-    """(rows, 2): tokens and whether there is an end, of the demonstrations or of the first policy's samples."""
+def length_alone(folder: Path, held: list[dict]) -> float:
+    """Share of the pairs of demonstration and first policy's sample that length and end order, each half by the other's fit."""
     start = columns_of(folder / "evals" / "0000.parquet", "--runs")
-    if kind == "samples":
-        return np.stack([start["completions/mean_length"], 1 - start["completions/clipped_ratio"]], 1)
-    length = start["lengths/demonstrations"]
-    return np.stack([length, np.ones_like(length)], 1)
+    demonstrations = zip(start["lengths/demonstrations"], (r.get("response_finished", True) for r in held), strict=True)
+    own = zip(start["completions/mean_length"], start["completions/clipped_ratio"] == 0, strict=True)
+    pairs = [{"chosen": a, "rejected": b} for a, b in zip(demonstrations, own, strict=True)]
+    halves = pairs[::2], pairs[1::2]
+    return (length_accuracy(*halves) + length_accuracy(*halves[::-1])) / 2
 
 
 # ---- tables ----
@@ -255,11 +204,11 @@ def contrast_table(methods: dict[str, list[Trial]]) -> str:
         if not (pairs := paired(methods.get(first, []), methods.get(second, []))):
             continue
         ends = [(a.points[-1].columns, b.points[-1].columns) for a, b in pairs]
-        gold = [a["gold"] - b["gold"] for a, b in ends]
+        gold = [a["good"] - b["good"] for a, b in ends]
         label = of_seeds(f"{METHODS[first]} less {METHODS[second]}", len(pairs), max(map(len, methods.values())))
         rows.append([
             label, difference(gold), ", ".join(f"{v.mean():+.2f}" for v in gold),
-            difference([a["kl_k1"] - b["kl_k1"] for a, b in ends], 2),
+            difference([a["kl_k3"] - b["kl_k3"] for a, b in ends], 2),
         ])  # fmt: skip
     return markdown(["", "gold of samples", "each seed", "KL to the base, nats"], rows)
 
@@ -273,6 +222,14 @@ def kl_table(methods: dict[str, list[Trial]]) -> str:
             found = [v for v in (at_kl(run.points, target) for run in runs) if v is not None]
             cells.append(of_seeds(cell(found, 3), len(found), len(runs)) if found else "not reached")
         rows.append([METHODS[method], *cells])
+    for first, second in CONTRASTS:
+        cells, pairs = [], paired(methods.get(first, []), methods.get(second, []))
+        for target in KLS:
+            both = [(at_kl(a.points, target), at_kl(b.points, target)) for a, b in pairs]
+            found = [a - b for a, b in both if a is not None and b is not None]
+            cells.append(of_seeds(difference(found), len(found), len(pairs)) if found else "")
+        if any(cells):
+            rows.append([f"{METHODS[first]} less {METHODS[second]}", *cells])
     return markdown(["gold of samples at", *(f"{k:g} nats" for k in KLS)], rows)
 
 
@@ -280,12 +237,12 @@ def update_table(methods: dict[str, list[Trial]]) -> str:
     """Gold after equal numbers of optimizer steps of the policy."""
     rows = []
     for method, runs in methods.items():
-        found = [[p for p in run.points if p.updates == EQUAL] for run in runs]
-        at_equal = cell([p[0].columns["gold"] for p in found], 3) if all(found) else ""
-        rows.append(
-            [METHODS[method], at_equal, str(runs[0].points[-1].updates), cell([c["gold"] for c in last(runs)], 3)]
-        )
-    return markdown(["", f"gold after {EQUAL} steps of the policy", "steps in all", "gold at the end"], rows)
+        cells = []
+        for steps in EQUAL:
+            found = [[p.columns["good"] for p in run.points if p.step == steps] for run in runs]
+            cells.append(cell([own[0] for own in found], 3) if all(found) else "not measured")
+        rows.append([METHODS[method], *cells])
+    return markdown(["gold of samples after", *(f"{steps} steps of the policy" for steps in EQUAL)], rows)
 
 
 def reward_table(methods: dict[str, list[Trial]]) -> str:
@@ -293,7 +250,7 @@ def reward_table(methods: dict[str, list[Trial]]) -> str:
     rows = []
     for method, runs in methods.items():
         cells = [cell([pair_wins(run, name) for run in runs], 3) for name in PAIRS]
-        gold = [c["gold"] for c in last(runs)]
+        gold = [c["good"] for c in last(runs)]
         rewards = [own_reward(method, run) for run in runs]
         cells.append(cell([rank_correlation_rows(r, g) for r, g in zip(rewards, gold, strict=True)], 3))
         cells.append(", ".join(f"{distance(r, g):.2f}" for r, g in zip(rewards, gold, strict=True)))
@@ -314,7 +271,7 @@ def reward_contrasts(methods: dict[str, list[Trial]]) -> str:
         cells = [difference([pair_wins(a, n) - pair_wins(b, n) for a, b in pairs]) for n in PAIRS]
         correlations = [
             [
-                rank_correlation_rows(own_reward(m, run), run.points[-1].columns["gold"])
+                rank_correlation_rows(own_reward(m, run), run.points[-1].columns["good"])
                 for m, run in ((first, a), (second, b))
             ]
             for a, b in pairs
@@ -324,35 +281,26 @@ def reward_contrasts(methods: dict[str, list[Trial]]) -> str:
     return markdown(["", *PAIRS.values(), "rank correlation on own samples"], rows)
 
 
-def gate_table(methods: dict[str, list[Trial]], gold: Gold, demonstrations: list[str]) -> str:
+def gate_table(methods: dict[str, list[Trial]], gold: Gold, held: list[dict]) -> str:
     """The conditions under which a learned reward is worth a policy step, for each reward and for the gold reward itself."""
+    expert = gold.score([row["response"] for row in held])
+    run = methods["sft"][0]
+    own, others = pairwise_wins(expert, run.points[0].columns["good"]), pairwise_wins(expert, np.roll(expert, -1))
     rows = []
-    run = methods["rlhf" if "rlhf" in methods else next(iter(methods))][0]
-    expert, base = gold.score(demonstrations), run.points[0].columns["gold"]
-    shape = shape_accuracy(shapes(run.folder, "demonstrations"), shapes(run.folder, "samples"))
-    own = pairwise_wins(expert, base)
-    shuffled = pairwise_wins(expert, np.roll(expert, -1))
-    rows.append(
-        ["the gold reward itself", cell([own], 3), cell([shape], 3), difference([own - shape]), cell([shuffled], 3), ""]
-    )
-    for method in LEARNED:
-        if method not in methods:
-            continue
-        runs = methods[method]
+
+    def row(label: str, own: list[np.ndarray], length: float, others: list[np.ndarray]) -> None:
+        held_up = passed(float(np.mean(own)), length, float(np.mean(others)))
+        rows.append([label, cell(own, 3), f"{length:.3f}", cell(others, 3), held_up])
+
+    row("the gold reward itself", [own], length_alone(run.folder, held), [others])
+    for method, runs in ((m, methods[m]) for m in LEARNED if m in methods):
         scores = [last_reward(run.folder) for run in runs]
         own = [pairwise_wins(s["chosen"], s["rejected"]) for s in scores]
-        shape = [shape_accuracy(shapes(r.folder, "demonstrations"), shapes(r.folder, "samples")) for r in runs]
-        above = [a - b for a, b in zip(own, shape, strict=True)]
         others = [pairwise_wins(s["chosen"], s["shuffled"]) for s in scores]
-        passed = [
-            f"{np.mean(v) >= least and 'yes' or 'no'}" for v, least in zip((own, above, others), GATES, strict=True)
-        ]
-        rows.append(
-            [METHODS[method], cell(own, 3), cell(shape, 3), difference(above), cell(others, 3), ", ".join(passed)]
-        )
+        row(METHODS[method], own, float(np.mean([length_alone(run.folder, held) for run in runs])), others)
     names = [
-        f"over the first policy's sample, at least {GATES[0]}", "length and end alone", f"above that, at least {GATES[1]}",
-        f"over another row's demonstration, at least {GATES[2]}", "passed",
+        f"over the first policy's sample, at least {RIGHT}", f"length and end alone, at least {ABOVE_LENGTH} less",
+        f"over another row's demonstration, at least {OTHER_ROW}", "gates passed",
     ]  # fmt: skip
     return markdown(["", *names], rows)
 
@@ -367,6 +315,16 @@ def ratio_table(sizes: dict[int, dict[str, list[Trial]]]) -> str:
             cells.append(f"{cell([c['gain'] for c in last(runs)], 3)} ({len(runs)})" if runs else "")
         rows.append([str(size), *cells])
     return markdown(["preferences", *(METHODS[m] for m in names)], rows)
+
+
+def other_sizes(sizes: dict[int, dict[str, list[Trial]]], shown: int) -> list[str]:
+    """Contrasts and rewards with other numbers of preferences than the one shown."""
+    parts = []
+    for size, methods in sizes.items():
+        if size != shown and methods:
+            parts += [f"With {size} preferences\n", contrast_table(methods), reward_table(methods)]
+            parts.append(reward_contrasts(methods))
+    return parts
 
 
 def weight_table(root: Path, methods: dict[str, list[Trial]], gold: Gold) -> str:
@@ -410,7 +368,7 @@ def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Tria
     frontier, pairs, density, ratios = axes.flat
     for method, runs in methods.items():
         style = dict(color=COLORS[method], ls="--" if method in DASHED else "-")
-        curves = np.array([[[p.columns[m].mean() for p in run.points] for m in ("kl_k1", "gold")] for run in runs])
+        curves = np.array([[[p.columns[m].mean() for p in run.points] for m in ("kl_k3", "good")] for run in runs])
         for curve in curves:
             frontier.plot(*curve, alpha=0.2, lw=1, **style)
         frontier.plot(*curves.mean(0), marker="o", ms=3, lw=2, label=METHODS[method], **style)
@@ -421,16 +379,8 @@ def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Tria
     for k, (name, label) in enumerate(PAIRS.items()):
         stats = [mean_and_interval([pair_wins(run, name) for run in runs]) for runs in methods.values()]
         mean, low, high = (np.array(v) for v in zip(*stats, strict=True))
-        pairs.errorbar(
-            x + 0.2 * k - 0.1,
-            mean,
-            [mean - low, high - mean],
-            fmt="os"[k],
-            ms=5,
-            capsize=2,
-            label=label,
-            color=["#4477aa", "#228833"][k],
-        )
+        style = dict(fmt="os"[k], ms=5, capsize=2, label=label, color=("#4477aa", "#228833")[k])
+        pairs.errorbar(x + 0.2 * k - 0.1, mean, [mean - low, high - mean], **style)
     pairs.axhline(0.5, color="#bbbbbb", lw=1)
     pairs.set_xticks(x, [METHODS[m].replace(" (", "\n(") for m in methods], rotation=45, ha="right", fontsize=7)
     pairs.set(ylabel="share of held-out pairs right")
@@ -439,42 +389,24 @@ def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Tria
     bins = np.linspace(-3.5, 3.5, 36)
     shown = [m for m in ("rlhf", "rlhf_sft", "aihf") if m in methods]
     for k, method in enumerate(shown):
-        for values, fill in (
-            ([own_reward(method, r) for r in methods[method]], True),
-            ([c["gold"] for c in last(methods[method])], False),
-        ):
+        runs = methods[method]
+        kinds = [own_reward(method, run) for run in runs], [c["good"] for c in last(runs)]
+        for values, filled in zip(kinds, (True, False), strict=True):
             flat = np.concatenate([(v - v.mean()) / v.std() for v in values])
-            heights, _ = np.histogram(flat, bins, density=True)
-            style = dict(alpha=0.35, lw=0) if fill else dict(fill=False, lw=1.5)
-            density.stairs(
-                heights + 0.6 * k,
-                bins,
-                baseline=0.6 * k,
-                color=COLORS[method],
-                ec=COLORS[method],
-                **({"fill": True} if fill else {}),
-                **style,
-            )
+            heights = np.histogram(flat, bins, density=True)[0] + 0.6 * k
+            style = dict(fill=True, alpha=0.35) if filled else dict(fill=False, lw=1.5)
+            density.stairs(heights, bins, baseline=0.6 * k, color=COLORS[method], **style)
         density.text(-3.4, 0.6 * k + 0.35, METHODS[method], color=COLORS[method], fontsize=8)
     density.set(xlabel="own samples, standardised; filled: learned reward, line: gold", yticks=[])
     density.set_title("(c) learned and gold reward of own samples (Fig. 6)", loc="left")
     names = [m for m in METHODS if sum(m in methods for methods in sizes.values()) > 1]
     for k, method in enumerate(names):
         own = {size: methods[method] for size, methods in sizes.items() if method in methods}
-        stats = [mean_and_interval([c["gold"] for c in last(runs)]) for runs in own.values()]
+        stats = [mean_and_interval([c["good"] for c in last(runs)]) for runs in own.values()]
         mean, low, high = (np.array(v) for v in zip(*stats, strict=True))
         place = np.array([list(sizes).index(size) for size in own]) + 0.1 * (k - len(names) / 2)
-        ratios.errorbar(
-            place,
-            mean,
-            [mean - low, high - mean],
-            fmt="o-",
-            ms=4,
-            capsize=2,
-            color=COLORS[method],
-            ls="--" if method in DASHED else "-",
-            label=METHODS[method],
-        )
+        style = dict(marker="o", ms=4, capsize=2, color=COLORS[method], ls="--" if method in DASHED else "-")
+        ratios.errorbar(place, mean, [mean - low, high - mean], label=METHODS[method], **style)
     ratios.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     ratios.set(xlabel="preferences beside 300 demonstrations", ylabel="gold of samples")
     ratios.set_title("(d) numbers of preferences (Fig. 3)", loc="left")
@@ -492,7 +424,7 @@ def show(args: Args) -> None:
     named = {str(run.folder): run.points[-1].columns for own in sizes.values() for runs in own.values() for run in runs}
     require_same_rows(named)
     start = methods["sft"][0].points[0].columns
-    add_gain(sizes, start["gold"])
+    add_gain(sizes, start["good"])
     shown = start["row"]
     held = {row["row"]: row for row in load_rows(str(root / "data" / "held_out.jsonl"), "all")}
     held = [held[int(row)] for row in shown]
@@ -503,9 +435,9 @@ def show(args: Args) -> None:
     parts += [
         "Methods\n", method_table(methods, start, expert),
         "Contrasts\n", contrast_table(methods), "Equal KL\n", kl_table(methods), "Equal updates\n", update_table(methods),
-        "Gates\n", gate_table(methods, gold, [row["response"] for row in held]),
+        "Gates\n", gate_table(methods, gold, held),
         "Rewards\n", reward_table(methods), reward_contrasts(methods),
-        "Numbers of preferences, gold less the base's (seeds)\n", ratio_table(sizes),
+        "Numbers of preferences, gold less the base's (seeds)\n", ratio_table(sizes), *other_sizes(sizes, args.main),
         "w1 of Direct AIHF\n", weight_table(root / "w1", methods, gold),
     ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, command, jsonl, make_model, make_tokenizer, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import models
+from common import UserError, models
 from common.data import collate
 from common.store import read_pairs, write_pairs
 
@@ -125,37 +126,6 @@ def test_distance_of_two_shapes_by_hand():
     assert table.distance(a, -a) == pytest.approx(0.5)  # -0.58 (3), 1.73 against -1.73, 0.58 (3): 3/4 less 1/4
 
 
-def point(kl: float, gold: list[float]) -> table.Point:
-    return table.Point(0, {"kl_k1": np.array([kl, kl]), "gold": np.array(gold)}, ["a", "b"])
-
-
-def test_gold_at_equal_kl_is_on_the_line_between_two_evaluations():
-    points = [point(0, [0, 1]), point(1, [2, 1]), point(0.5, [9, 9]), point(3, [4, 5])]
-    assert table.at_kl(points, 0.25).tolist() == [0.5, 1.0]
-    assert table.at_kl(points, 1.0).tolist() == [2.0, 1.0]
-    assert table.at_kl(points, 1.75) == pytest.approx([6.5, 7.0])
-    assert table.at_kl(points, 3.5) is None
-    assert table.at_kl([point(0.4, [1, 1]), point(2, [2, 2])], 0.3) is None  # a start that is beyond it
-
-
-def test_length_and_end_alone_are_judged_by_the_other_half():
-    stream = np.random.default_rng(0)
-    worse = np.stack([stream.integers(5, 20, 400), np.ones(400)], 1).astype(float)
-    longer = worse + [3, 0]
-    assert table.shape_accuracy(longer, worse).mean() == 1
-    assert table.shape_accuracy(worse, worse).tolist() == [0.5] * 400
-    ended = worse * [1, 0] + [0, 1]
-    assert table.shape_accuracy(ended, worse * [1, 0]).mean() == 1
-    noise = table.shape_accuracy(np.stack([stream.integers(5, 20, 400), np.ones(400)], 1), worse)
-    assert noise.mean() == pytest.approx(0.5, abs=0.1)  # four standard errors
-
-
-def test_logistic_weights_are_where_the_gradient_is_zero():
-    x = np.random.default_rng(0).normal(0.3, 1, (200, 2))
-    w = table.logistic(x, ridge=0.01)
-    assert x.T @ (1 / (1 + np.exp(x @ w))) / 200 == pytest.approx(0.01 * w, abs=1e-9)
-
-
 @pytest.mark.parametrize(
     ("script", "args", "expected"),
     [
@@ -229,7 +199,7 @@ def ppo(place):
         "40",
     ]
     words += (
-        "--optimizer adamw --learning-rate 4e-3 --total-episodes 640 --rollout-batch-size 64 --eval-updates 5".split()
+        "--optimizer adamw --learning-rate 8e-3 --total-episodes 1280 --rollout-batch-size 64 --eval-updates 10".split()
     )
     words += "--missing-eos-penalty 0 --value-warmup-ratio 0 --seed 1".split()
     run([sys.executable, *words, "--output-dir", str(place / "ppo")])
@@ -239,7 +209,7 @@ def ppo(place):
 def test_ppo_raises_the_gold_of_the_decoded_answers(place, ppo):
     gold = film.Gold(place)
     means = []
-    for updates in (0, 5, 10):
+    for updates in (0, 10, 20):
         rows = read_pairs(ppo / "evals" / f"{updates:04d}.parquet")
         scores = gold.score([row["sample"] for row in rows])
         assert [row["reward/samples"] for row in rows] == pytest.approx(scores.tolist(), abs=1e-6)
@@ -248,3 +218,134 @@ def test_ppo_raises_the_gold_of_the_decoded_answers(place, ppo):
     assert means[-1] > means[0] + 0.5
     logged = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
     assert not any("reward/loss" in row for row in logged)  # nothing is learned about the reward
+
+
+@pytest.fixture(scope="module")
+def learned(place):
+    """RLHF on other prompts than its preferences', from a model that is not the base to which its KL is measured."""
+    make_model(place / "other", window=64, intermediate_size=32)
+    prefs = [{"prompt": f"{' '.join(WORDS[i : i + 3])} {i}", "chosen": "e e", "rejected": "o"} for i in range(8)]
+    jsonl(place / "prefs.jsonl", prefs)
+    flags = ["--preference-dataset", str(place / "prefs.jsonl"), "--base", str(place / "other"), "--demo-weight", "0"]
+    flags += ["--policy-prompts", str(place / "rows.jsonl"), "--reward-model", "", "--sft-epochs", "0", "--T", "1"]
+    flags += "--total-prompts 4 --rollout-batch-size 4 --num-generations 2 --eval-updates 1 --max-preferences 0".split()
+    flags += "--reward-learning-rate 1e-3 --sft-learning-rate 1e-3 --lr-scheduler-type linear --max-length 64".split()
+    words = command("benchmark/sentiment_rl.py", place / "model", place / "rows.jsonl", place / "learned", *flags)
+    words.insert(2, "aihf")
+    run([*words, "--max-prompt-length", "50"])
+    return place / "learned"
+
+
+def test_the_kl_of_a_run_is_measured_to_the_base(learned):
+    """The policy has not moved at the first evaluation, but it is not the base: so its KL is that of two random models."""
+    start = read_pairs(learned / "evals" / "0000.parquet")
+    assert abs(np.mean([row["kl_k3"] for row in start])) > 1e-3
+    assert json.loads((learned / "args.json").read_text())["script"] == "aihf"
+
+
+def test_pairs_are_judged_by_the_learned_reward_else_by_the_policy(place, learned, ppo):
+    """The chosen responses are those that the run has scored; the PPO run has no reward folder, so its policy judges."""
+    held = read_pairs(learned / "evals" / "reward_0000.parquet")
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    pairs = [{"prompt": rows[h["row"]]["prompt"], "chosen": "e e.", "rejected": "read it"} for h in held]
+    file = jsonl(place / "pairs.jsonl", pairs)
+    words = ["benchmark/sentiment_judge.py", "--model", str(place / "model"), "--pairs", file, *SMALL, "--runs"]
+    words += [str(learned), str(ppo), "--output-dir", str(place / "judge")]
+    run([sys.executable, *words])
+    judged = read_pairs(learned / "pairs.parquet")
+    moved = [j["chosen"] - h["chosen"] for j, h in zip(judged, held, strict=True)]
+    assert moved == pytest.approx([-np.mean([h["chosen"] for h in held])] * len(held), abs=1e-4)  # centred since then
+    assert [j["rejected"] for j in judged] != pytest.approx([j["chosen"] for j in judged], abs=1e-3)
+    own = read_pairs(ppo / "pairs.parquet")
+    model, base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(ppo / "final"), AutoModelForCausalLM.from_pretrained(place / "model"),
+        AutoTokenizer.from_pretrained(place / "model"),
+    )  # fmt: skip
+    for kind in ("chosen", "rejected"):
+        expected = [log_prob(model, tokenizer, p, kind) - log_prob(base, tokenizer, p, kind) for p in pairs]
+        assert [row[kind] for row in own] == pytest.approx(expected, abs=1e-3)
+
+
+def log_prob(model, tokenizer, pair: dict, kind: str) -> float:
+    """log pi of a response with its end, by plain transformers."""
+    prompt = tokenizer(f"### Instruction: {pair['prompt']}\n\n### Response: ")["input_ids"]
+    ids = torch.tensor([[*prompt, *tokenizer(pair[kind])["input_ids"], tokenizer.eos_token_id]])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0].log_softmax(-1)
+    return logprobs[range(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]].sum().item()
+
+
+# ---- the tables, from made-up runs ----
+TEXTS = {"sft": "b", "dpo": "c", "rlhf": "n", "aihf": "b z"}  # gold 4, 4, -4, 0 by the fixture's letters; the base: "z"
+
+
+def made_up_run(folder: Path, method: str, rows: int, seed: int, script: str) -> None:
+    (folder / "evals").mkdir(parents=True)
+    args = {"num_policy_epochs": 1, "rollout_batch_size": 64, "batch_size": 32}
+    (folder / "args.json").write_text(json.dumps({"script": script, "args": args}))
+    (folder / "done").touch()
+    steps = (0, 20) if script == "sft" else (0, 10)
+    lines = [json.dumps({"step": step, "eval/nll": 1.0}) for step in steps]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for number in steps:
+        said = TEXTS[method] if number else "z"
+        stored = [
+            {
+                "row": i, "sample": said if i else "a", "kl_k1": 0.1 * i, "kl_k3": 2.0 * (number > 0),
+                "nll": 50.0 + seed,
+                "completions/mean_length": 5.0 + i, "completions/clipped_ratio": 0.0, "reward/samples": float(i),
+                "lengths/demonstrations": 9.0 + i,
+            }
+            for i in range(rows)
+        ]  # fmt: skip
+        write_pairs(folder / "evals" / f"{number:04d}.parquet", stored)
+    reward = [{"row": i, "chosen": 1.0, "rejected": float(i % 4 == 0) * 2, "shuffled": 1.0} for i in range(rows)]
+    write_pairs(folder / "evals" / "reward_0000.parquet", reward)
+    right = {"held_out_medium_low": 5, "held_out_high_medium": 5 - seed}  # of eight
+    judged = [
+        {"pairs": name, "row": i, "chosen": float(i < n), "rejected": 0.5}
+        for name, n in right.items()
+        for i in range(8)
+    ]
+    write_pairs(folder / "pairs.parquet", judged)
+
+
+def test_tables_of_made_up_runs(place, tmp_path):
+    for size in (100, 300):
+        for seed in (1, 2):
+            for method in TEXTS:
+                script = "aihf" if method in ("rlhf", "aihf") else "sft"
+                made_up_run(tmp_path / str(size) / str(seed) / method, method, 8, seed, script)
+    (tmp_path / "data").mkdir()
+    jsonl(tmp_path / "data" / "held_out.jsonl", [{"prompt": f"p {i}", "completion": "b"} for i in range(8)])
+    table.show(table.Args(str(tmp_path), str(place), output=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "sentiment.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+    def row(label: str, columns: int, **at: str) -> list[str]:
+        """The first row of that label and size, without intervals; at: what its column of that number begins with."""
+        own = [r for r in rows if r[0] == label and len(r) == columns]
+        return [
+            c.split(" ")[0] for c in next(r for r in own if all(r[int(k[1:])].startswith(v) for k, v in at.items()))
+        ]
+
+    assert [row(name, 7)[1] for name in ("demonstrations", "base", "SFT", "RLHF (online DPO)")] == [
+        "4.000", "-3.000", "4.000", "-3.000"
+    ]  # fmt: skip
+    aihf, less = "AIHF (online DPO)", "AIHF (online DPO) less RLHF (online DPO)"
+    assert row(aihf, 7)[1:5] == ["0.500", "3.500", "2.00", "51.50"]
+    assert row(less, 4, _2="+3.50, +3.50")[1::2] == ["+3.500", "+0.00"]
+    assert row(less, 4, _2="+2.4")[1:] == ["+1.356", "+2.475", ""]  # 3.5 sqrt(0.3/2), 3.5 sqrt(1/2), and 2 nats are the end
+    assert row("SFT", 3)[1:] == ["not", "4.000"] and row(aihf, 3)[2] == "0.500"  # ten updates of two steps
+    assert row(aihf, 6, _1="learned")[2:5] == ["0.625", "0.438", "-0.577"]  # 5/8; (4/8 + 3/8)/2; the high row has 0
+    assert row(aihf, 5)[1:] == ["0.750", row(aihf, 5)[2], "0.500", "not:"]
+    assert row("the gold reward itself", 5)[1] == "0.938" and row("the gold reward itself", 5)[3] == "0.500"
+    assert (tmp_path / "out" / "sentiment.png").stat().st_size > 10_000
+    assert "p 1" in (tmp_path / "out" / "samples.txt").read_text()
+
+
+def test_runs_on_other_rows_are_refused(place, tmp_path):
+    for seed, rows in ((1, 8), (2, 7)):
+        made_up_run(tmp_path / "300" / str(seed) / "sft", "sft", rows, seed, "sft")
+    with pytest.raises(UserError, match="--runs: found other held-out rows"):
+        table.show(table.Args(str(tmp_path), str(place), output=str(tmp_path / "out")))
