@@ -2,13 +2,15 @@
 # The AIHF paper's sentiment task (App. A.1.2) at small scale: preferences and demonstrations are answers of a policy that PPO
 # trains on a known reward; every method learns from them and is measured by that reward. One run at a time, on one core.
 #   bash benchmark/sentiment.sh WORLD BASE [OUT]    WORLD: folder of benchmark/film.py; BASE: a model trained on its train.jsonl
+#   SEEDS, RATIO_SEEDS, WEIGHT_SEEDS, PPO_SEEDS: seeds of the comparison, of other numbers of preferences, of other weights of
+#   Direct AIHF, and of the two methods with PPO.
 # Finished runs are reused; one that was cut off begins anew. Seeds are in the outer loop: a cut leaves whole seeds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 world=$1 base=$2
 out=${3:-runs/sentiment}
 seeds=${SEEDS:-1 2 3 4 5}
-ratio_seeds=${RATIO_SEEDS:-1 2 3}
+ratio_seeds=${RATIO_SEEDS:-$seeds} weight_seeds=${WEIGHT_SEEDS:-$seeds} ppo_seeds=${PPO_SEEDS:-$seeds}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 sizes=(--model "$base" --max-length 72 --max-new-tokens 56 --per-device-eval-batch-size 128)
 
@@ -89,7 +91,7 @@ if [ ! -f "$out/grid/done" ]; then
   touch "$out/grid/done"
 fi
 
-# ---- five seeds of every method; then other numbers of preferences, and other weights ----
+# ---- every method; then other numbers of preferences, and other weights ----
 test=(--eval-dataset "$out/data/held_out.jsonl" --eval-samples 1000)
 seeded() { # PREFERENCES SEED NAME
   local to=$out/$1/$2/$3 name=$3 start=()
@@ -103,15 +105,20 @@ seeded() { # PREFERENCES SEED NAME
   esac
 }
 for seed in $seeds; do
-  for name in sft rlhf aihf rlhf_sft dpo direct self_play aihf_ppo rlhf_ppo; do seeded 300 "$seed" $name; done
+  for name in sft rlhf aihf rlhf_sft dpo direct self_play; do seeded 300 "$seed" $name; done
 done
 for seed in $ratio_seeds; do
   for m in 1000 100; do
-    for name in rlhf aihf dpo direct; do seeded $m "$seed" $name; done
+    for name in rlhf aihf; do seeded $m "$seed" $name; done
   done
+done
+for seed in $weight_seeds; do
   for w1 in 0.01 0.25 1; do
     method "$out/w1/$w1/$seed/direct" direct "$(rate_of direct)" "$seed" 300 "${test[@]}" --demo-weight $w1
   done
+done
+for seed in $ppo_seeds; do
+  for name in rlhf_ppo aihf_ppo; do seeded 300 "$seed" $name; done
 done
 judge held_out "$out"/[0-9]*/*/* "$out"/w1/*/*/*
 python benchmark/sentiment_table.py --runs "$out" --gold "$world" --output "$out"
