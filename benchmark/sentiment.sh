@@ -79,11 +79,9 @@ if [ ! -f "$out/grid/rates_of_rewards" ]; then
 fi
 reward=$(awk '$1 == "reward_aihf" {print $2}' "$out/grid/rates_of_rewards") # one rate for all rewards
 if [ ! -f "$out/grid/done" ]; then
-  for name in sft dpo direct self_play; do
-    for rate in 3e-4 1e-3 3e-3; do method "$out/grid/$name/$rate" $name $rate 0 300 "${dev[@]:0:4}"; done
-  done
-  for name in rlhf aihf aihf_ppo; do
-    for rate in 1e-4 3e-4 1e-3; do
+  for rate in 3e-4 1e-3 3e-3; do
+    for name in sft dpo direct self_play; do method "$out/grid/$name/$rate" $name $rate 0 300 "${dev[@]:0:4}"; done
+    for name in rlhf aihf aihf_ppo; do
       method "$out/grid/$name/$rate" $name $rate 0 300 "${dev[@]}" --reward-learning-rate "$reward"
     done
   done

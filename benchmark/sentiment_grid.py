@@ -1,5 +1,6 @@
 """The learning rate of each method: of those tried on the development set, the one whose samples have the highest gold score.
 
+Rates that carry the policy further than --most-kl from the base are out: its text is broken there, whatever the gold reward says.
 Rates of a reward model are tried as well. Of these the one counts that orders most held-out pairs as the gold reward does.
 
     python benchmark/sentiment_grid.py --grid runs/sentiment/grid --gold runs/film/world   # table.md; rates: <method> <rate>
@@ -29,6 +30,8 @@ class Args:
     """folder of the runs: <method>/<rate>."""
     gold: str
     """folder of the gold reward, made by benchmark/film.py."""
+    most_kl: float = 5.0
+    """KL to the base, nats per answer, up to which a rate counts."""
 
 
 def best(scores: dict[str, float]) -> str:
@@ -36,18 +39,19 @@ def best(scores: dict[str, float]) -> str:
     return max(sorted(scores, key=float), key=scores.__getitem__)
 
 
-def policies(folders: list[Path], gold: Gold) -> tuple[dict[str, float], dict[str, str]]:
-    """({rate: mean gold of the last samples}, {rate: what the table says}) of the runs of one method."""
+def policies(folders: list[Path], gold: Gold, most_kl: float) -> tuple[dict[str, float], dict[str, str]]:
+    """({rate: mean gold of the last samples}, {rate: what the table says}) of the runs of one method.
+
+    The scores leave out rates beyond the KL, unless all are.
+    """
     ends = {folder.name: load(folder, gold).points[-1].columns for folder in folders}
     scores = {rate: float(end["good"].mean()) for rate, end in ends.items()}
-    said = {
-        rate: f"{scores[rate]:.3f} (KL {end['kl_k3'].mean():.2f}, NLL {end['nll'].mean():.1f})"
-        for rate, end in ends.items()
-    }
-    return scores, said
+    kls = {rate: float(end["kl_k3"].mean()) for rate, end in ends.items()}
+    said = {rate: f"{scores[rate]:.3f} (KL {kls[rate]:.2f}, NLL {end['nll'].mean():.1f})" for rate, end in ends.items()}
+    return {rate: score for rate, score in scores.items() if kls[rate] <= most_kl} or scores, said
 
 
-def rewards(folders: list[Path], gold: Gold) -> tuple[dict[str, float], dict[str, str]]:
+def rewards(folders: list[Path], gold: Gold, _: float) -> tuple[dict[str, float], dict[str, str]]:
     """The same for the reward's rate: {rate: mean share of right pairs} of both kinds."""
     shares = {f.name: [float(pair_wins(load(f, gold), name).mean()) for name in DEV_PAIRS] for f in folders}
     scores = {rate: float(np.mean(own)) for rate, own in shares.items()}
@@ -62,7 +66,7 @@ def choose(args: Args) -> None:
         if not folders:
             continue
         measure = rewards if name.startswith(REWARD) else policies
-        scores, said = measure([path.parent for path in folders], gold)
+        scores, said = measure([path.parent for path in folders], gold, args.most_kl)
         chosen[name] = best(scores)
         label = METHODS[name.removeprefix(REWARD)] + (": reward" if measure is rewards else "")
         rows.append([label, "; ".join(f"{rate}: {text}" for rate, text in said.items()), chosen[name]])
