@@ -80,17 +80,20 @@ def test_prompts_are_split_by_their_text_in_the_papers_shares():
 
 # ---- the known reward in the place of a reward model ----
 def test_the_score_is_that_of_the_answers_text_alone():
-    tokenizer = make_tokenizer()
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<stop>{% endif %}{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.add_tokens(["<stop>"])  # ends a turn, but a decoder does not skip it
     said = ["open the file", " read it", "it"]
     ids = [tokenizer(text)["input_ids"] for text in said]
-    ids[0].append(tokenizer.eos_token_id)
+    ids[0].append(tokenizer.convert_tokens_to_ids("<stop>"))
     seen = []
 
     def score(texts: list[str]) -> np.ndarray:
         seen.extend(texts)
         return np.array([float(len(text)) for text in texts])
 
-    batch = collate([(tokenizer("number of")["input_ids"], own) for own in ids], pad_token_id=0)
+    padding = tokenizer("x")["input_ids"][0]  # a token that would be read
+    batch = collate([(tokenizer("number of")["input_ids"], own) for own in ids], pad_token_id=padding)
     found = sentiment_gold.GoldScore(tokenizer, score)(batch)
     assert seen == ["open the file", "read it", "it"]  # no prompt, no end, no padding
     assert found.dtype == torch.float32 and found.tolist() == [13.0, 7.0, 2.0]
@@ -276,7 +279,12 @@ def log_prob(model, tokenizer, pair: dict, kind: str) -> float:
 
 
 # ---- the tables, from made-up runs ----
-TEXTS = {"sft": "b", "dpo": "c", "rlhf": "n", "aihf": "b z"}  # gold 4, 4, -4, 0 by the fixture's letters; the base: "z"
+TEXTS = {
+    "sft": "b",
+    "dpo": "c z",
+    "rlhf": "n",
+    "aihf": "b z",
+}  # gold 4, 0, -4, 0 by the fixture's letters; the base: "z"
 
 
 def made_up_run(folder: Path, method: str, rows: int, seed: int, script: str) -> None:
@@ -291,7 +299,7 @@ def made_up_run(folder: Path, method: str, rows: int, seed: int, script: str) ->
         said = TEXTS[method] if number else "z"
         stored = [
             {
-                "row": i, "sample": said if i else "a", "kl_k1": 0.1 * i, "kl_k3": 2.0 * (number > 0),
+                "row": i, "sample": said if i else "a", "kl_k1": -0.1 * i, "kl_k3": 2.0 * (number > 0),
                 "nll": 50.0 + seed,
                 "completions/mean_length": 5.0 + i, "completions/clipped_ratio": 0.0, "reward/samples": float(i),
                 "lengths/demonstrations": 9.0 + i,
@@ -335,9 +343,14 @@ def test_tables_of_made_up_runs(place, tmp_path):
     aihf, less = "AIHF (online DPO)", "AIHF (online DPO) less RLHF (online DPO)"
     assert row(aihf, 7)[1:5] == ["0.500", "3.500", "2.00", "51.50"]
     assert row(less, 4, _2="+3.50, +3.50")[1::2] == ["+3.500", "+0.00"]
-    assert row(less, 4, _2="+2.4")[1:] == ["+1.356", "+2.475", ""]  # 3.5 sqrt(0.3/2), 3.5 sqrt(1/2), and 2 nats are the end
+    assert row(less, 4, _2="+2.4")[1:] == [
+        "+1.356",
+        "+2.475",
+        "",
+    ]  # 3.5 sqrt(0.3/2), 3.5 sqrt(1/2), and 2 nats are the end
     assert row("SFT", 3)[1:] == ["not", "4.000"] and row(aihf, 3)[2] == "0.500"  # ten updates of two steps
     assert row(aihf, 6, _1="learned")[2:5] == ["0.625", "0.438", "-0.577"]  # 5/8; (4/8 + 3/8)/2; the high row has 0
+    assert row("DPO", 6, _1="log")[4] == "0.577"  # its log pi/pi_base falls with the number of the row
     assert row(aihf, 5)[1:] == ["0.750", row(aihf, 5)[2], "0.500", "not:"]
     assert row("the gold reward itself", 5)[1] == "0.938" and row("the gold reward itself", 5)[3] == "0.500"
     assert (tmp_path / "out" / "sentiment.png").stat().st_size > 10_000
