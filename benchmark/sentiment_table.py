@@ -131,9 +131,9 @@ def load(folder: Path, gold: Gold) -> Trial:
 
 
 def trials(root: Path, gold: Gold) -> dict[str, list[Trial]]:
-    """{method: its runs, a seed each} below <root>/<seed>/<method>; seeds that lack a method are left out for it."""
+    """{method: its runs, a seed each} below <root>/<seed>/<method>; runs that are not finished and judged are left out."""
     seeds = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: int(p.name)) if root.is_dir() else []
-    found = {m: [load(s / m, gold) for s in seeds if (s / m / "done").is_file()] for m in METHODS}
+    found = {m: [load(s / m, gold) for s in seeds if (s / m / "pairs.parquet").is_file()] for m in METHODS}
     return {m: runs for m, runs in found.items() if runs}
 
 

@@ -129,6 +129,21 @@ def test_distance_of_two_shapes_by_hand():
     assert table.distance(a, -a) == pytest.approx(0.5)  # -0.58 (3), 1.73 against -1.73, 0.58 (3): 3/4 less 1/4
 
 
+def test_length_and_end_are_judged_on_rows_they_were_not_fitted_on(tmp_path):
+    """Demonstrations are longer in all even rows and in six of eight odd ones: 6/8 by the even rows' fit, 8/8 by the odd rows'."""
+    (tmp_path / "evals").mkdir()
+    longer = [i % 2 == 0 or i >= 4 for i in range(16)]
+    rows = [
+        {
+            "row": i, "lengths/demonstrations": 14.0 if more else 10.0, "completions/mean_length": 10.0 if more else 14.0,
+            "completions/clipped_ratio": 0.0,
+        }
+        for i, more in enumerate(longer)
+    ]  # fmt: skip
+    write_pairs(tmp_path / "evals" / "0000.parquet", rows)
+    assert table.length_alone(tmp_path, [{}] * 16) == pytest.approx((6 / 8 + 1) / 2)
+
+
 @pytest.mark.parametrize(
     ("script", "args", "expected"),
     [
