@@ -84,6 +84,7 @@ def pair(better: dict, worse: dict) -> dict:
         "prompt": better["prompt"], "chosen": better["text"], "rejected": worse["text"],
         "chosen_finished": better["finished"], "rejected_finished": worse["finished"],
         "gold_chosen": better["score"], "gold_rejected": worse["score"],
+        "checkpoint_chosen": better["checkpoint"], "checkpoint_rejected": worse["checkpoint"],
     }  # fmt: skip
 
 

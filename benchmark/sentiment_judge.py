@@ -3,9 +3,11 @@
     python benchmark/sentiment_judge.py --model runs/film/base/final --runs runs/sentiment/300/1/*
         --pairs runs/sentiment/data/held_out_*_*.jsonl --output-dir runs/sentiment/judge
 
-The scores go to pairs.parquet in the folder of the run: pairs (name of the file), row, chosen, rejected.
+The scores go to pairs.parquet in the folder of the run: pairs (name of the file), row, chosen, rejected, and later: whether the
+chosen answer is of a later checkpoint than the rejected one.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +46,10 @@ def judge(args: Args) -> None:
     tokenizer = models.load_tokenizer(args)
     run = Run(args, "sentiment_judge", {})
     base = models.for_inference(run, models.load_model(args))
-    rows, groups = {}, {}
+    rows, groups, later = {}, {}, {}
     for path in args.pairs:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        later[Path(path).stem] = [line["checkpoint_chosen"] > line["checkpoint_rejected"] for line in lines]
         pairs = load_rows(path, "all", "preferences", "--pairs")[: args.max_pairs]
         own = rows[Path(path).stem] = encode(pairs, tokenizer, args.max_length, args.max_prompt_length, "--pairs")
         for kind, ids in KINDS.items():
@@ -64,7 +68,7 @@ def judge(args: Args) -> None:
                 name: [a - b for a, b in zip(values, reference[name], strict=True)] for name, values in found.items()
             }
         scored = [
-            {"pairs": name, "row": p["row"], "chosen": chosen, "rejected": rejected}
+            {"pairs": name, "row": p["row"], "chosen": chosen, "rejected": rejected, "later": later[name][p["row"]]}
             for name, own in rows.items()
             for p, chosen, rejected in zip(own, found[name, "chosen"], found[name, "rejected"], strict=True)
         ]

@@ -54,6 +54,7 @@ CONTRASTS = [
     ("rlhf_sft", "rlhf"),
 ]  # fmt: skip
 PAIRS = {"held_out_medium_low": "medium over low", "held_out_high_medium": "high over medium"}
+JUDGED = (*PAIRS.values(), "high over medium, balanced")
 KLS = (0.3, 1.0, 3.0)
 EQUAL = (10, 20)  # policy steps at which methods are compared
 COLORS = {
@@ -161,6 +162,18 @@ def pair_wins(run: Trial, name: str) -> np.ndarray:
     return pairwise_wins(chosen, rejected)
 
 
+def judged(run: Trial) -> list[np.ndarray]:
+    """The columns JUDGED of a run's reward, (pairs,) each.
+
+    High answers are of late checkpoints more often than medium ones, so a reward that knows the checkpoints by their style seems
+    right. Balanced: pairs with the high answer from the later checkpoint count as much as those with it from the earlier one.
+    """
+    inside, outside = (pair_wins(run, name) for name in PAIRS)
+    rows = [r for r in read_pairs(run.folder / "pairs.parquet") if r["pairs"] == list(PAIRS)[1]]
+    later = np.array([r["later"] for r in rows], dtype=bool)
+    return [inside, outside, outside * np.where(later, 0.5 / later.mean(), 0.5 / (1 - later.mean()))]
+
+
 def last_reward(folder: Path) -> Columns:
     """Scores of the last reward of a run on held-out rows: chosen, rejected (the first policy's sample), shuffled."""
     return columns_of(sorted((folder / "evals").glob("reward_*.parquet"))[-1], "--runs")
@@ -249,7 +262,7 @@ def reward_table(methods: dict[str, list[Trial]]) -> str:
     """How each reward orders held-out pairs and the policy's own samples."""
     rows = []
     for method, runs in methods.items():
-        cells = [cell([pair_wins(run, name) for run in runs], 3) for name in PAIRS]
+        cells = [cell(list(own), 3) for own in zip(*map(judged, runs), strict=True)]
         gold = [c["good"] for c in last(runs)]
         rewards = [own_reward(method, run) for run in runs]
         cells.append(cell([rank_correlation_rows(r, g) for r, g in zip(rewards, gold, strict=True)], 3))
@@ -257,7 +270,7 @@ def reward_table(methods: dict[str, list[Trial]]) -> str:
         kind = "learned" if method in LEARNED else "log π/π_base"
         rows.append([METHODS[method], kind, *cells])
     return markdown(
-        ["", "reward", *PAIRS.values(), "rank correlation with gold on own samples", "distance from gold, each seed"],
+        ["", "reward", *JUDGED, "rank correlation with gold on own samples", "distance from gold, each seed"],
         rows,
     )
 
@@ -268,7 +281,8 @@ def reward_contrasts(methods: dict[str, list[Trial]]) -> str:
     for first, second in [*CONTRASTS[:3], ("aihf", "dpo"), ("direct", "dpo"), ("self_play", "dpo")]:
         if not (pairs := paired(methods.get(first, []), methods.get(second, []))):
             continue
-        cells = [difference([pair_wins(a, n) - pair_wins(b, n) for a, b in pairs]) for n in PAIRS]
+        both = [zip(judged(a), judged(b), strict=True) for a, b in pairs]
+        cells = [difference([x - y for x, y in own]) for own in zip(*both, strict=True)]
         correlations = [
             [
                 rank_correlation_rows(own_reward(m, run), run.points[-1].columns["good"])
@@ -278,7 +292,7 @@ def reward_contrasts(methods: dict[str, list[Trial]]) -> str:
         ]
         cells.append(difference([a - b for a, b in correlations]))
         rows.append([f"{METHODS[first]} less {METHODS[second]}", *cells])
-    return markdown(["", *PAIRS.values(), "rank correlation on own samples"], rows)
+    return markdown(["", *JUDGED, "rank correlation on own samples"], rows)
 
 
 def gate_table(methods: dict[str, list[Trial]], gold: Gold, held: list[dict]) -> str:
@@ -336,9 +350,9 @@ def weight_table(root: Path, methods: dict[str, list[Trial]], gold: Gold) -> str
     rows = []
     for weight, runs in sorted(found.items()):
         cells = [cell([c[m] for c in last(runs)], d) for m, d in list(MEASURES.values())[:4]]
-        cells += [cell([pair_wins(run, name) for run in runs], 3) for name in PAIRS]
+        cells += [cell(list(own), 3) for own in zip(*map(judged, runs), strict=True)]
         rows.append([f"{weight:g} ({len(runs)})", *cells])
-    return markdown(["w1 (seeds)", *list(MEASURES)[:4], *PAIRS.values()], rows)
+    return markdown(["w1 (seeds)", *list(MEASURES)[:4], *JUDGED], rows)
 
 
 def samples(methods: dict[str, list[Trial]], prompts: list[str], gold: Gold) -> str:
@@ -376,11 +390,11 @@ def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Tria
     frontier.set_title("(a) gold against KL (Fig. 7); thin lines are seeds", loc="left")
     frontier.legend(frameon=False, fontsize=7, handlelength=3)
     x = np.arange(len(methods))
-    for k, (name, label) in enumerate(PAIRS.items()):
-        stats = [mean_and_interval([pair_wins(run, name) for run in runs]) for runs in methods.values()]
+    for k, label in enumerate(JUDGED):
+        stats = [mean_and_interval([judged(run)[k] for run in runs]) for runs in methods.values()]
         mean, low, high = (np.array(v) for v in zip(*stats, strict=True))
-        style = dict(fmt="os"[k], ms=5, capsize=2, label=label, color=("#4477aa", "#228833")[k])
-        pairs.errorbar(x + 0.2 * k - 0.1, mean, [mean - low, high - mean], **style)
+        style = dict(fmt="os^"[k], ms=5, capsize=2, label=label, color=("#4477aa", "#228833", "#ccbb44")[k])
+        pairs.errorbar(x + 0.2 * k - 0.2, mean, [mean - low, high - mean], **style)
     pairs.axhline(0.5, color="#bbbbbb", lw=1)
     pairs.set_xticks(x, [METHODS[m].replace(" (", "\n(") for m in methods], rotation=45, ha="right", fontsize=7)
     pairs.set(ylabel="share of held-out pairs right")

@@ -38,7 +38,7 @@ def test_answers_are_cut_into_thirds():
 
 def answers(prompts: list[str], scores: list[list[float]]) -> list[dict]:
     return [
-        {"row": row, "prompt": prompt, "text": f"{row}.{k}", "finished": bool(k % 2), "score": score}
+        {"row": row, "prompt": prompt, "text": f"{row}.{k}", "finished": bool(k % 2), "score": score, "checkpoint": k}
         for row, (prompt, own) in enumerate(zip(prompts, scores, strict=True))
         for k, score in enumerate(own)
     ]
@@ -56,7 +56,8 @@ def test_preferences_are_medium_over_low_and_share_no_prompt_with_demonstrations
         chosen, rejected = text[p["chosen"]], text[p["rejected"]]
         assert 3 < p["gold_chosen"] == chosen["score"] <= 6 and p["gold_rejected"] == rejected["score"] <= 3
         assert p["prompt"] == chosen["prompt"] == rejected["prompt"] and chosen["row"] == rejected["row"]
-        assert (p["chosen_finished"], p["rejected_finished"]) == (chosen["finished"], rejected["finished"])
+        for kind, answer in (("chosen", chosen), ("rejected", rejected)):
+            assert (p[f"{kind}_finished"], p[f"checkpoint_{kind}"]) == (answer["finished"], answer["checkpoint"])
     for d in demonstrations:
         assert text[d["completion"]]["score"] == d["gold"] > 6 and text[d["completion"]]["prompt"] == d["prompt"]
     assert not {p["prompt"] for p in preferences} & {d["prompt"] for d in demonstrations}
@@ -265,7 +266,11 @@ def test_pairs_are_judged_by_the_learned_reward_else_by_the_policy(place, learne
     """The chosen responses are those that the run has scored; the PPO run has no reward folder, so its policy judges."""
     held = read_pairs(learned / "evals" / "reward_0000.parquet")
     rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
-    pairs = [{"prompt": rows[h["row"]]["prompt"], "chosen": "e e.", "rejected": "read it"} for h in held]
+    pairs = [
+        {"prompt": rows[h["row"]]["prompt"], "chosen": "e e.", "rejected": "read it", "checkpoint_chosen": i}
+        | {"checkpoint_rejected": 1}
+        for i, h in enumerate(held)
+    ]
     file = jsonl(place / "pairs.jsonl", pairs)
     words = ["benchmark/sentiment_judge.py", "--model", str(place / "model"), "--pairs", file, *SMALL, "--runs"]
     words += [str(learned), str(ppo), "--output-dir", str(place / "judge")]
@@ -274,6 +279,7 @@ def test_pairs_are_judged_by_the_learned_reward_else_by_the_policy(place, learne
     moved = [j["chosen"] - h["chosen"] for j, h in zip(judged, held, strict=True)]
     assert moved == pytest.approx([-np.mean([h["chosen"] for h in held])] * len(held), abs=1e-4)  # centred since then
     assert [j["rejected"] for j in judged] != pytest.approx([j["chosen"] for j in judged], abs=1e-3)
+    assert [j["later"] for j in judged] == [False, False, True, True]
     own = read_pairs(ppo / "pairs.parquet")
     model, base, tokenizer = (
         AutoModelForCausalLM.from_pretrained(ppo / "final"), AutoModelForCausalLM.from_pretrained(place / "model"),
@@ -326,7 +332,7 @@ def made_up_run(folder: Path, method: str, rows: int, seed: int, script: str) ->
     write_pairs(folder / "evals" / "reward_0000.parquet", reward)
     right = {"held_out_medium_low": 5, "held_out_high_medium": 5 - seed}  # of eight
     judged = [
-        {"pairs": name, "row": i, "chosen": float(i < n), "rejected": 0.5}
+        {"pairs": name, "row": i, "chosen": float(i < n), "rejected": 0.5, "later": i < 2}
         for name, n in right.items()
         for i in range(8)
     ]
@@ -364,8 +370,9 @@ def test_tables_of_made_up_runs(place, tmp_path):
         "",
     ]  # 3.5 sqrt(0.3/2), 3.5 sqrt(1/2), and 2 nats are the end
     assert row("SFT", 3)[1:] == ["not", "4.000"] and row(aihf, 3)[2] == "0.500"  # ten updates of two steps
-    assert row(aihf, 6, _1="learned")[2:5] == ["0.625", "0.438", "-0.577"]  # 5/8; (4/8 + 3/8)/2; the high row has 0
-    assert row("DPO", 6, _1="log")[4] == "0.577"  # its log pi/pi_base falls with the number of the row
+    assert row(aihf, 7, _1="learned")[2:6] == ["0.625", "0.438", "0.625", "-0.577"]
+    # 5/8; (4/8 + 3/8)/2; balanced: of two later pairs all, of six others 2/6 and 1/6; the high row has 0
+    assert row("DPO", 7, _1="log")[5] == "0.577"  # its log pi/pi_base falls with the number of the row
     assert row(aihf, 5)[1:] == ["0.750", row(aihf, 5)[2], "0.500", "not:"]
     assert row("the gold reward itself", 5)[1] == "0.938" and row("the gold reward itself", 5)[3] == "0.500"
     assert (tmp_path / "out" / "sentiment.png").stat().st_size > 10_000
