@@ -308,7 +308,7 @@ TEXTS = {
 }  # gold 4, 0, -4, 0 by the fixture's letters; the base: "z"
 
 
-def made_up_run(folder: Path, method: str, rows: int, seed: int, script: str) -> None:
+def made_up_run(folder: Path, method: str, rows: int, seed: int, script: str, kl: float = 2.0) -> None:
     (folder / "evals").mkdir(parents=True)
     args = {"num_policy_epochs": 1, "rollout_batch_size": 64, "batch_size": 32}
     (folder / "args.json").write_text(json.dumps({"script": script, "args": args}))
@@ -320,7 +320,7 @@ def made_up_run(folder: Path, method: str, rows: int, seed: int, script: str) ->
         said = TEXTS[method] if number else "z"
         stored = [
             {
-                "row": i, "sample": said if i else "a", "kl_k1": -0.1 * i, "kl_k3": 2.0 * (number > 0),
+                "row": i, "sample": said if i else "a", "kl_k1": -0.1 * i, "kl_k3": kl * (number > 0),
                 "nll": 50.0 + seed,
                 "completions/mean_length": 5.0 + i, "completions/clipped_ratio": 0.0, "reward/samples": float(i),
                 "lengths/demonstrations": 9.0 + i,
@@ -377,6 +377,15 @@ def test_tables_of_made_up_runs(place, tmp_path):
     assert row("the gold reward itself", 5)[1] == "0.938" and row("the gold reward itself", 5)[3] == "0.500"
     assert (tmp_path / "out" / "sentiment.png").stat().st_size > 10_000
     assert "p 1" in (tmp_path / "out" / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize(("most_kl", "expected"), [(5.0, "1e-3"), (10.0, "3e-3"), (1.0, "3e-3")])
+def test_a_rate_that_goes_too_far_does_not_count_unless_all_do(place, tmp_path, most_kl, expected):
+    made_up_run(tmp_path / "1e-3", "aihf", 4, 1, "aihf")  # less gold than SFT's
+    made_up_run(tmp_path / "3e-3", "sft", 4, 1, "sft", kl=8.0)
+    folders = [tmp_path / "1e-3", tmp_path / "3e-3"]
+    scores, said = sentiment_grid.policies(folders, film.Gold(place), most_kl)
+    assert sentiment_grid.best(scores) == expected and said["3e-3"].startswith("4.000 (KL 8.00")
 
 
 def test_runs_on_other_rows_are_refused(place, tmp_path):
