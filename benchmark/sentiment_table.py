@@ -155,6 +155,11 @@ def own_reward(method: str, run: Trial) -> np.ndarray:
     return columns["reward/samples"] if method in LEARNED else columns["kl_k1"]
 
 
+def own_correlation(method: str, run: Trial) -> np.ndarray:
+    """rank_correlation_rows of reward and gold score over the policy's last samples. (rows,)"""
+    return rank_correlation_rows(own_reward(method, run), run.points[-1].columns["good"])
+
+
 def pair_wins(run: Trial, name: str) -> np.ndarray:
     """Right or not for each held-out pair of that file, by the run's reward. (pairs,)"""
     rows = [r for r in read_pairs(run.folder / "pairs.parquet") if r["pairs"] == name]
@@ -190,13 +195,19 @@ def length_alone(folder: Path, held: list[dict]) -> float:
 
 
 # ---- tables ----
+def named(methods: dict[str, list[Trial]], *names: str) -> str:
+    """Label of a method, or of the first less the second, marked where it has other seeds than most."""
+    label = " less ".join(METHODS[name] for name in names)
+    runs = methods[names[0]] if len(names) == 1 else paired(*(methods[name] for name in names))
+    return of_seeds(label, len(runs), max(map(len, methods.values())))
+
+
 def method_table(methods: dict[str, list[Trial]], start: Columns, expert: np.ndarray) -> str:
-    seeds = max(map(len, methods.values()))
     rows = [["demonstrations", cell([expert], 3), *[""] * (len(MEASURES) - 1)]]
     rows.append(["base", *(cell([start[m]], digits) for m, digits in MEASURES.values())])
     for method, runs in methods.items():
         cells = [cell([c[m] for c in last(runs)], digits) for m, digits in MEASURES.values()]
-        rows.append([of_seeds(METHODS[method], len(runs), seeds), *cells])
+        rows.append([named(methods, method), *cells])
     return markdown(["", *MEASURES], rows)
 
 
@@ -218,9 +229,8 @@ def contrast_table(methods: dict[str, list[Trial]]) -> str:
             continue
         ends = [(a.points[-1].columns, b.points[-1].columns) for a, b in pairs]
         gold = [a["good"] - b["good"] for a, b in ends]
-        label = of_seeds(f"{METHODS[first]} less {METHODS[second]}", len(pairs), max(map(len, methods.values())))
         rows.append([
-            label, difference(gold), ", ".join(f"{v.mean():+.2f}" for v in gold),
+            named(methods, first, second), difference(gold), ", ".join(f"{v.mean():+.2f}" for v in gold),
             difference([a["kl_k3"] - b["kl_k3"] for a, b in ends], 2),
         ])  # fmt: skip
     return markdown(["", "gold of samples", "each seed", "KL to the base, nats"], rows)
@@ -234,7 +244,7 @@ def kl_table(methods: dict[str, list[Trial]]) -> str:
         for target in KLS:
             found = [v for v in (at_kl(run.points, target) for run in runs) if v is not None]
             cells.append(of_seeds(cell(found, 3), len(found), len(runs)) if found else "not reached")
-        rows.append([METHODS[method], *cells])
+        rows.append([named(methods, method), *cells])
     for first, second in CONTRASTS:
         cells, pairs = [], paired(methods.get(first, []), methods.get(second, []))
         for target in KLS:
@@ -242,7 +252,7 @@ def kl_table(methods: dict[str, list[Trial]]) -> str:
             found = [a - b for a, b in both if a is not None and b is not None]
             cells.append(of_seeds(difference(found), len(found), len(pairs)) if found else "")
         if any(cells):
-            rows.append([f"{METHODS[first]} less {METHODS[second]}", *cells])
+            rows.append([named(methods, first, second), *cells])
     return markdown(["gold of samples at", *(f"{k:g} nats" for k in KLS)], rows)
 
 
@@ -254,7 +264,7 @@ def update_table(methods: dict[str, list[Trial]]) -> str:
         for steps in EQUAL:
             found = [[p.columns["good"] for p in run.points if p.step == steps] for run in runs]
             cells.append(cell([own[0] for own in found], 3) if all(found) else "not measured")
-        rows.append([METHODS[method], *cells])
+        rows.append([named(methods, method), *cells])
     return markdown(["gold of samples after", *(f"{steps} steps of the policy" for steps in EQUAL)], rows)
 
 
@@ -265,10 +275,10 @@ def reward_table(methods: dict[str, list[Trial]]) -> str:
         cells = [cell(list(own), 3) for own in zip(*map(judged, runs), strict=True)]
         gold = [c["good"] for c in last(runs)]
         rewards = [own_reward(method, run) for run in runs]
-        cells.append(cell([rank_correlation_rows(r, g) for r, g in zip(rewards, gold, strict=True)], 3))
+        cells.append(cell([own_correlation(method, run) for run in runs], 3))
         cells.append(", ".join(f"{distance(r, g):.2f}" for r, g in zip(rewards, gold, strict=True)))
         kind = "learned" if method in LEARNED else "log π/π_base"
-        rows.append([METHODS[method], kind, *cells])
+        rows.append([named(methods, method), kind, *cells])
     return markdown(
         ["", "reward", *JUDGED, "rank correlation with gold on own samples", "distance from gold, each seed"],
         rows,
@@ -283,15 +293,8 @@ def reward_contrasts(methods: dict[str, list[Trial]]) -> str:
             continue
         both = [zip(judged(a), judged(b), strict=True) for a, b in pairs]
         cells = [difference([x - y for x, y in own]) for own in zip(*both, strict=True)]
-        correlations = [
-            [
-                rank_correlation_rows(own_reward(m, run), run.points[-1].columns["good"])
-                for m, run in ((first, a), (second, b))
-            ]
-            for a, b in pairs
-        ]
-        cells.append(difference([a - b for a, b in correlations]))
-        rows.append([f"{METHODS[first]} less {METHODS[second]}", *cells])
+        cells.append(difference([own_correlation(first, a) - own_correlation(second, b) for a, b in pairs]))
+        rows.append([named(methods, first, second), *cells])
     return markdown(["", *JUDGED, "rank correlation on own samples"], rows)
 
 
@@ -311,7 +314,7 @@ def gate_table(methods: dict[str, list[Trial]], gold: Gold, held: list[dict]) ->
         scores = [last_reward(run.folder) for run in runs]
         own = [pairwise_wins(s["chosen"], s["rejected"]) for s in scores]
         others = [pairwise_wins(s["chosen"], s["shuffled"]) for s in scores]
-        row(METHODS[method], own, float(np.mean([length_alone(run.folder, held) for run in runs])), others)
+        row(named(methods, method), own, float(np.mean([length_alone(run.folder, held) for run in runs])), others)
     names = [
         f"over the first policy's sample, at least {RIGHT}", f"length and end alone, at least {ABOVE_LENGTH} less",
         f"over another row's demonstration, at least {OTHER_ROW}", "gates passed",
@@ -371,7 +374,7 @@ def samples(methods: dict[str, list[Trial]], prompts: list[str], gold: Gold) -> 
 
 
 # ---- figure ----
-def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Trial]]], path: Path) -> None:
+def figure(methods: dict[str, list[Trial]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -379,7 +382,7 @@ def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Tria
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     fig, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    frontier, pairs, density, ratios = axes.flat
+    frontier, pairs, density, ranked = axes.flat
     for method, runs in methods.items():
         style = dict(color=COLORS[method], ls="--" if method in DASHED else "-")
         curves = np.array([[[p.columns[m].mean() for p in run.points] for m in ("kl_k3", "good")] for run in runs])
@@ -396,7 +399,8 @@ def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Tria
         style = dict(fmt="os^"[k], ms=5, capsize=2, label=label, color=("#4477aa", "#228833", "#ccbb44")[k])
         pairs.errorbar(x + 0.2 * k - 0.2, mean, [mean - low, high - mean], **style)
     pairs.axhline(0.5, color="#bbbbbb", lw=1)
-    pairs.set_xticks(x, [METHODS[m].replace(" (", "\n(") for m in methods], rotation=45, ha="right", fontsize=7)
+    labels = [METHODS[m].replace(" (", "\n(") for m in methods]
+    pairs.set_xticks(x, labels, rotation=45, ha="right", fontsize=7)
     pairs.set(ylabel="share of held-out pairs right")
     pairs.set_title("(b) accuracy inside and outside the preferences", loc="left")
     pairs.legend(frameon=False, fontsize=8)
@@ -413,18 +417,13 @@ def figure(methods: dict[str, list[Trial]], sizes: dict[int, dict[str, list[Tria
         density.text(-3.4, 0.6 * k + 0.35, METHODS[method], color=COLORS[method], fontsize=8)
     density.set(xlabel="own samples, standardised; filled: learned reward, line: gold", yticks=[])
     density.set_title("(c) learned and gold reward of own samples (Fig. 6)", loc="left")
-    names = [m for m in METHODS if sum(m in methods for methods in sizes.values()) > 1]
-    for k, method in enumerate(names):
-        own = {size: methods[method] for size, methods in sizes.items() if method in methods}
-        stats = [mean_and_interval([c["good"] for c in last(runs)]) for runs in own.values()]
-        mean, low, high = (np.array(v) for v in zip(*stats, strict=True))
-        place = np.array([list(sizes).index(size) for size in own]) + 0.1 * (k - len(names) / 2)
-        style = dict(marker="o", ms=4, capsize=2, color=COLORS[method], ls="--" if method in DASHED else "-")
-        ratios.errorbar(place, mean, [mean - low, high - mean], label=METHODS[method], **style)
-    ratios.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-    ratios.set(xlabel="preferences beside 300 demonstrations", ylabel="gold of samples")
-    ratios.set_title("(d) numbers of preferences (Fig. 3)", loc="left")
-    ratios.legend(frameon=False, fontsize=7)
+    correlations = [[own_correlation(method, run) for run in runs] for method, runs in methods.items()]
+    mean, low, high = (np.array(v) for v in zip(*map(mean_and_interval, correlations), strict=True))
+    ranked.errorbar(x, mean, [mean - low, high - mean], fmt="o", ms=5, capsize=2, color="#4477aa")
+    ranked.axhline(0, color="#bbbbbb", lw=1)
+    ranked.set_xticks(x, labels, rotation=45, ha="right", fontsize=7)
+    ranked.set(ylabel="Spearman's correlation with gold")
+    ranked.set_title("(d) order of own samples", loc="left")
     fig.savefig(path, dpi=120)
 
 
@@ -435,8 +434,8 @@ def show(args: Args) -> None:
     methods = sizes.get(args.main, {})
     if not methods:
         raise UserError(f"--runs: found no finished run in {root / str(args.main)}, expected <seed>/<method>")
-    named = {str(run.folder): run.points[-1].columns for own in sizes.values() for runs in own.values() for run in runs}
-    require_same_rows(named)
+    ends = {str(run.folder): run.points[-1].columns for own in sizes.values() for runs in own.values() for run in runs}
+    require_same_rows(ends)
     start = methods["sft"][0].points[0].columns
     add_gain(sizes, start["good"])
     shown = start["row"]
@@ -451,15 +450,18 @@ def show(args: Args) -> None:
         "Contrasts\n", contrast_table(methods), "Equal KL\n", kl_table(methods), "Equal updates\n", update_table(methods),
         "Gates\n", gate_table(methods, gold, held),
         "Rewards\n", reward_table(methods), reward_contrasts(methods),
-        "Numbers of preferences, gold less the base's (seeds)\n", ratio_table(sizes), *other_sizes(sizes, args.main),
-        "w1 of Direct AIHF\n", weight_table(root / "w1", methods, gold),
     ]  # fmt: skip
+    if len(sizes) > 1:
+        parts += ["Numbers of preferences, gold less the base's (seeds)\n", ratio_table(sizes)]
+        parts += other_sizes(sizes, args.main)
+    if (root / "w1").is_dir():
+        parts += ["w1 of Direct AIHF\n", weight_table(root / "w1", methods, gold)]
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(parts)
     (out / "sentiment.md").write_text(text)
     said = samples(methods, [row["prompt"] for row in held], gold)
     (out / "samples.txt").write_text(said)
-    figure(methods, sizes, out / "sentiment.png")
+    figure(methods, out / "sentiment.png")
     print(said)
     print(text)
     print(f"tables: {out / 'sentiment.md'}   figure: {out / 'sentiment.png'}")

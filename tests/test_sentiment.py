@@ -346,7 +346,8 @@ def test_tables_of_made_up_runs(place, tmp_path):
                 script = "aihf" if method in ("rlhf", "aihf") else "sft"
                 made_up_run(tmp_path / str(size) / str(seed) / method, method, 8, seed, script)
     (tmp_path / "data").mkdir()
-    jsonl(tmp_path / "data" / "held_out.jsonl", [{"prompt": f"p {i}", "completion": "b"} for i in range(8)])
+    completions = ["n", "b z", "b"] * 3  # gold -4, 0, 4
+    jsonl(tmp_path / "data" / "held_out.jsonl", [{"prompt": f"p {i}", "completion": completions[i]} for i in range(8)])
     table.show(table.Args(str(tmp_path), str(place), output=str(tmp_path / "out")))
     text = (tmp_path / "out" / "sentiment.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
@@ -359,7 +360,7 @@ def test_tables_of_made_up_runs(place, tmp_path):
         ]
 
     assert [row(name, 7)[1] for name in ("demonstrations", "base", "SFT", "RLHF (online DPO)")] == [
-        "4.000", "-3.000", "4.000", "-3.000"
+        "-0.500", "-3.000", "4.000", "-3.000"
     ]  # fmt: skip
     aihf, less = "AIHF (online DPO)", "AIHF (online DPO) less RLHF (online DPO)"
     assert row(aihf, 7)[1:5] == ["0.500", "3.500", "2.00", "51.50"]
@@ -374,7 +375,7 @@ def test_tables_of_made_up_runs(place, tmp_path):
     # 5/8; (4/8 + 3/8)/2; balanced: of two later pairs all, of six others 2/6 and 1/6; the high row has 0
     assert row("DPO", 7, _1="log")[5] == "0.577"  # its log pi/pi_base falls with the number of the row
     assert row(aihf, 5)[1:] == ["0.750", row(aihf, 5)[2], "0.500", "not:"]
-    assert row("the gold reward itself", 5)[1] == "0.938" and row("the gold reward itself", 5)[3] == "0.500"
+    assert row("the gold reward itself", 5)[1::2] == ["0.750", "0.375"]  # of eight: 6; 3 above the next one
     assert (tmp_path / "out" / "sentiment.png").stat().st_size > 10_000
     assert "p 1" in (tmp_path / "out" / "samples.txt").read_text()
 
