@@ -52,8 +52,12 @@ Runs = dict[str, list[list[Point]]]  # label -> evaluations of its run, a list f
 class Args:
     runs: tuple[str, ...]
     """LABEL=DIR[,DIR...]: one arm, one run directory per seed. Arms whose labels agree up to a comma are one method."""
-    expert: str
-    """folder that benchmark/best_of.py has made with --gold."""
+    expert: str = ""
+    """folder that benchmark/best_of.py has made with --gold; empty: the demonstrations are people's."""
+    demonstrations: str = ""
+    """without --expert: the held-out demonstrations of the runs."""
+    gold: str = ""
+    """without --expert: folder of benchmark/film.py with the gold reward."""
     output: str = "runs/film"
     """folder for table.md and figure.png."""
 
@@ -63,6 +67,24 @@ def distinct_2(texts: list[str]) -> float:
     """Share of different pairs of neighbouring words among all such pairs in the texts: it falls where samples are alike."""
     pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
     return len(set(pairs)) / max(len(pairs), 1)
+
+
+def two_sample(demonstrations: list[str], texts: list[str]) -> float:
+    """Accuracy of a fresh classifier that tells demonstrations from samples, five-fold: 0.5 if they are alike, at most 1.
+
+    A logistic regression on tf-idf of words and pairs of words. The two answers to a prompt are in one fold.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+
+    n = len(demonstrations)
+    words = TfidfVectorizer(tokenizer=str.split, token_pattern=None, ngram_range=(1, 2), sublinear_tf=True)
+    model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
+    rows = np.tile(np.arange(n), 2)
+    folds = GroupKFold(5).split(rows, groups=rows)
+    return float(cross_val_score(model, [*demonstrations, *texts], np.repeat([1, 0], n), cv=folds).mean())
 
 
 def best_of(rewards: np.ndarray, m: float) -> float:
@@ -98,6 +120,11 @@ def at(points: list[Point], target: float, place: Callable[[Point], float]) -> n
 def at_kl(points: list[Point], nats: float) -> np.ndarray | None:
     """`good` of every row at a KL of so many nats to the base model; linear in the square root of the KL."""
     return at(points, float(np.sqrt(nats)), lambda point: float(np.sqrt(kl_of(point))))
+
+
+def at_step(points: list[Point], step: int) -> np.ndarray | None:
+    """`good` of every row after so many optimizer steps, linear between evaluations."""
+    return at(points, float(step), lambda point: float(point.step))
 
 
 def paths(runs: Runs) -> Runs:
@@ -201,74 +228,69 @@ def passed(right: float, length: float, other: float) -> str:
 
 
 # ---- what is shown ----
-def main_table(runs: Runs, reference: str) -> str:
-    """A row for the base model and for the end of each arm; differences are row by row, to the arm `reference`."""
+def main_table(runs: Runs, demonstrations: list[str], reference: str) -> str:
+    """A row for the base model and for the end of each arm; differences are row by row, to the arm `reference`.
+
+    demonstrations: those of the measured rows, in their order.
+    """
     first, seeds = next(iter(runs.values())), max(map(len, runs.values()))
     ends = {"base model": [r[0] for r in first]} | {label: [r[-1] for r in own] for label, own in runs.items()}
     compared = [r[-1].columns["good"] for r in runs[reference]]
     rows = []
     for label, points in ends.items():
-        gain = (
-            ""
-            if label == reference
-            else cell([p.columns["good"] - b for p, b in zip(points, compared, strict=False)], 2)
-        )
+        gains = [p.columns["good"] - b for p, b in zip(points, compared, strict=False)]
         rows.append([
-            of_seeds(label, len(points), seeds), cell([p.columns["good"] for p in points], 2), gain,
+            of_seeds(label, len(points), seeds), cell([p.columns["good"] for p in points], 2),
+            "" if label == reference else cell(gains, 2),
             *(cell([p.columns[name] for p in points], digits) for name, digits in MEASURES.items()),
+            f"{np.mean([two_sample(demonstrations, p.texts) for p in points]):.3f}",
             f"{np.mean([distinct_2(p.texts) for p in points]):.2f}", str(points[0].step),
         ])  # fmt: skip
-    header = ["", "gold", f"gold minus {reference}'s", "NLL, nats", "KL to base, nats", "tokens", "distinct-2", "steps"]
+    header = [
+        "", "gold", f"gold minus {reference}'s", "NLL, nats", "KL to base, nats", "tokens", "two-sample accuracy", "distinct-2",
+        "updates",
+    ]  # fmt: skip
     return about_intervals(seeds) + "\n\n" + markdown(header, rows)
 
 
-def equal_kl_table(runs: Runs, reference: str) -> str:
-    """Gold at equal KL to the base model, and its difference to SFT's; empty where no seed's path gets there."""
-    methods, seeds = paths(runs), max(map(len, runs.values()))
-    rows = []
-    for label, own in methods.items():
+def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Callable]) -> str:
+    """Gold at places that the runs share, and its difference to the reference's; empty where no seed's path gets there.
+
+    at_each: functions of a run's evaluations, in the order of the words that name their columns.
+    """
+    seeds, rows = max(map(len, runs.values())), []
+    for label, own in runs.items():
         cells = []
-        for nats in TARGETS:
-            found = [at_kl(points, nats) for points in own]
-            compared = [at_kl(points, nats) for points in methods[reference]]
+        for place in at_each:
+            found, compared = ([place(points) for points in seed_runs] for seed_runs in (own, runs[reference]))
             values = [a for a in found if a is not None]
-            cells.append(of_seeds(cell(values, 2), len(values), seeds) if values else "")
             gains = [a - b for a, b in zip(found, compared, strict=False) if a is not None and b is not None]
+            cells.append(of_seeds(cell(values, 2), len(values), seeds) if values else "")
             cells.append(cell(gains, 2) if gains and label != reference else "")
         rows.append([label, *cells])
-    header = ["", *(word for nats in TARGETS for word in (f"{nats:g} nats", f"minus {reference}'s"))]
-    return markdown(header, rows)
+    return markdown(["", *(word for name in words for word in (name, f"minus {reference}'s"))], rows)
 
 
-def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict], n: int, reward) -> str:
-    """A row for each arm that learns a reward, and one for the gold reward itself."""
-    gates = {
-        label: [gate_of(Path(d), points) for d, points in zip(folders[label], own, strict=True)]
-        for label, own in runs.items()
-    }
-    rows = []
-    first = next(iter(runs.values()))
-    demonstrations = reward([held[int(row)]["response"] for row in first[0][0].columns["row"]])
-    gold = [
-        (
-            pairwise_wins(demonstrations, r[0].columns["good"]),
-            pairwise_wins(demonstrations, np.roll(demonstrations, -1)),
-        )
-        for r in first[:1]
-    ]
-    rows.append([
-        "the gold reward itself", cell([a for a, _ in gold], 3), "", cell([b for _, b in gold], 3), "1", "",
-    ])  # fmt: skip
-    rows.append(["ceiling of any reward", f"{n / (n + 1):.3f}", "", "", "", ""])
-    for label, own in gates.items():
+def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict], rewards: np.ndarray, n: int) -> str:
+    """A row for the gold reward itself, and one for each arm that learns a reward.
+
+    rewards: gold of the measured demonstrations, (rows,). n: samples of which the expert takes the best, 0 if people wrote them.
+    """
+    base = next(iter(runs.values()))[0][0].columns["good"]
+    right, other = pairwise_wins(rewards, base), pairwise_wins(rewards, np.roll(rewards, -1))
+    rows = [["the gold reward itself", cell([right], 3), "", cell([other], 3), "1.00", ""]]
+    if n:
+        rows.append(["ceiling of any reward, N/(N+1)", f"{n / (n + 1):.3f}", "", "", "", ""])
+    for label, own in runs.items():
         lengths = [x for d in folders[label] if (x := length_gate(Path(d), held)) is not None]
         if not lengths:
             continue
-        right, other = [g.right for g in own], [g.other for g in own]
-        verdict = passed(float(np.mean(right)), float(np.mean(lengths)), float(np.mean(other)))
+        gates = [gate_of(Path(d), points) for d, points in zip(folders[label], own, strict=True)]
+        rights, others = [gate.right for gate in gates], [gate.other for gate in gates]
         rows.append([
-            label, cell(right, 3), f"{np.mean(lengths):.3f}", cell(other, 3),
-            f"{np.mean([g.ranks for g in own]):.2f}", verdict,
+            of_seeds(label, len(own), max(map(len, runs.values()))), cell(rights, 3), f"{np.mean(lengths):.3f}",
+            cell(others, 3), f"{np.mean([gate.ranks for gate in gates]):.2f}",
+            passed(float(np.mean(rights)), float(np.mean(lengths)), float(np.mean(others))),
         ])  # fmt: skip
     header = [
         "reward of", "demonstration above own sample", "by length and EOS alone", "above another row's demonstration",
@@ -277,7 +299,7 @@ def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict],
     return markdown(header, rows)
 
 
-def figure(runs: Runs, expert: dict, path: Path) -> None:
+def figure(runs: Runs, expert: dict | None, path: Path) -> None:
     """Gold, NLL and distinct-2 against the KL to the base model, and gold against steps: means over seeds."""
     import matplotlib
 
@@ -309,21 +331,14 @@ def figure(runs: Runs, expert: dict, path: Path) -> None:
         ax.set_xlabel("KL to the base, nats" if x is kl_of else "optimizer steps; those of a reward model count too")
         if x is kl_of:
             ax.set_xscale("symlog", linthresh=0.5)
-    pooled, n = np.ravel(expert["rewards"]), expert["best_of"]
-    m = np.geomspace(1, 1e4, 60)
-    axes[0, 0].plot(
-        [kl_of_best(k) for k in m],
-        [best_of(pooled, k) for k in m],
-        color="#888888",
-        ls="--",
-        lw=1,
-        label="best of M, theory",
-    )
-    axes[0, 0].plot(
-        kl_of_best(n), expert["held_out"]["expert"], color="black", marker="*", ms=12, ls="", label="the expert"
-    )
-    for ax in (axes[0, 0], axes[1, 1]):
-        ax.axhline(expert["held_out"]["expert"], color="#888888", ls=":", lw=1)
+    if expert:
+        pooled, n, share = np.ravel(expert["rewards"]), expert["best_of"], expert["held_out"]["expert"]
+        m = np.geomspace(1, 1e4, 60)
+        curve = [kl_of_best(k) for k in m], [best_of(pooled, k) for k in m]
+        axes[0, 0].plot(*curve, color="#888888", ls="--", lw=1, label="best of M, theory")
+        axes[0, 0].plot(kl_of_best(n), share, color="black", marker="*", ms=12, ls="", label="the expert")
+        for ax in (axes[0, 0], axes[1, 1]):
+            ax.axhline(share, color="#888888", ls=":", lw=1)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
     fig.savefig(path, dpi=110)
@@ -346,27 +361,43 @@ def theory_table(expert: dict) -> str:
 
 
 def show(args: Args) -> None:
-    folders = read_folders(args.runs)
-    expert = read_json(Path(args.expert) / "expert.json", "--expert")
-    if "rewards" not in expert:
-        raise UserError(f"--expert: found no rewards in {args.expert}, expected a folder made with best_of.py --gold")
-    reward = reward_of("", expert["gold"], expert["gold_kind"])
+    folders, expert = read_folders(args.runs), None
+    if args.expert:
+        expert = read_json(Path(args.expert) / "expert.json", "--expert")
+        if "rewards" not in expert:
+            raise UserError(
+                f"--expert: found no rewards in {args.expert}, expected a folder made with best_of.py --gold"
+            )
+        reward = reward_of("", expert["gold"], expert["gold_kind"])
+    else:
+        reward = reward_of("", args.gold)
+    source = f"{args.expert}/held_out.jsonl" if expert else args.demonstrations
+    held = {row["row"]: row for row in load_rows(source, "all", flag="--expert" if expert else "--demonstrations")}
     runs = {label: [load(Path(d), reward) for d in own] for label, own in folders.items()}
-    require_same_rows(
-        {d: points[0].columns for label in runs for d, points in zip(folders[label], runs[label], strict=True)}
-    )
-    held = {row["row"]: row for row in load_rows(f"{args.expert}/held_out.jsonl", "all")}
+    require_same_rows({d: r[0].columns for label in runs for d, r in zip(folders[label], runs[label], strict=True)})
     reference = next(iter(runs))
+    demonstrations = [held[int(row)]["response"] for row in runs[reference][0][0].columns["row"]]
+    nats = [f"{target:g} nats" for target in TARGETS]
+    by_kl = [lambda points, target=target: at_kl(points, target) for target in TARGETS]
+    total = runs[reference][0][-1].step
+    by_step = [lambda points, step=step: at_step(points, step) for step in (total // 2, total)]
+    parts = {
+        "At the end of each run": main_table(runs, demonstrations, reference),
+        "At equal KL to the base model": equal_table(paths(runs), reference, nats, by_kl),
+        "At equal numbers of updates": equal_table(
+            runs, reference, [f"{total // 2} updates", f"{total} updates"], by_step
+        ),
+        "Gates": gate_table(folders, runs, held, reward(demonstrations), expert["best_of"] if expert else 0),
+    }
+    if expert:
+        parts = {"Theory": theory_table(expert), **parts}
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    parts = [
-        theory_table(expert), main_table(runs, reference), equal_kl_table(runs, reference),
-        gate_table(folders, runs, held, expert["best_of"], reward),
-    ]  # fmt: skip
-    (out / "table.md").write_text("\n".join(parts))
+    text = "\n".join(f"### {title}\n\n{part}" for title, part in parts.items())
+    (out / "table.md").write_text(text)
     figure(runs, expert, out / "figure.png")
     print(samples(runs, {number: row["prompt"] for number, row in held.items()}))
-    print("\n".join(parts))
+    print(text)
     print(f"table: {out / 'table.md'}   figure: {out / 'figure.png'}")
 
 

@@ -163,8 +163,12 @@ def test_the_best_of_the_samples_becomes_the_demonstration(world):
 
 
 def test_positive_sentences_are_those_people_like(world):
-    rows = film.positive_rows([("a " * 9, 2.0), ("b " * 9, 1.5), ("c " * 9, -2.0), ("d", 3.0)])
-    assert [row["prompt"] for row in rows] == ["a a a a"]
+    parts = film.positive_rows([("a " * 9, 2.0), ("b " * 9, 1.5), ("c " * 9, -2.0), ("d", 3.0)])
+    assert [row["prompt"] for rows in parts.values() for row in rows] == ["a a a a"]
+    rated = [(f"w{i} " * 9, 2.0) for i in range(400)]
+    parts = film.positive_rows(rated + rated)
+    assert not {r["prompt"] for r in parts["positive_train"]} & {r["prompt"] for r in parts["positive_held_out"]}
+    assert 0.5 < len(parts["positive_train"]) / 800 < 0.7  # 0.6; four standard errors are 0.1
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,26 @@ def test_the_best_of_m_by_hand():
 
 def test_distinct_2():
     assert film_table.distinct_2(["a b c", "a b"]) == pytest.approx(2 / 3) and film_table.distinct_2(["a"]) == 0
+
+
+def test_the_two_sample_test():
+    """Near 0.5 for texts of one kind (four standard errors of 400 are 0.1), near 1 for texts of two."""
+    pytest.importorskip("sklearn")
+    stream = np.random.default_rng(0)
+    one, same = ([" ".join(stream.choice(list("abcdefgh"), 6)) for _ in range(200)] for _ in range(2))
+    other = [" ".join(stream.choice(list("abcdefgx"), 6)) + " x" for _ in range(200)]
+    assert film_table.two_sample(one, same) == pytest.approx(0.5, abs=0.1)
+    assert film_table.two_sample(one, one) == pytest.approx(0.5, abs=0.1)
+    assert film_table.two_sample(one, other) > 0.95
+
+
+def test_gold_at_equal_updates_by_hand():
+    points = [point([0], [0], 0), point([1], [0], 40), point([5], [0], 80)]
+    assert film_table.at_step(points, 60) == pytest.approx([3]) and film_table.at_step(points, 81) is None
+    text = film_table.equal_table(
+        {"A": [points], "B": [points[:2]]}, "A", ["60"], [lambda p: film_table.at_step(p, 60)]
+    )
+    assert text.splitlines()[2:] == ["| A | 3.00 [3.00, 3.00] |  |", "| B |  |  |"]
 
 
 def test_length_alone_by_hand():
