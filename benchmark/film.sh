@@ -41,7 +41,7 @@ held=(--eval-dataset "$out/expert/held_out.jsonl" --eval-samples 1000)
 rft=(--sft-epochs 0 --reward-model "" --num-train-epochs 1 --per-device-train-batch-size 64 --rollout-batch-size 64
   --value-warmup-ratio 0.1)
 irl=(--sft-epochs 0 --beta 0.1 --num-generations 8 --total-prompts 320 --rollout-batch-size 64 --eval-updates 5)
-SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3} PPO_RATE=${PPO_RATE:-3e-4}
+SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3} PPO_RATE=${PPO_RATE:-6e-4}
 
 # arm NAME SCRIPT FLAGS...: one run of every method, on this seed's part of the demonstrations
 arm() {
