@@ -40,7 +40,8 @@ policy=(--model "$out/base/final" --dataset "$out/expert/train.jsonl" "${lengths
 held=(--eval-dataset "$out/expert/held_out.jsonl" --eval-samples 1000)
 rft=(--sft-epochs 0 --reward-model "" --num-train-epochs 1 --per-device-train-batch-size 64 --rollout-batch-size 64
   --value-warmup-ratio 0.1)
-irl=(--sft-epochs 0 --beta 0.1 --num-generations 8 --total-prompts 320 --rollout-batch-size 64 --eval-updates 5)
+irl=(--max-samples 1600 --sft-epochs 0 --beta 0.1 --T 4 --num-generations 8 --total-prompts 320 --rollout-batch-size 64
+  --eval-updates 5)
 SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3} PPO_RATE=${PPO_RATE:-6e-4}
 
 # arm NAME SCRIPT FLAGS...: one run of every method, on this seed's part of the demonstrations
@@ -96,7 +97,7 @@ arms() { # arms NAME...: some arms of one seed
           --total-episodes 1280 --eval-updates 10
         ;;
       irl-*)
-        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" --T 6 --ref "$value" --reward-learning-rate "$REWARD_RATE" \
+        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" --ref "$value" --reward-learning-rate "$REWARD_RATE" \
           --learning-rate "$SPIN_RATE"
         ;;
     esac

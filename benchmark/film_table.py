@@ -87,9 +87,13 @@ def two_sample(demonstrations: list[str], texts: list[str]) -> float:
     return float(cross_val_score(model, [*demonstrations, *texts], np.repeat([1, 0], n), cv=folds).mean())
 
 
-def best_of(rewards: np.ndarray, m: float) -> float:
-    """Expected reward of the best of m draws, m > 0 and not always whole, from the distribution of rewards (n,)."""
-    ordered, n = np.sort(rewards), len(rewards)
+def best_of(rewards: np.ndarray, m: float, by: np.ndarray | None = None) -> float:
+    """Expected reward of the best of m draws, m > 0 and not always whole, from the distribution of rewards (n,).
+
+    by: scores (n,) that say which draw is the best, such as those of a learned reward; by default the rewards themselves.
+    """
+    n = len(rewards)
+    ordered = rewards[np.argsort(rewards if by is None else by, kind="stable")]
     share = (np.arange(n + 1) / n) ** m
     return float((ordered * np.diff(share)).sum())
 
@@ -173,23 +177,20 @@ class Gate:
 
     right: np.ndarray  # demonstration above the base's own sample
     other: np.ndarray  # demonstration above another row's
-    ranks: float  # rank correlation with the gold reward on the base's samples
+    scores: np.ndarray  # of the base's samples
 
 
 def gate_of(folder: Path, points: list[Point]) -> Gate:
-    """The gate of a run: of its reward model's last scores or, without one, of beta log pi/pi_ref at its last evaluation."""
-    gold = points[0].columns["good"]  # the first evaluation's samples are the base's
+    """The gate of a run: of its first reward model or, without one, of log pi/pi_ref at its last evaluation."""
     if files := sorted((folder / "evals").glob("reward_*.parquet")):
         scores = columns_of(files[0], "--runs")
         right = pairwise_wins(scores["chosen"], scores["rejected"])
         other = pairwise_wins(scores["chosen"], scores["shuffled"])
-        return Gate(right, other, rank_correlation(scores["rejected"], gold))
+        return Gate(right, other, scores["rejected"])
     last = points[-1].columns
     own = -last["nll"] - last["logps/gap"]  # log pi of the base's samples
     reference = np.array([row["ref_rejected"] for row in read_pairs(folder / "evals" / "reference.parquet")])
-    return Gate(
-        last["rewards/accuracies"], last["rewards/accuracies_shuffled"], rank_correlation(own - reference, gold)
-    )
+    return Gate(last["rewards/accuracies"], last["rewards/accuracies_shuffled"], own - reference)
 
 
 def length_gate(folder: Path, held: dict[int, dict]) -> float | None:
@@ -272,29 +273,34 @@ def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Call
 
 
 def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict], rewards: np.ndarray, n: int) -> str:
-    """A row for the gold reward itself, and one for each arm that learns a reward.
+    """A row for the gold reward itself and for each arm. SFT learns no reward; its row is of log pi/pi_ref all the same.
 
     rewards: gold of the measured demonstrations, (rows,). n: samples of which the expert takes the best, 0 if people wrote them.
     """
     base = next(iter(runs.values()))[0][0].columns["good"]
-    right, other = pairwise_wins(rewards, base), pairwise_wins(rewards, np.roll(rewards, -1))
-    rows = [["the gold reward itself", cell([right], 3), "", cell([other], 3), "1.00", ""]]
+    best, shuffled = pairwise_wins(rewards, base), pairwise_wins(rewards, np.roll(rewards, -1))
+    m = n or 16
+    rows = [["the gold reward itself", cell([best], 3), "", cell([shuffled], 3), "1.00", f"{best_of(base, m):.2f}", ""]]
     if n:
-        rows.append(["ceiling of any reward, N/(N+1)", f"{n / (n + 1):.3f}", "", "", "", ""])
+        rows.append(["ceiling of any reward, N/(N+1)", f"{n / (n + 1):.3f}", "", "", "", "", ""])
     for label, own in runs.items():
         lengths = [x for d in folders[label] if (x := length_gate(Path(d), held)) is not None]
-        if not lengths:
-            continue
         gates = [gate_of(Path(d), points) for d, points in zip(folders[label], own, strict=True)]
+        both = list(
+            zip(gates, own, strict=True)
+        )  # the first evaluation's samples are the base's, and those that are scored
         rights, others = [gate.right for gate in gates], [gate.other for gate in gates]
+        right, other = float(np.mean(rights)), float(np.mean(others))
         rows.append([
-            of_seeds(label, len(own), max(map(len, runs.values()))), cell(rights, 3), f"{np.mean(lengths):.3f}",
-            cell(others, 3), f"{np.mean([gate.ranks for gate in gates]):.2f}",
-            passed(float(np.mean(rights)), float(np.mean(lengths)), float(np.mean(others))),
+            of_seeds(label, len(own), max(map(len, runs.values()))), cell(rights, 3),
+            f"{np.mean(lengths):.3f}" if lengths else "", cell(others, 3),
+            f"{np.mean([rank_correlation(g.scores, r[0].columns['good']) for g, r in both]):.2f}",
+            f"{np.mean([best_of(r[0].columns['good'], m, g.scores) for g, r in both]):.2f}",
+            passed(right, float(np.mean(lengths)), other) if lengths else "no reward is learned: log pi/pi_ref",
         ])  # fmt: skip
     header = [
         "reward of", "demonstration above own sample", "by length and EOS alone", "above another row's demonstration",
-        "rank correlation with gold", "gates passed",
+        "rank correlation with gold", f"gold of the best of {m} by it", "gates passed",
     ]  # fmt: skip
     return markdown(header, rows)
 

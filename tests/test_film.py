@@ -214,6 +214,7 @@ def test_the_best_of_m_by_hand():
     rewards = np.array([3.0, 1.0, 2.0])
     assert film_table.best_of(rewards, 1) == pytest.approx(2)
     assert film_table.best_of(rewards, 2) == pytest.approx((1 * 1 + 2 * 3 + 3 * 5) / 9)
+    assert film_table.best_of(rewards, 2, by=-rewards) == pytest.approx((3 * 1 + 2 * 3 + 1 * 5) / 9)
     assert film_table.kl_of_best(1) == 0 and film_table.kl_of_best(8) == pytest.approx(math.log(8) - 7 / 8)
 
 
