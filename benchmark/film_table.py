@@ -305,8 +305,11 @@ def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict],
     return markdown(header, rows)
 
 
-def figure(runs: Runs, expert: dict | None, path: Path) -> None:
-    """Gold, NLL and distinct-2 against the KL to the base model, and gold against steps: means over seeds."""
+def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Gold, NLL and distinct-2 against the KL to the base model, and gold against steps: means over seeds.
+
+    learned: for each reward model its scores of the base's samples and their gold, (rows,) each. KL on a scale of its root.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -336,7 +339,9 @@ def figure(runs: Runs, expert: dict | None, path: Path) -> None:
         ax.set_title(title, size=9, loc="left")
         ax.set_xlabel("KL to the base, nats" if x is kl_of else "optimizer steps; those of a reward model count too")
         if x is kl_of:
-            ax.set_xscale("symlog", linthresh=0.5)
+            ax.set_xscale("function", functions=(lambda nats: np.sqrt(np.maximum(nats, 0)), np.square))
+            ax.set_xticks([0, 0.3, 1, 3, 6, 12], ["0", "0.3", "1", "3", "6", "12"])
+            ax.set_xlim(left=0)
     if expert:
         pooled, n, share = np.ravel(expert["rewards"]), expert["best_of"], expert["held_out"]["expert"]
         m = np.geomspace(1, 1e4, 60)
@@ -345,6 +350,12 @@ def figure(runs: Runs, expert: dict | None, path: Path) -> None:
         axes[0, 0].plot(kl_of_best(n), share, color="black", marker="*", ms=12, ls="", label="the expert")
         for ax in (axes[0, 0], axes[1, 1]):
             ax.axhline(share, color="#888888", ls=":", lw=1)
+    if learned:
+        m = np.geomspace(1, 200, 30)  # more of a thousand samples would be the few best ones
+        values = [np.mean([best_of(gold, k, scores) for scores, gold in learned]) for k in m]
+        axes[0, 0].plot(
+            [kl_of_best(k) for k in m], values, color="#ccbb44", ls="-.", lw=1.5, label="best of M by RFT's reward"
+        )
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
     fig.savefig(path, dpi=110)
@@ -401,7 +412,11 @@ def show(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(f"### {title}\n\n{part}" for title, part in parts.items())
     (out / "table.md").write_text(text)
-    figure(runs, expert, out / "figure.png")
+    learned = [
+        (gate_of(Path(d), points).scores, points[0].columns["good"])
+        for label, own in runs.items() if label.startswith("RFT") for d, points in zip(folders[label], own, strict=True)
+    ]  # fmt: skip
+    figure(runs, expert, learned, out / "figure.png")
     print(samples(runs, {number: row["prompt"] for number, row in held.items()}))
     print(text)
     print(f"table: {out / 'table.md'}   figure: {out / 'figure.png'}")
