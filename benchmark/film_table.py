@@ -240,16 +240,17 @@ def main_table(runs: Runs, demonstrations: list[str], reference: str) -> str:
     rows = []
     for label, points in ends.items():
         gains = [p.columns["good"] - b for p, b in zip(points, compared, strict=False)]
+        wins = [pairwise_wins(p.columns["good"], b) for p, b in zip(points, compared, strict=False)]
         rows.append([
             of_seeds(label, len(points), seeds), cell([p.columns["good"] for p in points], 2),
-            "" if label == reference else cell(gains, 2),
+            "" if label == reference else cell(gains, 2), "" if label == reference else cell(wins, 2),
             *(cell([p.columns[name] for p in points], digits) for name, digits in MEASURES.items()),
             f"{np.mean([two_sample(demonstrations, p.texts) for p in points]):.3f}",
             f"{np.mean([distinct_2(p.texts) for p in points]):.2f}", str(points[0].step),
         ])  # fmt: skip
     header = [
-        "", "gold", f"gold minus {reference}'s", "NLL, nats", "KL to base, nats", "tokens", "two-sample accuracy", "distinct-2",
-        "updates",
+        "", "gold", f"gold minus {reference}'s", f"wins over {reference}", "NLL, nats", "KL to base, nats",
+        "tokens", "two-sample accuracy", "distinct-2", "updates",
     ]  # fmt: skip
     return about_intervals(seeds) + "\n\n" + markdown(header, rows)
 

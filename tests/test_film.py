@@ -7,7 +7,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, command, run
+
+from common.store import read_pairs
 
 sys.path.append(str(ROOT / "benchmark"))
 import best_of
@@ -266,3 +268,107 @@ def test_length_alone_by_hand():
 def test_gates(values, failed):
     said = film_table.passed(*values)
     assert (said == "all three") == (not failed) and all(word in said for word in failed)
+
+
+# ---- from the world to the table ----
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory):
+    """An expert of the untrained model, and three runs that learn from it."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = "--max-length 40 --max-prompt-length 32 --max-new-tokens 6 --mixed-precision no".split()
+    words = ["benchmark/best_of.py", "--model", str(world / "init"), "--gold", str(world), "--best-of", "3", *small]
+    words += ["--dataset", str(world / "prompts.jsonl"), "--eval-dataset", str(world / "held_out.jsonl")]
+    words += ["--eval-samples", "8", "--per-device-eval-batch-size", "16", "--max-samples", "12"]
+    run([sys.executable, *words, "--output-dir", str(folder / "expert")])
+    train, held = folder / "expert" / "train.jsonl", str(folder / "expert" / "held_out.jsonl")
+    flags = ["--eval-dataset", held, *small, "--eval-samples", "8"]
+    rft = "--sft-epochs 0 --num-train-epochs 1 --reward-learning-rate 1e-2 --total-episodes 8 --rollout-batch-size 4"
+    rft += " --eval-updates 1 --reward-model= --value-warmup-ratio 0"
+    for name, script, own in (("sft", "sft.py", ""), ("spin", "irft.py", "--T 1"), ("rft", "rft.py", rft)):
+        epochs = [] if name == "rft" else ["--num-train-epochs", "1"]
+        run(command(script, world / "init", train, folder / name, *flags, *epochs, *own.split()))
+    return folder
+
+
+def test_the_expert_is_the_best_of_its_samples(world, place):
+    said, gold = json.loads((place / "expert" / "expert.json").read_text()), film.Gold(world)
+    rewards = np.array(said["rewards"])
+    assert said["best_of"] == 3 and rewards.shape == (8, 3)
+    assert said["held_out"]["expert"] == pytest.approx(rewards.max(1).mean())
+    rows = [json.loads(line) for line in (place / "expert" / "held_out.jsonl").read_text().splitlines()]
+    found, best = gold.score([row["completion"] for row in rows]), iter(rewards.max(1))
+    assert len(found) >= 4  # an answer without text is left out
+    assert all(any(abs(value - own) < 1e-9 for own in best) for value in found)  # in the order of the prompts
+
+
+def cells_of(text: str, label: str, table: str) -> list[str]:
+    """The cells of a row of the table under the heading `table`."""
+    part = text.partition(f"### {table}\n")[2].partition("###")[0]
+    return next(
+        [c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith(f"| {label} |")
+    )
+
+
+def test_the_table_says_what_the_runs_measured(world, place, tmp_path):
+    flags = ["--expert", str(place / "expert"), "--output", str(tmp_path), "--runs", f"SFT={place / 'sft'}"]
+    flags += [f"SPIN, beta 0.1={place / 'spin'}", f"RFT, beta 0.1={place / 'rft'}"]
+    printed = run([sys.executable, "benchmark/film_table.py", *flags]).stdout
+    gold = film.Gold(world)
+    last = {
+        name: read_pairs(sorted((place / name / "evals").glob("[0-9]*.parquet"))[-1]) for name in ("sft", "spin", "rft")
+    }
+    scores = {name: gold.score([row["sample"] for row in rows]) for name, rows in last.items()}
+    row = cells_of(printed, "SPIN, beta 0.1", "At the end of each run")
+    assert row[1].split()[0] == f"{scores['spin'].mean():.2f}"
+    assert row[2].split()[0] == f"{(scores['spin'] - scores['sft']).mean():.2f}"
+    wins = (scores["spin"] > scores["sft"]) + 0.5 * (scores["spin"] == scores["sft"])
+    assert (
+        row[3].split()[0] == f"{wins.mean():.2f}"
+        and row[4].split()[0] == f"{np.mean([r['nll'] for r in last['spin']]):.2f}"
+    )
+    gates = cells_of(printed, "SPIN, beta 0.1", "Gates")
+    assert gates[1].split()[0] == f"{np.mean([r['rewards/accuracies'] for r in last['spin']]):.3f}"
+    reward = read_pairs(place / "rft" / "evals" / "reward_0000.parquet")
+    right = np.mean([(r["chosen"] > r["rejected"]) + 0.5 * (r["chosen"] == r["rejected"]) for r in reward])
+    gates = cells_of(printed, "RFT, beta 0.1", "Gates")
+    assert gates[1].split()[0] == f"{right:.3f}"
+    first = read_pairs(place / "rft" / "evals" / "0000.parquet")
+    order = np.argsort([r["rejected"] for r in reward], kind="stable")
+    ranked = gold.score([first[i]["sample"] for i in order])
+    expected = (ranked * np.diff((np.arange(len(ranked) + 1) / len(ranked)) ** 3)).sum()
+    reference = read_pairs(place / "rft" / "evals" / "reference.parquet")
+    pairs = read_pairs(place / "rft" / "generations" / "iter_0.parquet")
+    train = [{k: (len(p[f"{k}_ids"]), p[f"{k}_ids"][-1] == 0) for k in ("chosen", "rejected")} for p in pairs]
+    written = [json.loads(line) for line in (place / "expert" / "held_out.jsonl").read_text().splitlines()]
+    measured = [
+        {
+            "chosen": (int(r["lengths/demonstrations"]), written[r["row"]]["finished"]),
+            "rejected": (len(ids), ids[-1] == 0),
+        }
+        for r, ids in zip(first, (own["rejected_ids"] for own in reference), strict=True)
+    ]
+    assert gates[2] == f"{film_table.length_accuracy(train, measured):.3f}"
+    assert gates[5] == f"{expected:.2f}" and (tmp_path / "figure.png").stat().st_size > 10_000
+    assert cells_of(printed, "ceiling of any reward, N/(N+1)", "Gates")[1] == "0.750"
+    assert cells_of(printed, "SFT", "Gates")[2] == ""
+    assert all(r["sample"] in printed for r in last["rft"][:4])
+
+
+def test_demonstrations_of_people_need_no_expert(world, place, tmp_path):
+    flags = [
+        "--gold",
+        str(world),
+        "--demonstrations",
+        str(place / "expert" / "held_out.jsonl"),
+        "--output",
+        str(tmp_path),
+    ]
+    printed = run([sys.executable, "benchmark/film_table.py", *flags, "--runs", f"SFT={place / 'sft'}"]).stdout
+    assert "Theory" not in printed and cells_of(printed, "SFT", "At the end of each run")
+
+
+def test_an_expert_of_a_word_is_refused(place, tmp_path):
+    (tmp_path / "expert.json").write_text(json.dumps({"word": "Return", "best_of": 4}))
+    words = ["benchmark/film_table.py", "--expert", str(tmp_path), "--runs", f"SFT={place / 'sft'}"]
+    done = run([sys.executable, *words], check=False)
+    assert done.returncode == 2 and "--expert: found no rewards" in done.stderr
