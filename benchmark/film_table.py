@@ -229,10 +229,10 @@ def passed(right: float, length: float, other: float) -> str:
 
 
 # ---- what is shown ----
-def main_table(runs: Runs, demonstrations: list[str], reference: str) -> str:
-    """A row for the base model and for the end of each arm; differences are row by row, to the arm `reference`.
+def main_table(runs: Runs, demonstrations: list[str], rewards: np.ndarray, reference: str) -> str:
+    """A row for the base model and for the end of each arm; differences are row by row.
 
-    demonstrations: those of the measured rows, in their order.
+    demonstrations: those of the measured rows, in their order; rewards: their gold, (rows,). reference: the arm to compare with.
     """
     first, seeds = next(iter(runs.values())), max(map(len, runs.values()))
     ends = {"base model": [r[0] for r in first]} | {label: [r[-1] for r in own] for label, own in runs.items()}
@@ -243,14 +243,15 @@ def main_table(runs: Runs, demonstrations: list[str], reference: str) -> str:
         wins = [pairwise_wins(p.columns["good"], b) for p, b in zip(points, compared, strict=False)]
         rows.append([
             of_seeds(label, len(points), seeds), cell([p.columns["good"] for p in points], 2),
+            cell([p.columns["good"] - rewards for p in points], 2),
             "" if label == reference else cell(gains, 2), "" if label == reference else cell(wins, 2),
             *(cell([p.columns[name] for p in points], digits) for name, digits in MEASURES.items()),
             f"{np.mean([two_sample(demonstrations, p.texts) for p in points]):.3f}",
             f"{np.mean([distinct_2(p.texts) for p in points]):.2f}", str(points[0].step),
         ])  # fmt: skip
     header = [
-        "", "gold", f"gold minus {reference}'s", f"wins over {reference}", "NLL, nats", "KL to base, nats",
-        "tokens", "two-sample accuracy", "distinct-2", "updates",
+        "", "gold", "minus the demonstrations'", f"minus {reference}'s", f"wins over {reference}", "NLL, nats",
+        "KL to base, nats", "tokens", "two-sample accuracy", "distinct-2", "updates",
     ]  # fmt: skip
     return about_intervals(seeds) + "\n\n" + markdown(header, rows)
 
@@ -395,17 +396,18 @@ def show(args: Args) -> None:
     require_same_rows({d: r[0].columns for label in runs for d, r in zip(folders[label], runs[label], strict=True)})
     reference = next(iter(runs))
     demonstrations = [held[int(row)]["response"] for row in runs[reference][0][0].columns["row"]]
+    rewards = reward(demonstrations)
     nats = [f"{target:g} nats" for target in TARGETS]
     by_kl = [lambda points, target=target: at_kl(points, target) for target in TARGETS]
     total = runs[reference][0][-1].step
     by_step = [lambda points, step=step: at_step(points, step) for step in (total // 2, total)]
     parts = {
-        "At the end of each run": main_table(runs, demonstrations, reference),
+        "At the end of each run": main_table(runs, demonstrations, rewards, reference),
         "At equal KL to the base model": equal_table(paths(runs), reference, nats, by_kl),
         "At equal numbers of updates": equal_table(
             runs, reference, [f"{total // 2} updates", f"{total} updates"], by_step
         ),
-        "Gates": gate_table(folders, runs, held, reward(demonstrations), expert["best_of"] if expert else 0),
+        "Gates": gate_table(folders, runs, held, rewards, expert["best_of"] if expert else 0),
     }
     if expert:
         parts = {"Theory": theory_table(expert), **parts}

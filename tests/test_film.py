@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import ROOT, command, run
+from helpers import ROOT, command, jsonl, run
 
 from common.store import read_pairs
 
@@ -273,31 +273,47 @@ def test_gates(values, failed):
 # ---- from the world to the table ----
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory):
-    """An expert of the untrained model, and three runs that learn from it."""
+    """A base model that ends its answers, an expert that takes the best of its samples, and three runs that learn from it."""
     folder = tmp_path_factory.mktemp("runs")
-    small = "--max-length 40 --max-prompt-length 32 --max-new-tokens 6 --mixed-precision no".split()
-    words = ["benchmark/best_of.py", "--model", str(world / "init"), "--gold", str(world), "--best-of", "3", *small]
-    words += ["--dataset", str(world / "prompts.jsonl"), "--eval-dataset", str(world / "held_out.jsonl")]
-    words += ["--eval-samples", "8", "--per-device-eval-batch-size", "16", "--max-samples", "12"]
+    stream, small = np.random.default_rng(0), "--max-length 40 --max-prompt-length 32 --max-new-tokens 6".split()
+    prompts = [json.loads(line)["prompt"] for line in (world / "prompts.jsonl").read_text().splitlines()]
+    answers = [" ".join(stream.choice([*GOOD, *BAD], 1 + i % 2)) for i in range(len(prompts))]
+    rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+    data, epochs = jsonl(folder / "short.jsonl", rows), ["--num-train-epochs", "2"]
+    rate = ["--optimizer", "adamw", "--learning-rate", "1e-2", "--per-device-train-batch-size", "4"]
+    run(command("sft.py", world / "init", data, folder / "base", *small, *rate, *epochs))
+    base = folder / "base" / "final"
+    words = [
+        "benchmark/best_of.py",
+        "--model",
+        str(base),
+        "--gold",
+        str(world),
+        "--best-of",
+        "3",
+        "--mixed-precision",
+        "no",
+    ]
+    words += [*small, "--dataset", str(world / "prompts.jsonl"), "--eval-dataset", str(world / "held_out.jsonl")]
+    words += ["--eval-samples", "12", "--per-device-eval-batch-size", "16", "--max-samples", "12"]
     run([sys.executable, *words, "--output-dir", str(folder / "expert")])
     train, held = folder / "expert" / "train.jsonl", str(folder / "expert" / "held_out.jsonl")
-    flags = ["--eval-dataset", held, *small, "--eval-samples", "8"]
+    flags = ["--eval-dataset", held, *small, *rate, "--eval-samples", "12"]
     rft = "--sft-epochs 0 --num-train-epochs 1 --reward-learning-rate 1e-2 --total-episodes 8 --rollout-batch-size 4"
     rft += " --eval-updates 1 --reward-model= --value-warmup-ratio 0"
     for name, script, own in (("sft", "sft.py", ""), ("spin", "irft.py", "--T 1"), ("rft", "rft.py", rft)):
-        epochs = [] if name == "rft" else ["--num-train-epochs", "1"]
-        run(command(script, world / "init", train, folder / name, *flags, *epochs, *own.split()))
+        run(command(script, base, train, folder / name, *flags, *([] if own == rft else epochs), *own.split()))
     return folder
 
 
 def test_the_expert_is_the_best_of_its_samples(world, place):
     said, gold = json.loads((place / "expert" / "expert.json").read_text()), film.Gold(world)
     rewards = np.array(said["rewards"])
-    assert said["best_of"] == 3 and rewards.shape == (8, 3)
+    assert said["best_of"] == 3 and rewards.shape == (12, 3)
     assert said["held_out"]["expert"] == pytest.approx(rewards.max(1).mean())
     rows = [json.loads(line) for line in (place / "expert" / "held_out.jsonl").read_text().splitlines()]
     found, best = gold.score([row["completion"] for row in rows]), iter(rewards.max(1))
-    assert len(found) >= 4  # an answer without text is left out
+    assert len(found) >= 8  # an answer without text is left out
     assert all(any(abs(value - own) < 1e-9 for own in best) for value in found)  # in the order of the prompts
 
 
@@ -318,13 +334,22 @@ def test_the_table_says_what_the_runs_measured(world, place, tmp_path):
         name: read_pairs(sorted((place / name / "evals").glob("[0-9]*.parquet"))[-1]) for name in ("sft", "spin", "rft")
     }
     scores = {name: gold.score([row["sample"] for row in rows]) for name, rows in last.items()}
+    changed = [r["sample"] for r in read_pairs(place / "sft" / "evals" / "0000.parquet")] != [
+        r["sample"] for r in last["sft"]
+    ]
+    assert (
+        changed and len({len(r["sample"].split()) for r in last["sft"]}) > 1
+    )  # else another row could not be told apart
     row = cells_of(printed, "SPIN, beta 0.1", "At the end of each run")
     assert row[1].split()[0] == f"{scores['spin'].mean():.2f}"
-    assert row[2].split()[0] == f"{(scores['spin'] - scores['sft']).mean():.2f}"
+    written = [json.loads(line) for line in (place / "expert" / "held_out.jsonl").read_text().splitlines()]
+    best = gold.score([written[r["row"]]["completion"] for r in last["spin"]])
+    assert row[2].split()[0] == f"{(scores['spin'] - best).mean():.2f}"
+    assert row[3].split()[0] == f"{(scores['spin'] - scores['sft']).mean():.2f}"
     wins = (scores["spin"] > scores["sft"]) + 0.5 * (scores["spin"] == scores["sft"])
     assert (
-        row[3].split()[0] == f"{wins.mean():.2f}"
-        and row[4].split()[0] == f"{np.mean([r['nll'] for r in last['spin']]):.2f}"
+        row[4].split()[0] == f"{wins.mean():.2f}"
+        and row[5].split()[0] == f"{np.mean([r['nll'] for r in last['spin']]):.2f}"
     )
     gates = cells_of(printed, "SPIN, beta 0.1", "Gates")
     assert gates[1].split()[0] == f"{np.mean([r['rewards/accuracies'] for r in last['spin']]):.3f}"
@@ -339,7 +364,6 @@ def test_the_table_says_what_the_runs_measured(world, place, tmp_path):
     reference = read_pairs(place / "rft" / "evals" / "reference.parquet")
     pairs = read_pairs(place / "rft" / "generations" / "iter_0.parquet")
     train = [{k: (len(p[f"{k}_ids"]), p[f"{k}_ids"][-1] == 0) for k in ("chosen", "rejected")} for p in pairs]
-    written = [json.loads(line) for line in (place / "expert" / "held_out.jsonl").read_text().splitlines()]
     measured = [
         {
             "chosen": (int(r["lengths/demonstrations"]), written[r["row"]]["finished"]),
