@@ -61,7 +61,7 @@ class Args:
     reviews: str
     """zip file of whole reviews, pos/*.txt and neg/*.txt, a sentence a line (corpus movie_reviews of NLTK)."""
     output_dir: str = "runs/film/world"
-    """folder for gold.json, the parts' rows, positive.jsonl and init/."""
+    """folder for gold.json, the rows of each part, and init/."""
 
 
 # ---- texts ----
@@ -234,10 +234,15 @@ def split(reviews: list[dict]) -> dict[str, list[dict]]:
     return {part: [row for (p, row), own in zip(every, apart, strict=True) if p == part and own] for part in PARTS}
 
 
-def positive_rows(rated: list[tuple[str, float]]) -> list[dict]:
-    """Rows of the sentences that people rated above POSITIVE."""
+def positive_rows(rated: list[tuple[str, float]]) -> dict[str, list[dict]]:
+    """Rows of the sentences that people rated above POSITIVE, as demonstrations: {train: 3 in 5 of them, held_out: the rest}."""
     rows = [as_row(as_review(text)) for text, rating in rated if rating > POSITIVE]
-    return [row for row in rows if row]
+    parts: dict[str, list[dict]] = {"positive_train": [], "positive_held_out": []}
+    for row in rows:
+        if row:
+            first = digest(row["prompt"], "positive")[0] < 0.6 * 256
+            parts["positive_train" if first else "positive_held_out"].append(row)
+    return parts
 
 
 # ---- the model ----
@@ -269,7 +274,7 @@ def make(args: Args) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     parts = split(reviews)
-    for part, rows in {**parts, "positive": positive_rows(rated)}.items():
+    for part, rows in {**parts, **positive_rows(rated)}.items():
         write_jsonl(folder / f"{part}.jsonl", rows)
         print(f"{part}.jsonl: {len(rows)} rows")
         if not rows:

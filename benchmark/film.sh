@@ -3,7 +3,9 @@
 # Every arm and its place in theory: docs/evidence.md. Files and their sources: benchmark/film.py.
 #   RATINGS=movie_snippets_rated.tsv REVIEWS=movie_reviews.zip bash benchmark/film.sh [OUT]
 #   SEEDS="1 2 3 4 5" ... bash benchmark/film.sh [OUT]     # seed by seed, so that a cut leaves whole seeds
+#   ARMS="sft spin-0.1" ... bash benchmark/film.sh [OUT]   # some arms alone
 #   GRID=1 ... bash benchmark/film.sh [OUT]                # the grid of rates alone, on the development rows
+#   PEOPLE=1 ... bash benchmark/film.sh [OUT]              # demonstrations are sentences that people rated as positive
 # Finished runs are reused; one that was cut off is resumed. One run at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,14 +35,14 @@ expert expert "$world/held_out.jsonl" 1050
 expert development "$world/dev.jsonl" 420 --max-samples 1
 
 # ---- the arms: rates are the best of the grid ----
-policy=(--model "$out/base/final" --dataset "$out/expert/train.jsonl" "${lengths[@]}" --max-samples 1600 --optimizer adamw
+policy=(--model "$out/base/final" --dataset "$out/expert/train.jsonl" "${lengths[@]}" --max-samples 3200 --optimizer adamw
   --batch-size 32 --per-device-train-batch-size 32)
 held=(--eval-dataset "$out/expert/held_out.jsonl" --eval-samples 1000)
 rft=(--sft-epochs 0 --reward-model "" --num-train-epochs 1 --per-device-train-batch-size 64 --rollout-batch-size 64
   --value-warmup-ratio 0.1)
-irl=(--sft-epochs 0 --beta 0.1 --num-generations 8 --total-prompts 320 --rollout-batch-size 64 --eval-updates 5)
-SFT_RATE=${SFT_RATE:-3e-4} SPIN_RATE=${SPIN_RATE:-1e-4} IRFT_RATE=${IRFT_RATE:-1e-4} REWARD_RATE=${REWARD_RATE:-1e-3} PPO_RATE=${PPO_RATE:-3e-4}
-DPO_RATE=${DPO_RATE:-1e-4}
+irl=(--max-samples 1600 --sft-epochs 0 --beta 0.1 --T 4 --num-generations 8 --total-prompts 320 --rollout-batch-size 64
+  --eval-updates 5)
+SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3} PPO_RATE=${PPO_RATE:-6e-4}
 
 # arm NAME SCRIPT FLAGS...: one run of every method, on this seed's part of the demonstrations
 arm() {
@@ -49,52 +51,74 @@ arm() {
   once "$to" "$name" "$script" "${policy[@]}" "${held[@]}" --seed "$seed" "$@"
 }
 
+# table OUT SEEDS NAME=LABEL...: tables and figure of the arms, with those seeds that have finished
+table() {
+  local to=$1 seeds=$2 pair seed made words=()
+  shift 2
+  for pair in "$@"; do
+    made=$(for seed in $seeds; do [ ! -f "$out/$seed/${pair%%=*}/final/manifest.json" ] || echo "$out/$seed/${pair%%=*}"; done | paste -sd,)
+    [ -z "$made" ] || words+=("${pair#*=}=$made")
+  done
+  python benchmark/film_table.py "${source_of_table[@]}" --output "$to" --runs "${words[@]}"
+}
+
 if [ "${GRID:-}" ]; then
-  seed=100 to=$out/grid held=(--eval-dataset "$out/development/held_out.jsonl" --eval-samples 400)
-  for rate in 1e-4 3e-4 1e-3; do arm "sft-$rate" sft.py --num-train-epochs 2 --learning-rate "$rate"; done
-  for rate in 5e-5 1e-4 2e-4; do arm "spin-$rate" irft.py --T 1 --num-train-epochs 2 --learning-rate "$rate"; done
-  for rate in 5e-5 1e-4 2e-4; do
-    arm "irft-$rate" irft.py --T 5 --num-train-epochs 2 --learning-rate "$rate" --later-learning-rate "$rate"
+  seed=100 to=$out/100 held=(--eval-dataset "$out/development/held_out.jsonl" --eval-samples 400)
+  for rate in 1e-4 2e-4 4e-4; do arm "sft-$rate" sft.py --num-train-epochs 2 --learning-rate "$rate"; done
+  for rate in 1e-3 2e-3 4e-3; do
+    arm "reward-$rate" rft.py "${rft[@]}" --reward-learning-rate "$rate" --learning-rate 1e-4 --total-episodes 64 --eval-updates 1
   done
-  for rate in 3e-4 1e-3 2e-3; do
-    arm "reward-$rate" rft.py "${rft[@]}" --reward-learning-rate "$rate" --learning-rate 1e-4 --total-episodes 128 --eval-updates 1
-  done
+  for rate in 1e-4 2e-4 4e-4; do arm "spin-$rate" irft.py --T 1 --num-train-epochs 1 --learning-rate "$rate"; done
   for rate in 1e-4 3e-4 6e-4; do
     arm "rft-$rate" rft.py "${rft[@]}" --reward-learning-rate "$REWARD_RATE" --learning-rate "$rate" --beta 0.3 \
       --total-episodes 1280 --eval-updates 10
   done
-  for rate in 5e-5 1e-4 2e-4; do
-    arm "irl-$rate" irl_dpo_ultrachat.py "${irl[@]}" --T 2 --ref previous --reward-learning-rate "$REWARD_RATE" --learning-rate "$rate"
+  names=()
+  for name in sft reward spin rft; do
+    for path in "$to/$name-"*; do names+=("${path##*/}=${path##*/}"); done
   done
+  source_of_table=(--expert "$out/development")
+  table "$to" 100 "${names[@]}"
   exit
 fi
 
-arms() { # the arms of one seed, the dearest ones last
-  arm sft sft.py --num-train-epochs 2 --learning-rate "$SFT_RATE"
-  for beta in 1 0.3 0.1; do arm "spin-$beta" irft.py --T 1 --num-train-epochs 2 --learning-rate "$SPIN_RATE" --beta "$beta"; done
-  for beta in 0.3 0.1 1; do
-    arm "rft-$beta" rft.py "${rft[@]}" --reward-learning-rate "$REWARD_RATE" --learning-rate "$PPO_RATE" --beta "$beta" \
-      --total-episodes 1280 --eval-updates 10
-  done
-  for T in ${IRFT:-2 5 10}; do
-    arm "irft-$T" irft.py --T "$T" --num-train-epochs 2 --learning-rate "$IRFT_RATE" --later-learning-rate "$IRFT_RATE"
-  done
-  for ref in ${IRL:-previous initial}; do
-    arm "irl-$ref" irl_dpo_ultrachat.py "${irl[@]}" --T 6 --ref "$ref" --reward-learning-rate "$REWARD_RATE" --learning-rate "$DPO_RATE"
+arms() { # arms NAME...: some arms of one seed
+  local name value
+  for name in "$@"; do
+    value=${name#*-}
+    case $name in
+      sft) arm sft sft.py --num-train-epochs 2 --learning-rate "$SFT_RATE" ;;
+      spin-*) arm "$name" irft.py --T 1 --num-train-epochs 1 --learning-rate "$SPIN_RATE" --beta "$value" ;;
+      irft-*)
+        arm "$name" irft.py --T "$value" --num-train-epochs 1 --learning-rate "$SPIN_RATE" --later-learning-rate "$SPIN_RATE"
+        ;;
+      rft-*)
+        arm "$name" rft.py "${rft[@]}" --reward-learning-rate "$REWARD_RATE" --learning-rate "$PPO_RATE" --beta "$value" \
+          --total-episodes 1280 --eval-updates 10
+        ;;
+      irl-*)
+        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" --ref "$value" --reward-learning-rate "$REWARD_RATE" \
+          --learning-rate "$SPIN_RATE"
+        ;;
+    esac
   done
 }
+
+all="sft spin-1 spin-0.3 spin-0.1 rft-0.1 rft-0.3 irft-5 rft-1 irft-2 irl-previous irl-initial irft-10"
+if [ "${PEOPLE:-}" ]; then # section "People's sentences" of docs/evidence.md
+  policy=(--model "$out/base/final" --dataset "$world/positive_train.jsonl" "${lengths[@]}" --max-samples 0 --optimizer adamw
+    --batch-size 32 --per-device-train-batch-size 32)
+  held=(--eval-dataset "$world/positive_held_out.jsonl" --eval-samples 1000)
+  out=$out/people
+  source_of_table=(--demonstrations "$world/positive_held_out.jsonl" --gold "$world")
+else
+  source_of_table=(--expert "$out/expert")
+fi
 for seed in $seeds; do
   to=$out/$seed
-  arms
+  # shellcheck disable=SC2086 # names of arms are words
+  arms ${ARMS:-$all}
 done
-
-# runs NAME: the finished runs of an arm, one a seed
-runs() { for seed in $seeds; do [ ! -f "$out/$seed/$1/final/manifest.json" ] || echo "$out/$seed/$1"; done | paste -sd,; }
-words=()
-for pair in sft=SFT "spin-1=SPIN, beta 1" "spin-0.3=SPIN, beta 0.3" "spin-0.1=SPIN, beta 0.1" "irft-2=IRFT T 2" "irft-5=IRFT T 5" \
-  "irft-10=IRFT T 10" "rft-1=RFT, beta 1" "rft-0.3=RFT, beta 0.3" "rft-0.1=RFT, beta 0.1" "irl-previous=IRL ref previous" \
-  "irl-initial=IRL ref initial"; do
-  made=$(runs "${pair%%=*}")
-  [ -z "$made" ] || words+=("${pair#*=}=$made")
-done
-python benchmark/film_table.py --expert "$out/expert" --output "$out" --runs "${words[@]}"
+table "$out" "$seeds" sft=SFT "spin-1=SPIN, beta 1" "spin-0.3=SPIN, beta 0.3" "spin-0.1=SPIN, beta 0.1" "irft-2=IRFT T 2" \
+  "irft-5=IRFT T 5" "irft-10=IRFT T 10" "rft-1=RFT, beta 1" "rft-0.3=RFT, beta 0.3" "rft-0.1=RFT, beta 0.1" \
+  "irl-previous=IRL ref previous" "irl-initial=IRL ref initial"

@@ -52,8 +52,12 @@ Runs = dict[str, list[list[Point]]]  # label -> evaluations of its run, a list f
 class Args:
     runs: tuple[str, ...]
     """LABEL=DIR[,DIR...]: one arm, one run directory per seed. Arms whose labels agree up to a comma are one method."""
-    expert: str
-    """folder that benchmark/best_of.py has made with --gold."""
+    expert: str = ""
+    """folder that benchmark/best_of.py has made with --gold; empty: the demonstrations are people's."""
+    demonstrations: str = ""
+    """without --expert: the held-out demonstrations of the runs."""
+    gold: str = ""
+    """without --expert: folder of benchmark/film.py with the gold reward."""
     output: str = "runs/film"
     """folder for table.md and figure.png."""
 
@@ -65,9 +69,31 @@ def distinct_2(texts: list[str]) -> float:
     return len(set(pairs)) / max(len(pairs), 1)
 
 
-def best_of(rewards: np.ndarray, m: float) -> float:
-    """Expected reward of the best of m draws, m > 0 and not always whole, from the distribution of rewards (n,)."""
-    ordered, n = np.sort(rewards), len(rewards)
+def two_sample(demonstrations: list[str], texts: list[str]) -> float:
+    """Accuracy of a fresh classifier that tells demonstrations from samples, five-fold: 0.5 if they are alike, at most 1.
+
+    A logistic regression on tf-idf of words and pairs of words. The two answers to a prompt are in one fold.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+
+    n = len(demonstrations)
+    words = TfidfVectorizer(tokenizer=str.split, token_pattern=None, ngram_range=(1, 2), sublinear_tf=True)
+    model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
+    rows = np.tile(np.arange(n), 2)
+    folds = GroupKFold(5).split(rows, groups=rows)
+    return float(cross_val_score(model, [*demonstrations, *texts], np.repeat([1, 0], n), cv=folds).mean())
+
+
+def best_of(rewards: np.ndarray, m: float, by: np.ndarray | None = None) -> float:
+    """Expected reward of the best of m draws, m > 0 and not always whole, from the distribution of rewards (n,).
+
+    by: scores (n,) that say which draw is the best, such as those of a learned reward; by default the rewards themselves.
+    """
+    n = len(rewards)
+    ordered = rewards[np.argsort(rewards if by is None else by, kind="stable")]
     share = (np.arange(n + 1) / n) ** m
     return float((ordered * np.diff(share)).sum())
 
@@ -98,6 +124,11 @@ def at(points: list[Point], target: float, place: Callable[[Point], float]) -> n
 def at_kl(points: list[Point], nats: float) -> np.ndarray | None:
     """`good` of every row at a KL of so many nats to the base model; linear in the square root of the KL."""
     return at(points, float(np.sqrt(nats)), lambda point: float(np.sqrt(kl_of(point))))
+
+
+def at_step(points: list[Point], step: int) -> np.ndarray | None:
+    """`good` of every row after so many optimizer steps, linear between evaluations."""
+    return at(points, float(step), lambda point: float(point.step))
 
 
 def paths(runs: Runs) -> Runs:
@@ -146,23 +177,20 @@ class Gate:
 
     right: np.ndarray  # demonstration above the base's own sample
     other: np.ndarray  # demonstration above another row's
-    ranks: float  # rank correlation with the gold reward on the base's samples
+    scores: np.ndarray  # of the base's samples
 
 
 def gate_of(folder: Path, points: list[Point]) -> Gate:
-    """The gate of a run: of its reward model's last scores or, without one, of beta log pi/pi_ref at its last evaluation."""
-    gold = points[0].columns["good"]  # the first evaluation's samples are the base's
+    """The gate of a run: of its first reward model or, without one, of log pi/pi_ref at its last evaluation."""
     if files := sorted((folder / "evals").glob("reward_*.parquet")):
         scores = columns_of(files[0], "--runs")
         right = pairwise_wins(scores["chosen"], scores["rejected"])
         other = pairwise_wins(scores["chosen"], scores["shuffled"])
-        return Gate(right, other, rank_correlation(scores["rejected"], gold))
+        return Gate(right, other, scores["rejected"])
     last = points[-1].columns
     own = -last["nll"] - last["logps/gap"]  # log pi of the base's samples
     reference = np.array([row["ref_rejected"] for row in read_pairs(folder / "evals" / "reference.parquet")])
-    return Gate(
-        last["rewards/accuracies"], last["rewards/accuracies_shuffled"], rank_correlation(own - reference, gold)
-    )
+    return Gate(last["rewards/accuracies"], last["rewards/accuracies_shuffled"], own - reference)
 
 
 def length_gate(folder: Path, held: dict[int, dict]) -> float | None:
@@ -201,84 +229,89 @@ def passed(right: float, length: float, other: float) -> str:
 
 
 # ---- what is shown ----
-def main_table(runs: Runs, reference: str) -> str:
-    """A row for the base model and for the end of each arm; differences are row by row, to the arm `reference`."""
+def main_table(runs: Runs, demonstrations: list[str], rewards: np.ndarray, reference: str) -> str:
+    """A row for the base model and for the end of each arm; differences are row by row.
+
+    demonstrations: those of the measured rows, in their order; rewards: their gold, (rows,). reference: the arm to compare with.
+    """
     first, seeds = next(iter(runs.values())), max(map(len, runs.values()))
     ends = {"base model": [r[0] for r in first]} | {label: [r[-1] for r in own] for label, own in runs.items()}
     compared = [r[-1].columns["good"] for r in runs[reference]]
     rows = []
     for label, points in ends.items():
-        gain = (
-            ""
-            if label == reference
-            else cell([p.columns["good"] - b for p, b in zip(points, compared, strict=False)], 2)
-        )
+        gains = [p.columns["good"] - b for p, b in zip(points, compared, strict=False)]
+        wins = [pairwise_wins(p.columns["good"], b) for p, b in zip(points, compared, strict=False)]
         rows.append([
-            of_seeds(label, len(points), seeds), cell([p.columns["good"] for p in points], 2), gain,
+            of_seeds(label, len(points), seeds), cell([p.columns["good"] for p in points], 2),
+            cell([p.columns["good"] - rewards for p in points], 2),
+            "" if label == reference else cell(gains, 2), "" if label == reference else cell(wins, 2),
             *(cell([p.columns[name] for p in points], digits) for name, digits in MEASURES.items()),
+            f"{np.mean([two_sample(demonstrations, p.texts) for p in points]):.3f}",
             f"{np.mean([distinct_2(p.texts) for p in points]):.2f}", str(points[0].step),
         ])  # fmt: skip
-    header = ["", "gold", f"gold minus {reference}'s", "NLL, nats", "KL to base, nats", "tokens", "distinct-2", "steps"]
+    header = [
+        "", "gold", "minus the demonstrations'", f"minus {reference}'s", f"wins over {reference}", "NLL, nats",
+        "KL to base, nats", "tokens", "two-sample accuracy", "distinct-2", "updates",
+    ]  # fmt: skip
     return about_intervals(seeds) + "\n\n" + markdown(header, rows)
 
 
-def equal_kl_table(runs: Runs, reference: str) -> str:
-    """Gold at equal KL to the base model, and its difference to SFT's; empty where no seed's path gets there."""
-    methods, seeds = paths(runs), max(map(len, runs.values()))
-    rows = []
-    for label, own in methods.items():
+def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Callable]) -> str:
+    """Gold at places that the runs share, and its difference to the reference's; empty where no seed's path gets there.
+
+    at_each: functions of a run's evaluations, in the order of the words that name their columns.
+    """
+    seeds, rows = max(map(len, runs.values())), []
+    for label, own in runs.items():
         cells = []
-        for nats in TARGETS:
-            found = [at_kl(points, nats) for points in own]
-            compared = [at_kl(points, nats) for points in methods[reference]]
+        for place in at_each:
+            found, compared = ([place(points) for points in seed_runs] for seed_runs in (own, runs[reference]))
             values = [a for a in found if a is not None]
-            cells.append(of_seeds(cell(values, 2), len(values), seeds) if values else "")
             gains = [a - b for a, b in zip(found, compared, strict=False) if a is not None and b is not None]
+            cells.append(of_seeds(cell(values, 2), len(values), seeds) if values else "")
             cells.append(cell(gains, 2) if gains and label != reference else "")
         rows.append([label, *cells])
-    header = ["", *(word for nats in TARGETS for word in (f"{nats:g} nats", f"minus {reference}'s"))]
-    return markdown(header, rows)
+    return markdown(["", *(word for name in words for word in (name, f"minus {reference}'s"))], rows)
 
 
-def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict], n: int, reward) -> str:
-    """A row for each arm that learns a reward, and one for the gold reward itself."""
-    gates = {
-        label: [gate_of(Path(d), points) for d, points in zip(folders[label], own, strict=True)]
-        for label, own in runs.items()
-    }
-    rows = []
-    first = next(iter(runs.values()))
-    demonstrations = reward([held[int(row)]["response"] for row in first[0][0].columns["row"]])
-    gold = [
-        (
-            pairwise_wins(demonstrations, r[0].columns["good"]),
-            pairwise_wins(demonstrations, np.roll(demonstrations, -1)),
-        )
-        for r in first[:1]
-    ]
-    rows.append([
-        "the gold reward itself", cell([a for a, _ in gold], 3), "", cell([b for _, b in gold], 3), "1", "",
-    ])  # fmt: skip
-    rows.append(["ceiling of any reward", f"{n / (n + 1):.3f}", "", "", "", ""])
-    for label, own in gates.items():
+def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict], rewards: np.ndarray, n: int) -> str:
+    """A row for the gold reward itself and for each arm. SFT learns no reward; its row is of log pi/pi_ref all the same.
+
+    rewards: gold of the measured demonstrations, (rows,). n: samples of which the expert takes the best, 0 if people wrote them.
+    """
+    base = next(iter(runs.values()))[0][0].columns["good"]
+    best, shuffled = pairwise_wins(rewards, base), pairwise_wins(rewards, np.roll(rewards, -1))
+    m = n or 16
+    rows = [["the gold reward itself", cell([best], 3), "", cell([shuffled], 3), "1.00", f"{best_of(base, m):.2f}", ""]]
+    if n:
+        rows.append(["ceiling of any reward, N/(N+1)", f"{n / (n + 1):.3f}", "", "", "", "", ""])
+    for label, own in runs.items():
         lengths = [x for d in folders[label] if (x := length_gate(Path(d), held)) is not None]
-        if not lengths:
-            continue
-        right, other = [g.right for g in own], [g.other for g in own]
-        verdict = passed(float(np.mean(right)), float(np.mean(lengths)), float(np.mean(other)))
+        gates = [gate_of(Path(d), points) for d, points in zip(folders[label], own, strict=True)]
+        both = list(
+            zip(gates, own, strict=True)
+        )  # the first evaluation's samples are the base's, and those that are scored
+        rights, others = [gate.right for gate in gates], [gate.other for gate in gates]
+        right, other = float(np.mean(rights)), float(np.mean(others))
         rows.append([
-            label, cell(right, 3), f"{np.mean(lengths):.3f}", cell(other, 3),
-            f"{np.mean([g.ranks for g in own]):.2f}", verdict,
+            of_seeds(label, len(own), max(map(len, runs.values()))), cell(rights, 3),
+            f"{np.mean(lengths):.3f}" if lengths else "", cell(others, 3),
+            f"{np.mean([rank_correlation(g.scores, r[0].columns['good']) for g, r in both]):.2f}",
+            f"{np.mean([best_of(r[0].columns['good'], m, g.scores) for g, r in both]):.2f}",
+            passed(right, float(np.mean(lengths)), other) if lengths else "no reward is learned: log pi/pi_ref",
         ])  # fmt: skip
     header = [
         "reward of", "demonstration above own sample", "by length and EOS alone", "above another row's demonstration",
-        "rank correlation with gold", "gates passed",
+        "rank correlation with gold", f"gold of the best of {m} by it", "gates passed",
     ]  # fmt: skip
     return markdown(header, rows)
 
 
-def figure(runs: Runs, expert: dict, path: Path) -> None:
-    """Gold, NLL and distinct-2 against the KL to the base model, and gold against steps: means over seeds."""
+def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Gold, NLL and distinct-2 against the KL to the base model, and gold against steps: means over seeds.
+
+    learned: for each reward model its scores of the base's samples and their gold, (rows,) each. KL on a scale of its root.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -308,22 +341,23 @@ def figure(runs: Runs, expert: dict, path: Path) -> None:
         ax.set_title(title, size=9, loc="left")
         ax.set_xlabel("KL to the base, nats" if x is kl_of else "optimizer steps; those of a reward model count too")
         if x is kl_of:
-            ax.set_xscale("symlog", linthresh=0.5)
-    pooled, n = np.ravel(expert["rewards"]), expert["best_of"]
-    m = np.geomspace(1, 1e4, 60)
-    axes[0, 0].plot(
-        [kl_of_best(k) for k in m],
-        [best_of(pooled, k) for k in m],
-        color="#888888",
-        ls="--",
-        lw=1,
-        label="best of M, theory",
-    )
-    axes[0, 0].plot(
-        kl_of_best(n), expert["held_out"]["expert"], color="black", marker="*", ms=12, ls="", label="the expert"
-    )
-    for ax in (axes[0, 0], axes[1, 1]):
-        ax.axhline(expert["held_out"]["expert"], color="#888888", ls=":", lw=1)
+            ax.set_xscale("function", functions=(lambda nats: np.sqrt(np.maximum(nats, 0)), np.square))
+            ax.set_xticks([0, 0.3, 1, 3, 6, 12], ["0", "0.3", "1", "3", "6", "12"])
+            ax.set_xlim(left=0)
+    if expert:
+        pooled, n, share = np.ravel(expert["rewards"]), expert["best_of"], expert["held_out"]["expert"]
+        m = np.geomspace(1, 1e4, 60)
+        curve = [kl_of_best(k) for k in m], [best_of(pooled, k) for k in m]
+        axes[0, 0].plot(*curve, color="#888888", ls="--", lw=1, label="best of M, theory")
+        axes[0, 0].plot(kl_of_best(n), share, color="black", marker="*", ms=12, ls="", label="the expert")
+        for ax in (axes[0, 0], axes[1, 1]):
+            ax.axhline(share, color="#888888", ls=":", lw=1)
+    if learned:
+        m = np.geomspace(1, 200, 30)  # more of a thousand samples would be the few best ones
+        values = [np.mean([best_of(gold, k, scores) for scores, gold in learned]) for k in m]
+        axes[0, 0].plot(
+            [kl_of_best(k) for k in m], values, color="#ccbb44", ls="-.", lw=1.5, label="best of M by RFT's reward"
+        )
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
     fig.savefig(path, dpi=110)
@@ -346,27 +380,48 @@ def theory_table(expert: dict) -> str:
 
 
 def show(args: Args) -> None:
-    folders = read_folders(args.runs)
-    expert = read_json(Path(args.expert) / "expert.json", "--expert")
-    if "rewards" not in expert:
-        raise UserError(f"--expert: found no rewards in {args.expert}, expected a folder made with best_of.py --gold")
-    reward = reward_of("", expert["gold"], expert["gold_kind"])
+    folders, expert = read_folders(args.runs), None
+    if args.expert:
+        expert = read_json(Path(args.expert) / "expert.json", "--expert")
+        if "rewards" not in expert:
+            raise UserError(
+                f"--expert: found no rewards in {args.expert}, expected a folder made with best_of.py --gold"
+            )
+        reward = reward_of("", expert["gold"], expert["gold_kind"])
+    else:
+        reward = reward_of("", args.gold)
+    source = f"{args.expert}/held_out.jsonl" if expert else args.demonstrations
+    held = {row["row"]: row for row in load_rows(source, "all", flag="--expert" if expert else "--demonstrations")}
     runs = {label: [load(Path(d), reward) for d in own] for label, own in folders.items()}
-    require_same_rows(
-        {d: points[0].columns for label in runs for d, points in zip(folders[label], runs[label], strict=True)}
-    )
-    held = {row["row"]: row for row in load_rows(f"{args.expert}/held_out.jsonl", "all")}
+    require_same_rows({d: r[0].columns for label in runs for d, r in zip(folders[label], runs[label], strict=True)})
     reference = next(iter(runs))
+    demonstrations = [held[int(row)]["response"] for row in runs[reference][0][0].columns["row"]]
+    rewards = reward(demonstrations)
+    nats = [f"{target:g} nats" for target in TARGETS]
+    by_kl = [lambda points, target=target: at_kl(points, target) for target in TARGETS]
+    total = runs[reference][0][-1].step
+    by_step = [lambda points, step=step: at_step(points, step) for step in (total // 2, total)]
+    parts = {
+        "At the end of each run": main_table(runs, demonstrations, rewards, reference),
+        "At equal KL to the base model": equal_table(paths(runs), reference, nats, by_kl),
+        "At equal numbers of updates": equal_table(
+            runs, reference, [f"{total // 2} updates", f"{total} updates"], by_step
+        ),
+        "Gates": gate_table(folders, runs, held, rewards, expert["best_of"] if expert else 0),
+    }
+    if expert:
+        parts = {"Theory": theory_table(expert), **parts}
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    parts = [
-        theory_table(expert), main_table(runs, reference), equal_kl_table(runs, reference),
-        gate_table(folders, runs, held, expert["best_of"], reward),
+    text = "\n".join(f"### {title}\n\n{part}" for title, part in parts.items())
+    (out / "table.md").write_text(text)
+    learned = [
+        (gate_of(Path(d), points).scores, points[0].columns["good"])
+        for label, own in runs.items() if label.startswith("RFT") for d, points in zip(folders[label], own, strict=True)
     ]  # fmt: skip
-    (out / "table.md").write_text("\n".join(parts))
-    figure(runs, expert, out / "figure.png")
+    figure(runs, expert, learned, out / "figure.png")
     print(samples(runs, {number: row["prompt"] for number, row in held.items()}))
-    print("\n".join(parts))
+    print(text)
     print(f"table: {out / 'table.md'}   figure: {out / 'figure.png'}")
 
 

@@ -7,7 +7,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, command, jsonl, run
+
+from common.store import read_pairs
 
 sys.path.append(str(ROOT / "benchmark"))
 import best_of
@@ -163,8 +165,12 @@ def test_the_best_of_the_samples_becomes_the_demonstration(world):
 
 
 def test_positive_sentences_are_those_people_like(world):
-    rows = film.positive_rows([("a " * 9, 2.0), ("b " * 9, 1.5), ("c " * 9, -2.0), ("d", 3.0)])
-    assert [row["prompt"] for row in rows] == ["a a a a"]
+    parts = film.positive_rows([("a " * 9, 2.0), ("b " * 9, 1.5), ("c " * 9, -2.0), ("d", 3.0)])
+    assert [row["prompt"] for rows in parts.values() for row in rows] == ["a a a a"]
+    rated = [(f"w{i} " * 9, 2.0) for i in range(400)]
+    parts = film.positive_rows(rated + rated)
+    assert not {r["prompt"] for r in parts["positive_train"]} & {r["prompt"] for r in parts["positive_held_out"]}
+    assert 0.5 < len(parts["positive_train"]) / 800 < 0.7  # 0.6; four standard errors are 0.1
 
 
 @pytest.mark.parametrize(
@@ -210,11 +216,32 @@ def test_the_best_of_m_by_hand():
     rewards = np.array([3.0, 1.0, 2.0])
     assert film_table.best_of(rewards, 1) == pytest.approx(2)
     assert film_table.best_of(rewards, 2) == pytest.approx((1 * 1 + 2 * 3 + 3 * 5) / 9)
+    assert film_table.best_of(rewards, 2, by=-rewards) == pytest.approx((3 * 1 + 2 * 3 + 1 * 5) / 9)
     assert film_table.kl_of_best(1) == 0 and film_table.kl_of_best(8) == pytest.approx(math.log(8) - 7 / 8)
 
 
 def test_distinct_2():
     assert film_table.distinct_2(["a b c", "a b"]) == pytest.approx(2 / 3) and film_table.distinct_2(["a"]) == 0
+
+
+def test_the_two_sample_test():
+    """Near 0.5 for texts of one kind (four standard errors of 400 are 0.1), near 1 for texts of two."""
+    pytest.importorskip("sklearn")
+    stream = np.random.default_rng(0)
+    one, same = ([" ".join(stream.choice(list("abcdefgh"), 6)) for _ in range(200)] for _ in range(2))
+    other = [" ".join(stream.choice(list("abcdefgx"), 6)) + " x" for _ in range(200)]
+    assert film_table.two_sample(one, same) == pytest.approx(0.5, abs=0.1)
+    assert film_table.two_sample(one, one) == pytest.approx(0.5, abs=0.1)
+    assert film_table.two_sample(one, other) > 0.95
+
+
+def test_gold_at_equal_updates_by_hand():
+    points = [point([0], [0], 0), point([1], [0], 40), point([5], [0], 80)]
+    assert film_table.at_step(points, 60) == pytest.approx([3]) and film_table.at_step(points, 81) is None
+    text = film_table.equal_table(
+        {"A": [points], "B": [points[:2]]}, "A", ["60"], [lambda p: film_table.at_step(p, 60)]
+    )
+    assert text.splitlines()[2:] == ["| A | 3.00 [3.00, 3.00] |  |", "| B |  |  |"]
 
 
 def test_length_alone_by_hand():
@@ -241,3 +268,131 @@ def test_length_alone_by_hand():
 def test_gates(values, failed):
     said = film_table.passed(*values)
     assert (said == "all three") == (not failed) and all(word in said for word in failed)
+
+
+# ---- from the world to the table ----
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory):
+    """A base model that ends its answers, an expert that takes the best of its samples, and three runs that learn from it."""
+    folder = tmp_path_factory.mktemp("runs")
+    stream, small = np.random.default_rng(0), "--max-length 40 --max-prompt-length 32 --max-new-tokens 6".split()
+    prompts = [json.loads(line)["prompt"] for line in (world / "prompts.jsonl").read_text().splitlines()]
+    answers = [" ".join(stream.choice([*GOOD, *BAD], 1 + i % 2)) for i in range(len(prompts))]
+    rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+    data, epochs = jsonl(folder / "short.jsonl", rows), ["--num-train-epochs", "2"]
+    rate = ["--optimizer", "adamw", "--learning-rate", "1e-2", "--per-device-train-batch-size", "4"]
+    run(command("sft.py", world / "init", data, folder / "base", *small, *rate, *epochs))
+    base = folder / "base" / "final"
+    words = [
+        "benchmark/best_of.py",
+        "--model",
+        str(base),
+        "--gold",
+        str(world),
+        "--best-of",
+        "3",
+        "--mixed-precision",
+        "no",
+    ]
+    words += [*small, "--dataset", str(world / "prompts.jsonl"), "--eval-dataset", str(world / "held_out.jsonl")]
+    words += ["--eval-samples", "12", "--per-device-eval-batch-size", "16", "--max-samples", "12"]
+    run([sys.executable, *words, "--output-dir", str(folder / "expert")])
+    train, held = folder / "expert" / "train.jsonl", str(folder / "expert" / "held_out.jsonl")
+    flags = ["--eval-dataset", held, *small, *rate, "--eval-samples", "12"]
+    rft = "--sft-epochs 0 --num-train-epochs 1 --reward-learning-rate 1e-2 --total-episodes 8 --rollout-batch-size 4"
+    rft += " --eval-updates 1 --reward-model= --value-warmup-ratio 0"
+    for name, script, own in (("sft", "sft.py", ""), ("spin", "irft.py", "--T 1"), ("rft", "rft.py", rft)):
+        run(command(script, base, train, folder / name, *flags, *([] if own == rft else epochs), *own.split()))
+    return folder
+
+
+def test_the_expert_is_the_best_of_its_samples(world, place):
+    said, gold = json.loads((place / "expert" / "expert.json").read_text()), film.Gold(world)
+    rewards = np.array(said["rewards"])
+    assert said["best_of"] == 3 and rewards.shape == (12, 3)
+    assert said["held_out"]["expert"] == pytest.approx(rewards.max(1).mean())
+    rows = [json.loads(line) for line in (place / "expert" / "held_out.jsonl").read_text().splitlines()]
+    found, best = gold.score([row["completion"] for row in rows]), iter(rewards.max(1))
+    assert len(found) >= 8  # an answer without text is left out
+    assert all(any(abs(value - own) < 1e-9 for own in best) for value in found)  # in the order of the prompts
+
+
+def cells_of(text: str, label: str, table: str) -> list[str]:
+    """The cells of a row of the table under the heading `table`."""
+    part = text.partition(f"### {table}\n")[2].partition("###")[0]
+    return next(
+        [c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith(f"| {label} |")
+    )
+
+
+def test_the_table_says_what_the_runs_measured(world, place, tmp_path):
+    flags = ["--expert", str(place / "expert"), "--output", str(tmp_path), "--runs", f"SFT={place / 'sft'}"]
+    flags += [f"SPIN, beta 0.1={place / 'spin'}", f"RFT, beta 0.1={place / 'rft'}"]
+    printed = run([sys.executable, "benchmark/film_table.py", *flags]).stdout
+    gold = film.Gold(world)
+    last = {
+        name: read_pairs(sorted((place / name / "evals").glob("[0-9]*.parquet"))[-1]) for name in ("sft", "spin", "rft")
+    }
+    scores = {name: gold.score([row["sample"] for row in rows]) for name, rows in last.items()}
+    changed = [r["sample"] for r in read_pairs(place / "sft" / "evals" / "0000.parquet")] != [
+        r["sample"] for r in last["sft"]
+    ]
+    assert (
+        changed and len({len(r["sample"].split()) for r in last["sft"]}) > 1
+    )  # else another row could not be told apart
+    row = cells_of(printed, "SPIN, beta 0.1", "At the end of each run")
+    assert row[1].split()[0] == f"{scores['spin'].mean():.2f}"
+    written = [json.loads(line) for line in (place / "expert" / "held_out.jsonl").read_text().splitlines()]
+    best = gold.score([written[r["row"]]["completion"] for r in last["spin"]])
+    assert row[2].split()[0] == f"{(scores['spin'] - best).mean():.2f}"
+    assert row[3].split()[0] == f"{(scores['spin'] - scores['sft']).mean():.2f}"
+    wins = (scores["spin"] > scores["sft"]) + 0.5 * (scores["spin"] == scores["sft"])
+    assert (
+        row[4].split()[0] == f"{wins.mean():.2f}"
+        and row[5].split()[0] == f"{np.mean([r['nll'] for r in last['spin']]):.2f}"
+    )
+    gates = cells_of(printed, "SPIN, beta 0.1", "Gates")
+    assert gates[1].split()[0] == f"{np.mean([r['rewards/accuracies'] for r in last['spin']]):.3f}"
+    reward = read_pairs(place / "rft" / "evals" / "reward_0000.parquet")
+    right = np.mean([(r["chosen"] > r["rejected"]) + 0.5 * (r["chosen"] == r["rejected"]) for r in reward])
+    gates = cells_of(printed, "RFT, beta 0.1", "Gates")
+    assert gates[1].split()[0] == f"{right:.3f}"
+    first = read_pairs(place / "rft" / "evals" / "0000.parquet")
+    order = np.argsort([r["rejected"] for r in reward], kind="stable")
+    ranked = gold.score([first[i]["sample"] for i in order])
+    expected = (ranked * np.diff((np.arange(len(ranked) + 1) / len(ranked)) ** 3)).sum()
+    reference = read_pairs(place / "rft" / "evals" / "reference.parquet")
+    pairs = read_pairs(place / "rft" / "generations" / "iter_0.parquet")
+    train = [{k: (len(p[f"{k}_ids"]), p[f"{k}_ids"][-1] == 0) for k in ("chosen", "rejected")} for p in pairs]
+    measured = [
+        {
+            "chosen": (int(r["lengths/demonstrations"]), written[r["row"]]["finished"]),
+            "rejected": (len(ids), ids[-1] == 0),
+        }
+        for r, ids in zip(first, (own["rejected_ids"] for own in reference), strict=True)
+    ]
+    assert gates[2] == f"{film_table.length_accuracy(train, measured):.3f}"
+    assert gates[5] == f"{expected:.2f}" and (tmp_path / "figure.png").stat().st_size > 10_000
+    assert cells_of(printed, "ceiling of any reward, N/(N+1)", "Gates")[1] == "0.750"
+    assert cells_of(printed, "SFT", "Gates")[2] == ""
+    assert all(r["sample"] in printed for r in last["rft"][:4])
+
+
+def test_demonstrations_of_people_need_no_expert(world, place, tmp_path):
+    flags = [
+        "--gold",
+        str(world),
+        "--demonstrations",
+        str(place / "expert" / "held_out.jsonl"),
+        "--output",
+        str(tmp_path),
+    ]
+    printed = run([sys.executable, "benchmark/film_table.py", *flags, "--runs", f"SFT={place / 'sft'}"]).stdout
+    assert "Theory" not in printed and cells_of(printed, "SFT", "At the end of each run")
+
+
+def test_an_expert_of_a_word_is_refused(place, tmp_path):
+    (tmp_path / "expert.json").write_text(json.dumps({"word": "Return", "best_of": 4}))
+    words = ["benchmark/film_table.py", "--expert", str(tmp_path), "--runs", f"SFT={place / 'sft'}"]
+    done = run([sys.executable, *words], check=False)
+    assert done.returncode == 2 and "--expert: found no rewards" in done.stderr
