@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 else:
     Auto = Literal["auto"]
 LARGEST = 2**32 - 1  # largest whole number of a flag: numpy takes no larger seed
-FAMILIES = {  # row of SETTINGS -> the models it is for
-    "pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?",
-    "smollm2": r"smollm2-135m(-.*)?",
-}
+# row of SETTINGS -> the models it is for
+FAMILIES = {"pythia": r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b)(-.*)?", "smollm2": r"smollm2-135m(-.*)?"}
 
 
 @dataclass

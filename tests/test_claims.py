@@ -355,7 +355,9 @@ def flags_of(path: Path) -> set[str]:
 
 
 def command_fault(command: str) -> str:
-    match = re.fullmatch(r"(?:python|bash|accelerate launch --quiet|pytest -n 0) ([\w/]+\.(?:py|sh))((?: .*)?)", command)
+    match = re.fullmatch(
+        r"(?:python|bash|accelerate launch --quiet|pytest -n 0) ([\w/]+\.(?:py|sh))((?: .*)?)", command
+    )
     if not match or not (ROOT / match[1]).is_file():
         return f"no such program: {command}"
     unknown = set(re.findall(r"--[\w-]+", match[2])) - flags_of(ROOT / match[1])
