@@ -24,7 +24,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.best_of import reward_of  # noqa: E402
-from benchmark.compare import COLORS, read_folders
+from benchmark.compare import read_folders
 from benchmark.demo import Point, load, samples
 from benchmark.tables import (
     about_intervals,
@@ -39,6 +39,7 @@ from common import UserError
 from common.args import main
 from common.evals import pairwise_wins
 from common.store import read_pairs
+from extras.figures import COLORS
 from extras.sources import load_rows
 
 TARGETS = (0.3, 1.0, 3.0)  # nats of KL to the base model

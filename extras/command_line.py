@@ -73,14 +73,8 @@ def check_sources(args, given: str) -> None:
 
 
 # ---- the command line ----
-LIGHT = (
-    "common.args",
-    "common.ranges",
-    "extras.flags",
-    "dataclasses",
-    "math",
-    "typing",
-)  # what flags need, quick to import
+# what flags and SETTINGS need, quick to import
+LIGHT = ("common.args", "common.ranges", "extras.flags", "extras.two_cores", "dataclasses", "math", "typing")
 
 
 def begin(path: str, description: str) -> None:
@@ -120,11 +114,14 @@ def read_flags(path: Path) -> tuple:
     """
     body = ast.parse(path.read_text()).body
     kept: list[ast.stmt] = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
+    named = (node.names for node in body if isinstance(node, ast.ImportFrom) and node.module == "extras")
+    if light := [name for names in named for name in names if f"extras.{name.name}" in LIGHT]:
+        kept.append(ast.ImportFrom("extras", light, 0))
     kept += [node for node in body if isinstance(node, ast.Import) and node.names[0].name in LIGHT]
     kept += [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args"]
     kept += settings_of(body)
     found: dict = {"__name__": "__main__"}  # where the class is looked for, to read what stands below each flag
-    exec(compile(ast.Module(kept, []), str(path), "exec", dont_inherit=True), found)
+    exec(compile(ast.fix_missing_locations(ast.Module(kept, [])), str(path), "exec", dont_inherit=True), found)
     return found["Args"], found.get("SETTINGS", {})
 
 

@@ -34,9 +34,9 @@ def show_training_row(run, trained: tuple[list[dict], ...]) -> None:
     rows = next((rows for rows in trained if len(rows)), [])
     if not len(rows):
         return
-    from common.models import read_tokenizer
+    from common import models
 
-    tokenizer = read_tokenizer(run.args.model, run.args.trust_remote_code, "--model")
+    tokenizer = models.load_tokenizer(run.args)
     run.print(block(f"first training row (row {rows[0]['row']}):", decoded(tokenizer, rows[0])))
 
 

@@ -92,7 +92,13 @@ def served_template(tokenizer) -> str | dict:
         text = render_prompt(tokenizer, "a")
     except UnusableRow:  # it wants another conversation: what it would write is not known
         return templates
-    if tokenise_prompts(tokenizer, [text]) == tokenise(tokenizer, [text]):
+    try:
+        begins_with_bos = tokenise_prompts(tokenizer, [text]) != tokenise(tokenizer, [text])
+    except (
+        Exception
+    ):  # a word-level tokenizer without an unknown token can read no text, and says so by this type alone
+        begins_with_bos = False
+    if not begins_with_bos:
         return templates
     bos = "{{ bos_token }}"
     return {**templates, "default": bos + templates["default"]} if isinstance(templates, dict) else bos + templates

@@ -288,7 +288,7 @@ def test_vllm_is_refused_in_one_line_where_it_is_not_installed(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-@pytest.mark.parametrize("script", sorted({path.name for path in ROOT.glob("*.py")} - {"aihf_mujoco.py"}))
+@pytest.mark.parametrize("script", sorted({path.name for path in ROOT.glob("*.py")} - {"aihf_mujoco.py", "plot.py"}))
 def test_no_script_falls_back_to_hf(tmp_path, script):
     done = run([sys.executable, script, "--generation", "vllm", "--output-dir", str(tmp_path / "out")], check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: --generation: found vllm, which is not installed")

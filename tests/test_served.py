@@ -336,7 +336,7 @@ def test_a_run_that_ends_is_pushed_by_one_process(finished, monkeypatch, tmp_pat
     ):  # fmt: skip
         given = SimpleNamespace(push_to_hub=name)
         ending.finish(SimpleNamespace(args=given, is_main=is_main, dir=folder, print=said.append))
-    assert pushed == [(finished, "me/policy")] and said[-1] == "pushed: url" and "".join(said).count("pushed") == 1
+    assert pushed == [(finished, "me/policy")] and said[-1] == "pushed: url" and "".join(said).count("pushed: ") == 1
     ending.finish(
         SimpleNamespace(args=SimpleNamespace(), is_main=True, dir=finished, print=said.append)
     )  # without the flag

@@ -326,7 +326,7 @@ def test_the_command_line_joins_the_values_of_a_flag(monkeypatch):
         "--model", "tiny", "--dataset", "a:0.7 b:0.3", "--columns", "prompt=q completion=a", "--T", "2", "--eval-dataset", "c d",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["irft.py", *words])
-    args = command_line(irft.Args, "")
+    args = command_line(irft.Args, "", irft.Args())
     assert (args.dataset, args.columns, args.eval_dataset, args.T) == ("a:0.7 b:0.3", "prompt=q completion=a", "c d", 2)
     assert not wrong_word(irft.Args, words) and not wrong_word(irft.Args, ["--preference_dataset", "a", "--T", "2"][2:])
     assert "b: found a word without a flag" in wrong_word(irft.Args, ["--model", "a", "b"])
