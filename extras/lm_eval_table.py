@@ -95,7 +95,7 @@ def show(rows: list[dict]) -> None:
 
     view = Table(title="results of lm-eval")
     for i, name in enumerate(HEADER):
-        view.add_column(name, justify="right" if i > 2 else "left")
+        view.add_column(name, justify="right" if i > 2 else "left", overflow="fold")  # names are whole
     for row in rows:
         view.add_row(*cells(row))
     Console(width=100).print(view)
