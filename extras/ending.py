@@ -3,6 +3,15 @@
 import shlex
 from pathlib import Path
 
+from common.args import flag
+
+DATA = {
+    "eval_dataset": "auto",
+    "columns": "",
+    "turns": "auto",
+    "template": "auto",
+}  # how the data are read: flag -> default
+
 
 def finish(run) -> None:
     """Draw a finished run's curves, say what it saved and what to type next, and push it to the hub where --push-to-hub asks."""
@@ -31,7 +40,9 @@ def commands(run, samples: list[Path]) -> list[str]:
         reference = run.dir / "sft" if (run.dir / "sft").is_dir() else run.args.model
         words = ["python", "evaluate.py", "--model", run.dir / "final", "--ref-model", reference]
         words += ["--reward-model", run.dir / "reward"] if (run.dir / "reward").is_dir() else []
-        found.append([*words, "--dataset", run.args.dataset])
+        own = {name: getattr(run.args, name, default) for name, default in DATA.items()}
+        given = [word for name, value in own.items() if value != DATA[name] for word in (flag(name), value)]
+        found.append([*words, "--dataset", run.args.dataset, *given])
     if run.args.report_to == "tensorboard":
         found.append(["tensorboard", "--logdir", run.dir])
     if run.args.report_to == "trackio":

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -340,6 +341,14 @@ def test_the_end_says_what_was_saved_and_what_to_type_next(tmp_path, monkeypatch
         f"  python evaluate.py --model '{out}/final' --ref-model '{out}/sft' --reward-model '{out}/reward' --dataset pydoc",
         f"  tensorboard --logdir '{out}'",
     ]  # fmt: skip
+    given = dict(
+        dataset="a.jsonl:0.7 b.jsonl:0.3", columns="prompt=q completion=a", eval_dataset="auto", template="paper"
+    )
+    run.args = SimpleNamespace(**{**vars(args), **given})
+    ending.finish(run)  # the data are read as the run has read them
+    words = shlex.split(said[-1].splitlines()[3])
+    asked = ["--dataset", "a.jsonl:0.7 b.jsonl:0.3", "--columns", "prompt=q completion=a", "--template", "paper"]
+    assert words[-6:] == asked
 
 
 # ---- the phases of a script ----
