@@ -51,7 +51,7 @@ MEASURES = {  # column -> (measure, digits)
 CONTRASTS = [
     ("aihf", "rlhf"), ("aihf_ppo", "rlhf_ppo"), ("aihf", "rlhf_sft"), ("aihf", "sft"), ("aihf", "dpo"), ("aihf", "direct"),
     ("aihf", "self_play"), ("direct", "dpo"), ("self_play", "dpo"), ("direct", "rlhf"), ("self_play", "rlhf"),
-    ("rlhf_sft", "rlhf"),
+    ("rlhf_sft", "rlhf"), ("rlhf_sft", "sft"), ("direct", "sft"), ("self_play", "sft"),
 ]  # fmt: skip
 PAIRS = {"held_out_medium_low": "medium over low", "held_out_high_medium": "high over medium"}
 JUDGED = (*PAIRS.values(), "high over medium, balanced")
@@ -253,7 +253,7 @@ def kl_table(methods: dict[str, list[Trial]]) -> str:
             cells.append(of_seeds(difference(found), len(found), len(pairs)) if found else "")
         if any(cells):
             rows.append([named(methods, first, second), *cells])
-    return markdown(["gold of samples at", *(f"{k:g} nats" for k in KLS)], rows)
+    return markdown(["gold of samples at", *(f"{k:g} nat{'s' * (k != 1)}" for k in KLS)], rows)
 
 
 def update_table(methods: dict[str, list[Trial]]) -> str:
