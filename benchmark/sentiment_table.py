@@ -51,7 +51,7 @@ MEASURES = {  # column -> (measure, digits)
 CONTRASTS = [
     ("aihf", "rlhf"), ("aihf_ppo", "rlhf_ppo"), ("aihf", "rlhf_sft"), ("aihf", "sft"), ("aihf", "dpo"), ("aihf", "direct"),
     ("aihf", "self_play"), ("direct", "dpo"), ("self_play", "dpo"), ("direct", "rlhf"), ("self_play", "rlhf"),
-    ("rlhf_sft", "rlhf"),
+    ("rlhf_sft", "rlhf"), ("rlhf_sft", "sft"), ("direct", "sft"), ("self_play", "sft"),
 ]  # fmt: skip
 PAIRS = {"held_out_medium_low": "medium over low", "held_out_high_medium": "high over medium"}
 JUDGED = (*PAIRS.values(), "high over medium, balanced")
@@ -138,11 +138,10 @@ def trials(root: Path, gold: Gold) -> dict[str, list[Trial]]:
     return {m: runs for m, runs in found.items() if runs}
 
 
-def add_gain(sizes: dict[int, dict[str, list[Trial]]], base: np.ndarray) -> None:
+def add_gain(runs: list[Trial], base: np.ndarray) -> None:
     """Give every evaluation the measure `gain`: gold less that of the base's samples, (rows,)."""
-    for run in [run for methods in sizes.values() for runs in methods.values() for run in runs]:
-        for point in run.points:
-            point.columns["gain"] = point.columns["good"] - base
+    for point in [point for run in runs for point in run.points]:
+        point.columns["gain"] = point.columns["good"] - base
 
 
 def last(runs: list[Trial]) -> list[Columns]:
@@ -253,7 +252,7 @@ def kl_table(methods: dict[str, list[Trial]]) -> str:
             cells.append(of_seeds(difference(found), len(found), len(pairs)) if found else "")
         if any(cells):
             rows.append([named(methods, first, second), *cells])
-    return markdown(["gold of samples at", *(f"{k:g} nats" for k in KLS)], rows)
+    return markdown(["gold of samples at", *(f"{k:g} nat{'s' * (k != 1)}" for k in KLS)], rows)
 
 
 def update_table(methods: dict[str, list[Trial]]) -> str:
@@ -344,13 +343,12 @@ def other_sizes(sizes: dict[int, dict[str, list[Trial]]], shown: int) -> list[st
     return parts
 
 
-def weight_table(root: Path, methods: dict[str, list[Trial]], gold: Gold) -> str:
-    """Direct AIHF at several weights of the demonstrations, DPO being the weight 0."""
-    found = {float(p.name): trials(p, gold).get("direct", []) for p in root.iterdir()} if root.is_dir() else {}
-    found = {
-        w: runs for w, runs in {0.0: methods.get("dpo", []), 0.05: methods.get("direct", []), **found}.items() if runs
-    }
-    rows = []
+def weight_table(root: Path, methods: dict[str, list[Trial]], gold: Gold, base: np.ndarray) -> str:
+    """Direct AIHF at several weights of the demonstrations, DPO being the weight 0. base: gold of the base's samples, (rows,)."""
+    found = {float(p.name): trials(p, gold).get("direct", []) for p in root.iterdir()}
+    add_gain([run for runs in found.values() for run in runs], base)
+    found = {0.0: methods.get("dpo", []), 0.05: methods.get("direct", []), **found}
+    found, rows = {w: runs for w, runs in found.items() if runs}, []
     for weight, runs in sorted(found.items()):
         cells = [cell([c[m] for c in last(runs)], d) for m, d in list(MEASURES.values())[:4]]
         cells += [cell(list(own), 3) for own in zip(*map(judged, runs), strict=True)]
@@ -437,7 +435,7 @@ def show(args: Args) -> None:
     ends = {str(run.folder): run.points[-1].columns for own in sizes.values() for runs in own.values() for run in runs}
     require_same_rows(ends)
     start = methods["sft"][0].points[0].columns
-    add_gain(sizes, start["good"])
+    add_gain([run for own in sizes.values() for runs in own.values() for run in runs], start["good"])
     shown = start["row"]
     held = {row["row"]: row for row in load_rows(str(root / "data" / "held_out.jsonl"), "all")}
     held = [held[int(row)] for row in shown]
@@ -455,7 +453,7 @@ def show(args: Args) -> None:
         parts += ["Numbers of preferences, gold less the base's (seeds)\n", ratio_table(sizes)]
         parts += other_sizes(sizes, args.main)
     if (root / "w1").is_dir():
-        parts += ["w1 of Direct AIHF\n", weight_table(root / "w1", methods, gold)]
+        parts += ["w1 of Direct AIHF\n", weight_table(root / "w1", methods, gold, start["good"])]
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(parts)
     (out / "sentiment.md").write_text(text)

@@ -345,6 +345,7 @@ def test_tables_of_made_up_runs(place, tmp_path):
             for method in TEXTS:
                 script = "aihf" if method in ("rlhf", "aihf") else "sft"
                 made_up_run(tmp_path / str(size) / str(seed) / method, method, 8, seed, script)
+    made_up_run(tmp_path / "w1" / "0.25" / "1" / "direct", "sft", 8, 1, "aihf_direct")
     (tmp_path / "data").mkdir()
     completions = ["n", "b z", "b"] * 3  # gold -4, 0, 4
     jsonl(tmp_path / "data" / "held_out.jsonl", [{"prompt": f"p {i}", "completion": completions[i]} for i in range(8)])
@@ -376,6 +377,9 @@ def test_tables_of_made_up_runs(place, tmp_path):
     assert row("DPO", 7, _1="log")[5] == "0.577"  # its log pi/pi_base falls with the number of the row
     assert row(aihf, 5)[1:] == ["0.750", row(aihf, 5)[2], "0.500", "not:"]
     assert row("the gold reward itself", 5)[1::2] == ["0.750", "0.375"]  # of eight: 6; 3 above the next one
+    assert (
+        row("0.25 (1)", 8)[1:5] == ["4.000", "7.000", "2.00", "51.00"] and row("0 (2)", 8)[1] == "0.500"
+    )  # w1; 0 is DPO
     assert (tmp_path / "out" / "sentiment.png").stat().st_size > 10_000
     assert "p 1" in (tmp_path / "out" / "samples.txt").read_text()
 
