@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, command, jsonl, run
 
-from common.store import read_pairs
+from common.store import read_pairs, write_pairs
 
 sys.path.append(str(ROOT / "benchmark"))
 import best_of
@@ -254,6 +254,23 @@ def test_length_alone_by_hand():
     ended = [{"chosen": (8, True), "rejected": (8, False)}] * 30
     assert film_table.length_accuracy(ended, ended) == 1
     assert film_table.length_accuracy(longer, [{"chosen": (7, True), "rejected": (7, True)}]) == 0.5
+
+
+def test_the_length_of_each_row_is_compared_with_its_own_sample(tmp_path):
+    pytest.importorskip("sklearn")
+    for name in ("evals", "generations", "final"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "final" / "config.json").write_text('{"eos_token_id": 0}')
+    pairs = [{"chosen_ids": [5] * (6 + i % 4) + [0], "rejected_ids": [5] * (2 + i % 4) + [0]} for i in range(40)]
+    write_pairs(tmp_path / "generations" / "iter_0.parquet", pairs)
+    rows = [{"row": 3 * i, "sample": "", "lengths/demonstrations": float(n)} for i, n in enumerate((10, 6, 4))]
+    write_pairs(tmp_path / "evals" / "0000.parquet", rows)
+    reference = [{"row": 3 * i, "rejected_ids": [5] * (n - 1) + [0]} for i, n in enumerate((9, 5, 3))]
+    write_pairs(tmp_path / "evals" / "reference.parquet", reference)
+    held: dict[int, dict] = {0: {}, 3: {}, 6: {}}
+    assert film_table.length_gate(tmp_path, held) == 1
+    write_pairs(tmp_path / "evals" / "reference.parquet", [*reference[1:], reference[0]])
+    assert film_table.length_gate(tmp_path, held) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

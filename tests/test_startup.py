@@ -24,13 +24,17 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:
     status = stop.code or 0
-print("status", status, *sorted({name for name in sys.modules if "." not in name}))
+print("status", status, *sorted({name for name, module in sys.modules.items() if module and "." not in name}))
 """
 
 
 def start(script: str, *words: str) -> tuple[int, set[str], str]:
-    """(exit status, modules that were imported, all that was printed) of a script in a process of its own."""
-    code = f"import sys\nsys.argv = {[script, *words]!r}\nsys.path[0] = '.'{RUN}"
+    """(exit status, modules that were imported, all that was printed) of a script in a process of its own.
+
+    scikit-learn and scipy are hidden, since transformers imports them wherever they are installed; our own import of them
+    would be an error.
+    """
+    code = f"import sys\nsys.modules['sklearn'] = sys.modules['scipy'] = None\nsys.argv = {[script, *words]!r}\nsys.path[0] = '.'{RUN}"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=child_environment()
     )
