@@ -15,8 +15,9 @@ from extras import resume
 from extras.command_line import read_flags
 
 SLOW = set("torch numpy transformers accelerate pyarrow gymnasium".split())
-# by a run without a flag that names them; pandas, scipy and sklearn are not among them: pyarrow and transformers import them
-UNUSED = set("datasets vllm deepspeed peft tensorboard trackio wandb gymnasium openai".split())
+UNUSED = set(  # by a run without a flag that names them; pandas is not among them, since pyarrow imports it
+    "datasets scipy sklearn vllm deepspeed peft tensorboard trackio wandb gymnasium openai".split()
+)
 RUN = """
 import runpy, sys
 status = 0
