@@ -94,7 +94,7 @@ def begin(path: str, description: str) -> None:
             check_words(cls, words)
         except UserError:
             terminal.run(lambda: check_words(cls, words))
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    if sys.stderr and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"{Path(path).stem}: loading libraries, data and models", file=sys.stderr, flush=True)
 
 
