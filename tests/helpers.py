@@ -5,10 +5,13 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -342,6 +345,34 @@ def launch(config: str, processes: int = 2) -> list[str]:
     """accelerate's command with a file of configs/."""
     start = [launcher("accelerate"), "launch", "--config_file", str(ROOT / "configs" / config)]
     return [*start, "--num_processes", str(processes)]
+
+
+@contextlib.contextmanager
+def transformers_server(model: Path, log: Path):
+    """The address of `transformers serve` with a model, on a free port of this machine, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    words = ["serve", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+    with open(log, "w") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "transformers.cli.transformers", *words],
+            stdout=out,
+            stderr=out,
+            env=child_environment(),
+        )
+    try:
+        deadline = time.time() + 900
+        while True:
+            assert server.poll() is None and time.time() < deadline, log.read_text()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
 
 
 def assert_data_can_be_given_back(folder: Path, end: int) -> None:

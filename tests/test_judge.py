@@ -2,14 +2,11 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, ZEPHYR_TEMPLATE, command, make_data, make_model, make_tokenizer, metrics, run, start
+from helpers import (
+    ROOT,
+    ZEPHYR_TEMPLATE,
+    command,
+    make_data,
+    make_model,
+    make_tokenizer,
+    metrics,
+    run,
+    start,
+    transformers_server,
+)
 from test_evaluate import as_typed
 
 import evaluate
@@ -539,30 +547,11 @@ def constant_judge(folder: Path) -> Path:
 @pytest.mark.slow
 def test_transformers_serve(tmp_path):
     model = constant_judge(tmp_path / "judge")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = ["serve", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "transformers.cli.transformers", *argv],
-            stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    try:
-        deadline = time.time() + 200
-        while True:
-            assert server.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            time.sleep(0.2)
-        args = flags(f"http://127.0.0.1:{port}/v1", model=str(model))
+    with transformers_server(model, tmp_path / "log") as url:
+        args = flags(f"{url}/v1", model=str(model))
         judge.refuse_unusable(args)
         votes = Judge(args).compare(*pairs(5))
         assert votes.tolist() == [[1, 0]] * 5
         assert set(Judge(args).replies.values()) == {"Preferred: A"}
         with pytest.raises(UserError, match="--judge-base-url .* expected chat completions of --judge-model"):
             Judge(flags(args.judge_base_url, model=str(tmp_path / "missing")), retries=0).compare(*pairs(1))
-    finally:
-        server.terminate()
-        server.wait(timeout=30)

@@ -1,17 +1,14 @@
 """Saved models as others use them: the prompts of a chat server, the card, the hub."""
 
-import contextlib
 import json
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, ZEPHYR_TEMPLATE, child_environment, make_model, make_tokenizer
+from helpers import ROOT, ZEPHYR_TEMPLATE, child_environment, make_model, make_tokenizer, transformers_server
 from hub import TOKEN, Hub
 from test_data import BARE, CHATML, PHI, byte_level, sentencepiece, tokenizer_with_bos
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,25 +120,7 @@ def test_transformers_serve_answers_the_prompt_of_training(tmp_path):
     ids = torch.tensor([row["prompt_ids"]])
     whole = model.generate(ids, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(ids))
     expected = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["serve", str(place), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "transformers.cli.transformers", *words],
-            stdout=log,
-            stderr=log,
-            env=child_environment(),
-        )
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.time() + 900
-        while True:
-            assert server.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            time.sleep(0.5)
+    with transformers_server(place, tmp_path / "log") as url:
         asked = {
             "model": str(place),
             "messages": [{"role": "user", "content": question}],
@@ -152,9 +131,6 @@ def test_transformers_serve_answers_the_prompt_of_training(tmp_path):
             f"{url}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
         )
         reply = json.loads(urllib.request.urlopen(request, timeout=900).read())
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
     assert reply["choices"][0]["message"]["content"].strip() == expected.strip() != ""
     assert reply["usage"]["prompt_tokens"] == len(row["prompt_ids"])
 
