@@ -23,6 +23,7 @@ from extras.judge import BLOCK, Judge
 from extras.left_out import LeftOut
 from extras.sources import read_file
 from extras.statistics import bootstrap_interval
+from extras.table import print_table
 from extras.templates import Wording
 
 TEMPERATURES = {  # FastChat's, by category; 0.7 for any other
@@ -207,26 +208,16 @@ def summarise(grades: np.ndarray, categories: list[str]) -> dict:
 
 
 def show(title: str, result: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    view = Table(title=f"{title}: mean grade, 1 to 10")
-    view.add_column("answers")
-    for column in ("grades", "mean", "95% interval"):
-        view.add_column(column, justify="right")
     lines = {
         "first turn": result["turn_1"],
         "second turn": result["turn_2"],
         **result["categories"],
         "both turns": result["both"],
     }
+    rows = []
     for name, e in lines.items():
         known = e["value"] is not None
-        view.add_row(
-            name,
-            str(e["grades"]),
-            f"{e['value']:.2f}" if known else "",
-            f"{e['low']:.2f}..{e['high']:.2f}" if known else "",
-        )
-    Console(width=100).print(view)
+        mean, interval = (f"{e['value']:.2f}", f"{e['low']:.2f}..{e['high']:.2f}") if known else ("", "")
+        rows.append([name, str(e["grades"]), mean, interval])
+    print_table(f"{title}: mean grade, 1 to 10", ["answers", "grades", "mean", "95% interval"], rows)
     print(f"answers without a grade: {result['ungraded']}")

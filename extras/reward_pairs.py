@@ -16,6 +16,7 @@ from common.data import encode
 from common.run import Run
 from common.store import write_json, write_pairs
 from extras.sources import load_rows, read_file
+from extras.table import print_table
 from extras.tokenizers import check_same_tokenizer
 
 REWARDS = {  # name -> what a higher score means
@@ -119,15 +120,9 @@ def entry(value: float, drawn: np.ndarray, pairs: int) -> dict[str, float]:
 
 def show(title: str, found: dict[str, dict]) -> None:
     """A line per subset, a column per reward."""
-    from rich.console import Console
-    from rich.table import Table
-
-    view = Table(title=f"{title}: share of pairs with the chosen response higher, ties half, 95% interval")
-    view.add_column("subset")
-    for name in ("pairs", *found):
-        view.add_column(name, justify="right")
-    first = next(iter(found.values()))
-    for subset, own in first.items():
+    rows = []
+    for subset, own in next(iter(found.values())).items():
         cells = (table[subset] for table in found.values())
-        view.add_row(subset, str(own["pairs"]), *(f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
-    Console(width=100).print(view)
+        rows.append([subset, str(own["pairs"]), *(f"{c['value']:.3f}\n{c['low']:.3f}..{c['high']:.3f}" for c in cells)])
+    title += ": share of pairs with the chosen response higher, ties half, 95% interval"
+    print_table(title, ["subset", "pairs", *found], rows, "reward_pairs.json", show_lines=True)
