@@ -65,8 +65,8 @@ class Args(BaseArgs):
     """pairs (RewardBench's columns prompt, chosen, rejected, subset) on which rewards are measured instead; empty: none."""
     mt_bench: str = ""
     """two-turn questions (FastChat's question.jsonl) that --model answers and --judge-model grades instead; empty: none."""
-    lm_eval: tuple[str, ...] = ()
-    """result files of lm-eval, or its output folders, of which a table is made instead; no model is loaded."""
+    lm_eval: str = ""
+    """result files of lm-eval, or its output folders, of which a table is made instead, without a model; empty: none."""
 
     def check(self) -> None:
         super().check()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common import UserError
 from common.store import write_json
+from extras.value_lists import words_of
 
 METRICS = {  # task of the Open LLM Leaderboard (first version) -> the metric of the papers' tables
     "arc_challenge": "acc_norm,none",
@@ -24,7 +25,7 @@ LOCAL = "_local"  # ends the names of our tasks that read local files
 
 def tabulate(args) -> list[dict]:
     """Print the table of --lm-eval, and write it to lm_eval.json and lm_eval.md of --output-dir -> its rows."""
-    rows = [row for word in args.lm_eval for path in result_files(Path(word)) for row in read_results(path)]
+    rows = [row for word in words_of(args.lm_eval) for path in result_files(Path(word)) for row in read_results(path)]
     rows.sort(key=lambda row: row["model"])  # stable: tasks stay in the order of their file
     if args.output_dir != "auto":
         out = Path(args.output_dir)

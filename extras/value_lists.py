@@ -1,8 +1,9 @@
 """Flags that take several words: --dataset a:0.7 b:0.3."""
 
+import os
 import shlex
 
-LISTS = ("--dataset", "--eval-dataset", "--preference-dataset", "--eval-preference-dataset", "--columns")
+LISTS = ("--dataset", "--eval-dataset", "--preference-dataset", "--eval-preference-dataset", "--columns", "--lm-eval")
 
 
 def join_values(words: list[str]) -> list[str]:
@@ -23,3 +24,8 @@ def join_values(words: list[str]) -> list[str]:
         many = [value, *values] if is_given else values
         out += [name, shlex.join(many)] if len(many) > 1 else [first, *values]
     return out
+
+
+def words_of(value: str) -> list[str]:
+    """The words that join_values has joined. One word that names a file or a folder stays whole."""
+    return [value] if os.path.exists(value) else shlex.split(value)

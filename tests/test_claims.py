@@ -444,7 +444,7 @@ CHANGES = {  # in the ledger: old, new
     "a test in another file": ("`tests/test_aihf.py::test_dpo_loss_by_hand`", "`tests/test_rft.py::test_dpo_loss_by_hand`"),
     "a helper for a test": ("`tests/test_toy.py::test_bandit`", "`tests/test_toy.py::verify_bandit`"),
     "a program that is gone": ("`python toy/example1.py`", "`python toy/example0.py`"),
-    "a script that is gone": ("`bash benchmark/rft_small.sh`", "`bash benchmark/rft_tiny.sh`"),
+    "a script that is gone": ("`bash benchmark/film.sh`", "`bash benchmark/films.sh`"),
     "a flag that is gone": ("`python irft.py --T 1`", "`python irft.py --U 1`"),
     "a flag of another program": ("`python toy/example2.py --comparisons 0`", "`python toy/example2.py --compared 0`"),
     "a word of our own": ("| exact | `sft.py::nll_loss` |", "| proved | `sft.py::nll_loss` |"),

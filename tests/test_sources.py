@@ -15,6 +15,7 @@ from helpers import ROOT, child_environment, jsonl, make_tokenizer
 from hub import Hub
 
 import aihf
+import evaluate
 import irft
 from common import UserError, demos
 from common.streams import data_order
@@ -22,7 +23,7 @@ from extras import arrow_rows, encoded, hub_names, lazy, mixture, packed, prefer
 from extras.command_line import command_line, wrong_word
 from extras.sources import Source, load_rows
 from extras.stream import MOST_UNUSABLE, Stream
-from extras.value_lists import join_values
+from extras.value_lists import join_values, words_of
 
 
 @pytest.fixture(autouse=True)
@@ -319,7 +320,7 @@ def test_wrong_weights_of_preferences_name_their_flag(files):
     assert line.startswith("--preference-dataset: found the weight 0 of b.jsonl")
 
 
-def test_the_command_line_joins_the_values_of_a_flag(monkeypatch):
+def test_the_command_line_joins_the_values_of_a_flag(monkeypatch, tmp_path):
     words = "--model tiny --dataset a:0.7 b:0.3 --columns prompt=q completion=a --T 2 --eval-dataset=c d".split()
     joined = join_values(words)
     assert joined == [
@@ -330,6 +331,10 @@ def test_the_command_line_joins_the_values_of_a_flag(monkeypatch):
     assert (args.dataset, args.columns, args.eval_dataset, args.T) == ("a:0.7 b:0.3", "prompt=q completion=a", "c d", 2)
     assert not wrong_word(irft.Args, words) and not wrong_word(irft.Args, ["--preference_dataset", "a", "--T", "2"][2:])
     assert "b: found a word without a flag" in wrong_word(irft.Args, ["--model", "a", "b"])
+    assert not wrong_word(evaluate.Args, ["--lm-eval", "a.json", "b c"])
+    assert words_of(join_values(["--lm-eval", "a.json", "b c"])[1]) == ["a.json", "b c"]
+    (tmp_path / "b c").mkdir()
+    assert words_of(str(tmp_path / "b c")) == [str(tmp_path / "b c")]
     assert join_values(["--preference_dataset", "a b", "c"]) == ["--preference_dataset", "'a b' c"]
     assert not wrong_word(aihf.Args, ["--preference_dataset", "a", "b"])
 
