@@ -39,7 +39,7 @@ from common import UserError
 from common.args import main
 from common.evals import pairwise_wins
 from common.store import read_pairs
-from extras.figures import COLORS
+from extras import figures
 from extras.sources import load_rows
 
 TARGETS = (0.3, 1.0, 3.0)  # nats of KL to the base model
@@ -313,13 +313,7 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
 
     learned: for each reward model its scores of the base's samples and their gold, (rows,) each. KL on a scale of its root.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    fig, axes = figures.subplots(2, 2, (12, 8))
     names = list(dict.fromkeys(label.partition(",")[0] for label in runs))
     marks = ["o", "s", "^", "D", "v", "P"]
     panels = (
@@ -332,7 +326,7 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
     style = {}
     for label in runs:
         name = label.partition(",")[0]
-        style[label] = (COLORS[names.index(name) % len(COLORS)], marks[seen[name] % len(marks)])
+        style[label] = (figures.COLORS[names.index(name) % len(figures.COLORS)], marks[seen[name] % len(marks)])
         seen[name] += 1
     for ax, (title, x, y) in zip(axes.flat, panels, strict=True):
         for label, seeds in runs.items():
@@ -361,7 +355,7 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
         )
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
-    fig.savefig(path, dpi=110)
+    figures.save(fig, path, 110)
 
 
 def theory_table(expert: dict) -> str:

@@ -33,6 +33,7 @@ from common import UserError
 from common.args import main
 from common.evals import pairwise_wins
 from common.store import read_pairs
+from extras import figures
 from extras.sources import load_rows
 
 METHODS = {  # folder -> label
@@ -373,13 +374,7 @@ def samples(methods: dict[str, list[Trial]], prompts: list[str], gold: Gold) -> 
 
 # ---- figure ----
 def figure(methods: dict[str, list[Trial]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    fig, axes = figures.subplots(2, 2, (11, 8))
     frontier, pairs, density, ranked = axes.flat
     for method, runs in methods.items():
         style = dict(color=COLORS[method], ls="--" if method in DASHED else "-")
@@ -422,7 +417,7 @@ def figure(methods: dict[str, list[Trial]], path: Path) -> None:
     ranked.set_xticks(x, labels, rotation=45, ha="right", fontsize=7)
     ranked.set(ylabel="Spearman's correlation with gold")
     ranked.set_title("(d) order of own samples", loc="left")
-    fig.savefig(path, dpi=120)
+    figures.save(fig, path, 120)
 
 
 def show(args: Args) -> None:
