@@ -490,7 +490,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     aihf = AIHF(run, tokenizer, demos.select_demonstrations(run, demonstrations), preferences, held_rows)
-    records.record_prompts(run, aihf.demonstrations, preferences)
+    records.record_prompts(run, tokenizer, aihf.demonstrations, preferences)
     run.print(
         f"aihf: {len(aihf.demonstrations)} demonstrations, {len(preferences)} preferences, {aihf.steps.sft} SFT steps,"
         f" T = {args.T}, K = {aihf.steps.K}, {aihf.steps.updates} policy updates on {args.rollout_batch_size} prompts x"

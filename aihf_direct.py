@@ -125,7 +125,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     demonstrations = demos.select_demonstrations(run, demonstrations)
-    records.record_prompts(run, demonstrations, preferences)
+    records.record_prompts(run, tokenizer, demonstrations, preferences)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     raw = run.unwrap(policy)

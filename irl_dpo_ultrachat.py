@@ -556,7 +556,7 @@ def train(args: Args) -> None:
         return
     demonstrations = demos.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
     irl = IRL(run, tokenizer, demonstrations, expert_rows(run, tokenizer, held_rows), preferences)
-    records.record_prompts(run, demonstrations)
+    records.record_prompts(run, tokenizer, demonstrations)
     steps, prompts = irl.steps, args.total_prompts or len(irl.prompts)
     run.print(
         f"irl_dpo_ultrachat: {len(demonstrations)} demonstrations, {steps.sft} SFT steps, T = {args.T}, K = {steps.K[0]},"

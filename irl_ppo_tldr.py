@@ -570,7 +570,7 @@ def train(args: Args) -> None:
     demonstrations = demos.select_demonstrations(run, expert_rows(run, tokenizer, demonstrations))
     posts = demonstrations if args.prompts == "demonstrations" else prompts
     irl = IRL(run, tokenizer, demonstrations, posts, expert_rows(run, tokenizer, held_rows), preferences)
-    records.record_prompts(run, demonstrations, posts)
+    records.record_prompts(run, tokenizer, demonstrations, posts)
     run.print(
         f"irl_ppo_tldr: {len(demonstrations)} demonstrations, {len(posts)} posts for PPO, {irl.steps.sft} SFT steps,"
         f" T = {args.T}, K = {irl.steps.K[0]}, {irl.steps.updates} PPO updates of {args.rollout_batch_size} answers,"

@@ -458,7 +458,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     rft = RFT(run, tokenizer, demos.select_demonstrations(run, demonstrations), held_rows)
-    records.record_prompts(run, rft.demonstrations)
+    records.record_prompts(run, tokenizer, rft.demonstrations)
     run.print(
         f"rft: {len(rft.demonstrations)} demonstrations, {rft.steps.sft} SFT steps, T = {args.T}, K = {rft.steps.K},"
         f" {rft.steps.updates} PPO updates of {args.rollout_batch_size} answers, {run.world} process(es), {run.dir}"

@@ -70,7 +70,7 @@ def train(args: Args) -> None:
     if run.finished():
         return
     demonstrations = demos.select_demonstrations(run, demonstrations)
-    records.record_prompts(run, demonstrations)
+    records.record_prompts(run, tokenizer, demonstrations)
     model = models.prepare_policy(args)
     policy, optimizer = run.prepare(model, make_optimizer(args.optimizer, model.parameters()))
     raw = run.unwrap(policy)

@@ -152,7 +152,7 @@ def train(args: Args) -> None:
     if args.split_only:
         return run.end()
     rows = encode([r for r in train_rows if for_gold(r)], tokenizer, args.max_length, args.max_prompt_length)
-    records.record_prompts(run, rows)
+    records.record_prompts(run, tokenizer, rows)
     held_rows = encode(test_rows[: args.eval_samples], tokenizer, args.max_length, args.max_prompt_length)
     held = {"eval/accuracy": with_others(held_rows, 0)}
     if args.sampler:

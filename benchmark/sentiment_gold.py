@@ -93,7 +93,7 @@ def train(args: Args) -> None:
     prompts = demos.load_demonstrations(args, tokenizer)
     held_rows = demos.load_held_out(args, tokenizer, prompts)
     run = Run(args, "sentiment_gold", rft.METRICS)
-    records.record_prompts(run, prompts)
+    records.record_prompts(run, tokenizer, prompts)
     ppo = GoldPPO(run, tokenizer, prompts, held_rows, score)
     run.print(f"PPO on the gold reward: {len(prompts)} prompts, {ppo.steps.updates} updates, {run.dir}")
     ppo.learn()

@@ -39,7 +39,7 @@ def count_shared(rows: list[dict], others: list[dict]) -> int:
     return sum(name(row) in seen for row in rows)
 
 
-def record_prompts(run, *trained: list[dict]) -> None:
+def record_prompts(run, tokenizer, *trained: list[dict]) -> None:
     """Keep the prompts that the run trains on in its folder, for load_held_out of runs on its models.
 
     All that the run trains on is known here: its phases are planned, and its first row is printed.
@@ -47,7 +47,7 @@ def record_prompts(run, *trained: list[dict]) -> None:
     if run.is_main:
         if run.script in SCRIPTS:
             screen.screen.schedule = of_run(run.script, run.args, *trained)
-            show_training_row(run, trained)
+            show_training_row(run, tokenizer, trained)
         keys = set().union(*(prompt_keys(row) for rows in trained for row in rows))
         write_pairs(run.dir / TRAINED, [{"key": key} for key in sorted(keys)])
 

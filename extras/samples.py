@@ -29,14 +29,11 @@ def block(title: str, texts: dict[str, str]) -> str:
     return "\n".join([title, *(fold(label, text, width) for label, text in texts.items())])
 
 
-def show_training_row(run, trained: tuple[list[dict], ...]) -> None:
+def show_training_row(run, tokenizer, trained: tuple[list[dict], ...]) -> None:
     """Print the first row that the run trains on, decoded from its tokens, before anything is trained."""
     rows = next((rows for rows in trained if len(rows)), [])
     if not len(rows):
         return
-    from common import models
-
-    tokenizer = models.load_tokenizer(run.args)
     run.print(block(f"first training row (row {rows[0]['row']}):", decoded(tokenizer, rows[0])))
 
 

@@ -493,7 +493,7 @@ def trained_runs(place, tmp_path, monkeypatch):
 
     def make(name: str, model: str, *rows: list[dict]) -> Path:
         run_ = Run(RunArgs(model=model, output_dir=str(tmp_path / name), mixed_precision="no"), "test", {})
-        records.record_prompts(run_, *rows)
+        records.record_prompts(run_, None, *rows)
         shutil.copytree(place / "model", run_.dir / "final")
         return run_.dir / "final"
 
