@@ -361,11 +361,11 @@ def group(prompts: list[list[int]], row_ids: list[int]) -> list[tuple[int, int]]
 def full_weights(model) -> Iterator[tuple[str, Tensor]]:
     """Yield (name as in transformers' checkpoints, full tensor) of every parameter, on this rank, one at a time.
 
-    With LoRA the tensor is base plus adapter, as merge_and_unload computes it; the model itself does not change. Under ZeRO-3
+    A head that is tied to the embeddings is sent too: on a CPU vLLM packs it by itself, and would keep the old one. With LoRA the tensor is base plus adapter, as merge_and_unload computes it; the model itself does not change. Under ZeRO-3
     and FSDP2 each tensor is gathered when its turn comes. That is collective: all ranks iterate.
     """
     base = language_model(model)
-    for name, parameter in base.named_parameters():
+    for name, parameter in base.named_parameters(remove_duplicate=False):
         layer_name, in_lora, leaf = name.partition(".base_layer.")
         if ".lora_" in name:
             continue
@@ -408,7 +408,7 @@ def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: tor
 
     shard, size, number = {}, 0, 0
     for name, tensor in weights:
-        shard[name] = tensor.to("cpu", dtype).contiguous()
+        shard[name] = tensor.to("cpu", dtype, copy=True).contiguous()  # safetensors refuses tensors that share memory
         size += shard[name].nbytes
         if size >= SHARD_BYTES:
             save_file(shard, folder / f"{number:05d}.safetensors")
