@@ -361,8 +361,9 @@ def group(prompts: list[list[int]], row_ids: list[int]) -> list[tuple[int, int]]
 def full_weights(model) -> Iterator[tuple[str, Tensor]]:
     """Yield (name as in transformers' checkpoints, full tensor) of every parameter, on this rank, one at a time.
 
-    A head that is tied to the embeddings is sent too: on a CPU vLLM packs it by itself, and would keep the old one. With LoRA the tensor is base plus adapter, as merge_and_unload computes it; the model itself does not change. Under ZeRO-3
-    and FSDP2 each tensor is gathered when its turn comes. That is collective: all ranks iterate.
+    A head that is tied to the embeddings is sent too: on a CPU vLLM packs it by itself, and would keep the old one. With LoRA
+    the tensor is base plus adapter, as merge_and_unload computes it; the model itself does not change. Under ZeRO-3 and FSDP2
+    each tensor is gathered when its turn comes. That is collective: all ranks iterate.
     """
     base = language_model(model)
     for name, parameter in base.named_parameters(remove_duplicate=False):

@@ -22,10 +22,10 @@ from extras.vllm_engine import VllmGenerator, checksum, full_weights, group, wri
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [30] * 7, [40, 41, 42, 43, 44]]
 
 
-def load(folder, architecture):
+def load(folder, architecture, **overrides):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    make_model(folder, architecture)
+    make_model(folder, architecture, **overrides)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
@@ -379,6 +379,17 @@ def test_weights_travel_in_files_and_come_back_in_order(tmp_path, monkeypatch):
     loaded = {k: v for path in files for k, v in load_file(path).items()}
     assert list(loaded) == list(tensors) and all(v.dtype == torch.bfloat16 for v in loaded.values())
     assert all(torch.equal(loaded[k].float(), v) for k, v in tensors.items())
+
+
+def test_a_tied_head_is_sent_beside_its_embeddings(tmp_path):
+    from safetensors.torch import load_file
+
+    model, _ = load(tmp_path / "model", "mistral", tie_word_embeddings=True)
+    write_shards(full_weights(model), tmp_path, torch.float32)
+    (file,) = tmp_path.glob("*.safetensors")
+    found = load_file(file)
+    assert torch.equal(found["lm_head.weight"], model.model.embed_tokens.weight)
+    assert set(found) == set(model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])

@@ -42,8 +42,9 @@ def make(folder, architecture="mistral", scale=3.0):
     """A random model, its weights `scale` times as large: near the uniform distribution errors would not show."""
     from safetensors.torch import load_file, save_file
 
-    extra = dict(num_key_value_heads=1, head_dim=32) if architecture == "mistral" else {}
-    make_model(folder, architecture, **SHAPE, **extra)
+    extra = dict(num_key_value_heads=1, head_dim=32, tie_word_embeddings=architecture == "tied")
+    kind = "gpt_neox" if architecture == "gpt_neox" else "mistral"
+    make_model(folder, kind, **SHAPE, **(extra if kind == "mistral" else {}))
     state = load_file(folder / "model.safetensors")
     save_file(
         {k: v * scale if v.ndim > 1 else v for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"}
@@ -54,7 +55,7 @@ def make(folder, architecture="mistral", scale=3.0):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
-    for name in ("mistral", "gpt_neox"):
+    for name in ("mistral", "tied", "gpt_neox"):
         make(folder / name, name)
     make_data(folder / "data.jsonl", 16)
     make_classifier(folder / "gold", folder / "mistral")
@@ -109,7 +110,7 @@ def change(model, scale=0.02):
 
 
 # ---- the same model ----
-@pytest.mark.parametrize("architecture", ["mistral", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["mistral", "tied", "gpt_neox"])
 def test_greedy_tokens_and_logprobs_are_those_of_hf_before_and_after_a_change_of_weights(pair, architecture):
     model, sampler, hf, _ = pair(architecture)
     before = greedy(sampler)
