@@ -6,6 +6,7 @@
 #   ARMS="sft spin-0.1" ... bash benchmark/film.sh [OUT]   # some arms alone
 #   GRID=1 ... bash benchmark/film.sh [OUT]                # the grid of rates alone, on the development rows
 #   PEOPLE=1 ... bash benchmark/film.sh [OUT]              # demonstrations are sentences that people rated as positive
+#   PEAK=1 ... bash benchmark/film.sh [OUT]                # a gold reward with an interior optimum
 # Finished runs are reused; one that was cut off is resumed. One run at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -111,6 +112,12 @@ if [ "${PEOPLE:-}" ]; then # section "People's sentences" of docs/evidence.md
   held=(--eval-dataset "$world/positive_held_out.jsonl" --eval-samples 1000)
   out=$out/people
   source_of_table=(--demonstrations "$world/positive_held_out.jsonl" --gold "$world")
+elif [ "${PEAK:-}" ]; then # section "A reward that one word cannot win"
+  expert peak/expert "$world/held_out.jsonl" 1050 --gold-kind peak
+  out=$out/peak
+  policy[3]=$out/expert/train.jsonl
+  held[1]=$out/expert/held_out.jsonl
+  source_of_table=(--expert "$out/expert")
 else
   source_of_table=(--expert "$out/expert")
 fi
