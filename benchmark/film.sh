@@ -41,7 +41,7 @@ policy=(--model "$out/base/final" --dataset "$out/expert/train.jsonl" "${lengths
 held=(--eval-dataset "$out/expert/held_out.jsonl" --eval-samples 1000)
 rft=(--sft-epochs 0 --reward-model "" --num-train-epochs 1 --per-device-train-batch-size 64 --rollout-batch-size 64
   --value-warmup-ratio 0.1)
-irl=(--max-samples 1600 --sft-epochs 0 --beta 0.1 --T 4 --num-generations 8 --total-prompts 320 --rollout-batch-size 64
+irl=(--max-samples 1600 --sft-epochs 0 --beta 0.1 --T 6 --num-generations 8 --total-prompts 320 --rollout-batch-size 64
   --eval-updates 5)
 SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3} PPO_RATE=${PPO_RATE:-6e-4}
 
