@@ -1,8 +1,6 @@
 """Several sources under one flag, each with its share of the rows: --dataset a:0.7 b:0.3."""
 
 import dataclasses
-import os
-import shlex
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,6 +10,7 @@ from common import UserError
 from extras.arrow_rows import renumbered
 from extras.hub_names import hub_name
 from extras.sources import Source, looks_like_path, source_id
+from extras.value_lists import words_of
 
 
 def split_names(given: str, flag: str = "--dataset") -> list[tuple[str, Fraction | None]]:
@@ -22,9 +21,7 @@ def split_names(given: str, flag: str = "--dataset") -> list[tuple[str, Fraction
     there twice.
     """
     try:
-        words = (
-            [] if os.path.exists(given) else shlex.split(given)
-        )  # pathlib's exists() fails on a text too long for a name
+        words = words_of(given)
     except ValueError:  # a quotation mark of a name
         words = []
     named = [split_weight(word, flag) for word in words]

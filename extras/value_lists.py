@@ -28,4 +28,5 @@ def join_values(words: list[str]) -> list[str]:
 
 def words_of(value: str) -> list[str]:
     """The words that join_values has joined. One word that names a file or a folder stays whole."""
+    # pathlib's exists() fails on a text too long for a name
     return [value] if os.path.exists(value) else shlex.split(value)
