@@ -39,7 +39,7 @@ def load_demonstrations(args, tokenizer, encode=encode) -> list[dict]:
 
     encode: turns rows into tokens; data.encode, or a function of a script with the same arguments.
     """
-    source = Source(args.dataset, "train", turns=args.turns, columns=args.columns)
+    source = Source(args.dataset, "train", turns=args.turns, columns=args.columns, whole=args.eval_dataset != "auto")
     how = dict(encode=encode, longest_response=longest_response(args))
     encoded = encode_subset(args, tokenizer, source, args.max_samples, args.seed, **how)
     long = [d for d in encoded if len(d["response_ids"]) > args.max_new_tokens]

@@ -42,7 +42,8 @@ def load_preferences(args, tokenizer, demonstrations: list[dict]) -> list[dict]:
 
     flag, name = "--preference-dataset", args.preference_dataset
     taken = used_rows(args.dataset, demonstrations, name)
-    source = Source(name, "train", "preferences", flag, taken=taken, columns=args.columns)
+    whole = args.eval_dataset != "auto"  # else a tenth of a source without a held-out part is what is measured on
+    source = Source(name, "train", "preferences", flag, taken=taken, columns=args.columns, whole=whole)
     rows = encode_subset(args, tokenizer, source, args.max_preferences, args.seed, 1, flag=flag, distinct=True)
     names = ("row", "prompt", "prompt_ids", "prompt_text", "rejected_text", "rejected_ids", "rejected_finished")
     kept = renamed(rows, {**dict(zip(names, names, strict=True)), "chosen_ids": "response_ids"})

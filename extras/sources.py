@@ -48,6 +48,7 @@ class Source:
     turns: str = "auto"
     taken: frozenset[int] = frozenset()
     columns: str = ""
+    whole: bool = False
 
     def draw(self, n: int, key: tuple) -> Sequence[dict]:
         """All rows, in the order of the key if n of them are wanted; those of a stream always come in its own order.
@@ -65,7 +66,7 @@ class Source:
 
     def rows(self) -> Sequence[dict]:
         """UserError if all rows are taken."""
-        rows = load_rows(self.name, self.split, self.kind, self.flag, self.turns, self.columns)
+        rows = load_rows(self.name, self.split, self.kind, self.flag, self.turns, self.columns, self.whole)
         if not self.taken:
             return rows
         if isinstance(rows, Stream):
@@ -79,12 +80,14 @@ class Source:
 
 
 def load_rows(
-    name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset", turns: str = "auto", columns: str = ""
-) -> Sequence[dict]:
+    name: str, split: str, kind: str = "demonstrations", flag: str = "--dataset", turns: str = "auto", columns: str = "",
+    whole: bool = False,
+) -> Sequence[dict]:  # fmt: skip
     """Rows of a data set. split: train, test, or all (a source named as held-out data: its test split, else every row).
 
     name: pydoc, a .json/.jsonl/.parquet file, a folder, a short name or a hub id; a local path wins. Where the source
-    has no held-out split, a tenth of it is held out by a hash of the prompt, so that no prompt is on both sides.
+    has no held-out split, a tenth of it is held out by a hash of the prompt, so that no prompt is on both sides. whole:
+    nothing is held out of such a source, since held-out data are named beside it.
     turns: which assistant turns of a dialogue (column messages) are learned: first, last, or all, a row each; auto as in
     default_turns. Turn k (from 0) of row i of n becomes row i + k n, and a dialogue is held out as a whole.
     columns: the value of --columns (extras/columns.py).
@@ -104,13 +107,13 @@ def load_rows(
     elif looks_like_path(name):
         raise UserError(f"{flag}: found no file {name}, expected a .json, .jsonl or .parquet file, a folder, or a name")
     elif hub_name(name).streamed:
-        return read_stream(name, split, kind, flag, turns, columns)
+        return read_stream(name, split, kind, flag, turns, columns, whole)
     else:
         raw, own_split = read_hub(name, split, flag)
     if not raw:
         raise UserError(f"{flag}: found no rows in {name}, expected at least one")
     turns = default_turns(name) if turns == "auto" else turns
-    every, keep = own_split or split == "all", isinstance(raw, list)
+    every, keep = own_split or whole or split == "all", isinstance(raw, list)
 
     def parse(r, i: int) -> list[dict]:
         rows = parse_row(r, i, kind, f"{flag} {name}", turns, columns)
@@ -355,7 +358,7 @@ def not_provided(name: str, flag: str, error: Exception) -> str:
     )
 
 
-def read_stream(name: str, split: str, kind: str, flag: str, turns: str, columns: str) -> Sequence[dict]:
+def read_stream(name: str, split: str, kind: str, flag: str, turns: str, columns: str, whole: bool) -> Sequence[dict]:
     """Rows of a hub set as load_rows gives them, read as far as they are asked for, in the set's own order."""
     if turns == "all":
         raise UserError(
@@ -373,7 +376,7 @@ def read_stream(name: str, split: str, kind: str, flag: str, turns: str, columns
 
     def parse(r, i: int) -> dict | None:
         row = parse_row(r, i, kind, f"{flag} {name}", turns, columns)[0]
-        wanted = own_split or split == "all" or held_out(row["prompt"]) == (split == "test")
+        wanted = own_split or whole or split == "all" or held_out(row["prompt"]) == (split == "test")
         return {"row": i, **row, **unfinished(r)} if wanted else None
 
     return Stream(raw(), parse, f"{flag}: found no row in the {split} part of {name}, expected at least one")

@@ -62,7 +62,14 @@ def arguments(path, **given) -> SimpleNamespace:
     usual = dict(
         max_samples=0, turns="auto", columns="", seed=3, max_length=80, max_prompt_length=76, max_new_tokens=30
     )
-    usual |= dict(cut_demonstrations=False, select_top_k=0, dataset=str(path), eval_samples=5, max_preferences=0)
+    usual |= dict(
+        cut_demonstrations=False,
+        select_top_k=0,
+        dataset=str(path),
+        eval_dataset="auto",
+        eval_samples=5,
+        max_preferences=0,
+    )
     return SimpleNamespace(**{**usual, "preference_dataset": str(path), **given})
 
 
@@ -171,8 +178,9 @@ def test_rows_of_a_large_source_are_those_of_a_list(tmp_path, monkeypatch, form)
     rows = [r for r in make_rows(90) if "messages" not in r] if form in ("parquet", "files", "saved") else make_rows(90)
     path = write_source(tmp_path, form, rows)
     for turns in ("last", "all"):
-        for split in ("train", "test", "all"):
-            work = lambda s=split, t=turns: load_rows(str(path), s, turns=t)  # noqa: E731
+        for split in ("train", "test", "all", "whole"):
+            how = dict(split="train", whole=True) if split == "whole" else dict(split=split)
+            work = lambda h=how, t=turns: load_rows(str(path), turns=t, **h)  # noqa: E731
             monkeypatch.setattr(lazy, "LARGE", 1 << 40)
             expected, first, _ = both_ways(monkeypatch, work)
             assert isinstance(expected[0], list) and isinstance(first[0], list) == (form == "json")  # one value

@@ -1104,12 +1104,31 @@ def drawing(tmp_path, n: int = 200, **given):
     return args
 
 
+def test_beside_held_out_data_every_row_is_trained_on(tmp_path):
+    """A tenth of a source is left out only where it is what is measured on. A test split of its own is never trained on."""
+    rows = pairs(60)
+    compared = [{"prompt": r["prompt"], "chosen": "yes", "rejected": "no"} for r in rows]
+    (tmp_path / "named").mkdir()
+    for name, some in (("train", rows[:30]), ("test", rows[30:])):
+        write(tmp_path / "named" / f"{name}.jsonl", some)
+    names = write(tmp_path / "d.jsonl", rows), str(tmp_path / "named")
+    flags = dict(preference_dataset=write(tmp_path / "p.jsonl", compared), max_samples=0, max_length=300)
+    held, counts = write(tmp_path / "held.jsonl", pairs(5, "held")), {}
+    for eval_dataset in ("auto", held):
+        some = [drawing(tmp_path / "other", dataset=n, eval_dataset=eval_dataset, **flags) for n in names]
+        found = [demos.load_demonstrations(args, make_tokenizer()) for args in some]
+        some[0].max_preferences = 0
+        counts[eval_dataset] = *map(len, found), len(preference_data.load_preferences(some[0], make_tokenizer(), []))
+    kept = sum(not sources.held_out(row["prompt"]) for row in rows)
+    assert counts == {"auto": (kept, 30, kept), held: (60, 30, 60)} and kept < 60
+
+
 def test_rows_are_drawn_until_enough_are_kept(tmp_path):
     """Long prompts make the rows no fewer; which ones come in the seeded order; what is not needed is not tokenised."""
     args, tokenizer = drawing(tmp_path), Counting(make_tokenizer())
     with pytest.warns(UserWarning) as caught:
         rows = demos.load_demonstrations(args, tokenizer)
-    source = load_rows(args.dataset, "train")
+    source = load_rows(args.dataset, "all")
     order = [source[i]["row"] for i in data_order(len(source), args.seed)]
     fit = [i for i in order if i % 3]
     assert [r["row"] for r in rows] == sorted(fit[:40]) and len(rows) == 40
@@ -1144,10 +1163,11 @@ def test_a_source_that_gives_fewer_rows_than_asked_for_says_so(tmp_path):
     args = drawing(tmp_path, n=30, max_samples=28)
     with pytest.warns(UserWarning, match="found [0-9]+ rows that can be used, fewer than the 28 asked for"):
         rows = demos.load_demonstrations(args, make_tokenizer())
-    assert len(rows) == sum(r["row"] % 3 > 0 for r in load_rows(args.dataset, "train"))
+    assert len(rows) == sum(r["row"] % 3 > 0 for r in load_rows(args.dataset, "all"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write(tmp_path / "d.jsonl", pairs(30))
+        args.eval_dataset = "auto"
         assert len(demos.load_demonstrations(args, make_tokenizer())) == len(load_rows(args.dataset, "train")) < 30
 
 
@@ -1155,7 +1175,7 @@ def test_all_rows_are_encoded_without_a_limit(tmp_path):
     args = drawing(tmp_path, max_samples=0)
     with pytest.warns(UserWarning, match="prompts longer than"):
         rows = demos.load_demonstrations(args, make_tokenizer())
-    assert [r["row"] for r in rows] == [r["row"] for r in load_rows(args.dataset, "train") if r["row"] % 3]
+    assert [r["row"] for r in rows] == [r["row"] for r in load_rows(args.dataset, "all") if r["row"] % 3]
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -587,6 +587,15 @@ def test_names_of_the_hub():
 
 
 # ---- streams ----
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_stream_beside_held_out_data_is_trained_on_as_a_whole(monkeypatch, whole):
+    rows = pairs(60, "")
+    monkeypatch.setattr(sources, "open_hub", lambda name, split, flag: ([iter(rows)], False))
+    found = [row["row"] for row in load_rows("stream:a/b", "train", whole=whole)]
+    assert found == [i for i, row in enumerate(rows) if whole or not sources.held_out(row["prompt"])]
+    assert (len(found) == 60) == whole
+
+
 def test_a_stream_reads_ahead_of_nothing_and_knows_its_length_at_its_end():
     read = []
 
