@@ -461,11 +461,11 @@ def test_the_joint_rewards_stationary_point_is_the_aihf_policy(beta):
     """
     d, p = make_counts()
     found = stationary_policy(d, p, d.sum() / p.sum(), beta)
-    np.testing.assert_allclose(found, bandit.aihf_policy(d, p), atol=1e-8)
+    np.testing.assert_allclose(found, bandit.aihf_policy(d, p), atol=1e-8, rtol=0)
     n, rho = p + p.T, bandit.expected_draws(found)
-    np.testing.assert_allclose(found, (d + p.sum(1)) / (d.sum() + (n * rho).sum(1)), atol=1e-8)
+    np.testing.assert_allclose(found, (d + p.sum(1)) / (d.sum() + (n * rho).sum(1)), atol=1e-8, rtol=0)
     found = stationary_policy(d, p, 1.0, beta)
-    np.testing.assert_allclose(found, bandit.aihf_policy(d * p.sum() / d.sum(), p), atol=1e-8)
+    np.testing.assert_allclose(found, bandit.aihf_policy(d * p.sum() / d.sum(), p), atol=1e-8, rtol=0)
     assert bandit.softmax(bandit.btl_rewards(p)) == pytest.approx(
         stationary_policy(d, p, 0.0, beta), abs=1e-8
     )  # RLHF's reward
@@ -495,9 +495,9 @@ def test_what_the_logistic_losses_make_of_either_source(beta):
     d[3] = 2
     found = stationary_policy(d, np.zeros((5, 5)), 1.0, beta, "logistic")
     expected = d ** (1 / (1 + beta))
-    np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-8)
+    np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-8, rtol=0)
     found = stationary_policy(d, p, 0.0, beta, "logistic")
-    np.testing.assert_allclose(found, bandit.softmax(bandit.btl_rewards(p) / beta), atol=1e-8)
+    np.testing.assert_allclose(found, bandit.softmax(bandit.btl_rewards(p) / beta), atol=1e-8, rtol=0)
 
 
 # ---- RLHF is what is left without demonstrations ----
@@ -631,13 +631,15 @@ def check_collect(function, run) -> bool:
             pair.keys() == PAIR | {"scores", "score_chosen", "score_rejected", "lengths", "finished"}
             and pair["prompt_ids"] == x
         )
-        ok &= np.allclose(pair["scores"], scores, atol=1e-12) and pair["finished"] == ended
+        ok &= np.allclose(pair["scores"], scores, atol=1e-12, rtol=0) and pair["finished"] == ended
         ok &= pair["lengths"] == list(map(len, answers))
         for kind, best in (("chosen", max), ("rejected", min)):
             y = answers[scores.index(best(scores))]
             ok &= pair[f"{kind}_ids"] == y and pair[f"score_{kind}"] == best(pair["scores"])
             sampled, ref = (token_logprobs(model, x, y, args.temperature).tolist() for model in (policy, reference))
-            ok &= len(pair[f"sampled_{kind}"]) == len(y) and np.allclose(pair[f"sampled_{kind}"], sampled, atol=1e-10)
+            ok &= len(pair[f"sampled_{kind}"]) == len(y) and np.allclose(
+                pair[f"sampled_{kind}"], sampled, atol=1e-10, rtol=0
+            )
             ok &= abs(pair[f"ref_{kind}"] - sum(ref)) < 1e-10
     ok &= len({end for p in pairs for end in p["finished"]}) == 2
     _, equal = collect(run, n, Table(torch.zeros(3, 121)), reference, policy=policy, function=function)

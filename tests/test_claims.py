@@ -169,7 +169,7 @@ def test_the_larger_source_rules_aihf_and_not_rlhf():
     for limit, counts in ((sft, lambda c: (c * shown, wins)), (btl, lambda c: (shown, c * wins))):
         distances = [c * np.abs(bandit.aihf_policy(*counts(c)) - limit).max() for c in (1e3, 1e5)]
         assert distances[0] > 1e-3 and distances[1] == pytest.approx(distances[0], rel=0.05)
-        np.testing.assert_allclose(bandit.rlhf_policy(*counts(1e3)), rlhf, atol=1e-9)
+        np.testing.assert_allclose(bandit.rlhf_policy(*counts(1e3)), rlhf, atol=1e-9, rtol=0)
 
 
 # ---- Sec. 3.4 (AIHF): a weighted average of the two policies ----
@@ -184,7 +184,7 @@ def test_aihf_is_the_weighted_average_of_sft_and_btl_for_two_actions_alone():
     """With two, rho = 1. With more, rho in Eq. 14 and in Eq. 15 is that of another policy, and AIHF can leave the range of both."""
     for d, p in (((10, 10), (3, 1)), ((3, 1), (11, 9)), ((7, 2), (5, 30))):
         shown, wins = np.array(d, float), np.array([[0, p[0]], [p[1], 0]], float)
-        np.testing.assert_allclose(averaged(shown, wins), bandit.aihf_policy(shown, wins), atol=1e-12)
+        np.testing.assert_allclose(averaged(shown, wins), bandit.aihf_policy(shown, wins), atol=1e-12, rtol=0)
     shown, wins = np.array([11, 2, 24.0]), np.array([[0, 1, 22], [3, 0, 10], [5, 1, 0]], float)
     sft, btl, aihf = bandit.sft_policy(shown), bandit.softmax(bandit.btl_rewards(wins)), bandit.aihf_policy(shown, wins)
     assert [sft[0], btl[0], aihf[0]] == pytest.approx([0.297, 0.259, 0.433], abs=1e-3)

@@ -174,9 +174,11 @@ def check_candidates(function, run) -> bool:
         ok &= candidate.keys() == {"response_ids", "finished", "logprobs", "scores"}
         ok &= candidate["response_ids"] == answers.response_ids and candidate["finished"] == answers.finished
         scores = [values[i % 3, exact.RESPONSES.index(y)].item() for y in answers.response_ids]
-        ok &= np.allclose(candidate["scores"], scores, atol=1e-12)
+        ok &= np.allclose(candidate["scores"], scores, atol=1e-12, rtol=0)
         for y, logp in zip(candidate["response_ids"], candidate["logprobs"], strict=True):
-            ok &= len(logp) == len(y) and np.allclose(logp, token_logprobs(policy, x, y, 0.6).tolist(), atol=1e-10)
+            ok &= len(logp) == len(y) and np.allclose(
+                logp, token_logprobs(policy, x, y, 0.6).tolist(), atol=1e-10, rtol=0
+            )
     return ok and len(found) == 7 and len(set(streams)) == 21
 
 
@@ -214,7 +216,7 @@ def check_pairs(function, run) -> bool:
         ]
         chosen, rejected = picks(scores, args.pair_choice if dpo else "max_min")
         ok &= pair["prompt_ids"] == row["prompt_ids"] and pair["finished"] == candidate["finished"]
-        ok &= np.allclose(pair["scores"], scores, atol=1e-12)
+        ok &= np.allclose(pair["scores"], scores, atol=1e-12, rtol=0)
         ok &= pair["lengths"] == list(map(len, candidate["response_ids"]))
         ok &= any(f"ref_{k}" in pair for k in ("chosen", "rejected")) == dpo
         for kind, k in (("chosen", chosen), ("rejected", rejected)):

@@ -54,18 +54,18 @@ def verify_likelihood(b) -> None:
         difference = naive_log_likelihood(REWARDS + e, D, P) - naive_log_likelihood(REWARDS - e, D, P)
         assert abs(difference / (2 * h) - slope[i]) < 1e-6
         np.testing.assert_allclose(
-            (b.gradient(REWARDS - e, D, P) - b.gradient(REWARDS + e, D, P)) / (2 * h), bend[i], atol=1e-6
+            (b.gradient(REWARDS - e, D, P) - b.gradient(REWARDS + e, D, P)) / (2 * h), bend[i], atol=1e-6, rtol=0
         )
 
 
 def verify_newton(b) -> None:
     solved = b.newton(D, P)
     assert abs(solved.mean()) < 1e-13
-    np.testing.assert_allclose(np.exp(solved) / np.exp(solved).sum(), JOINT, atol=1e-9)
+    np.testing.assert_allclose(np.exp(solved) / np.exp(solved).sum(), JOINT, atol=1e-9, rtol=0)
     p = np.array([[0, 1.0], [1e6, 0]])
-    np.testing.assert_allclose(np.diff(b.newton(np.zeros(2), p)), np.log(1e6), atol=1e-9)
+    np.testing.assert_allclose(np.diff(b.newton(np.zeros(2), p)), np.log(1e6), atol=1e-9, rtol=0)
     p = np.array([[0, 1e8, 0], [1, 0, 1e8], [0, 1, 0.0]])
-    np.testing.assert_allclose(b.newton(np.zeros(3), p), np.log(1e8) * np.array([1, 0, -1]), atol=1e-7)
+    np.testing.assert_allclose(b.newton(np.zeros(3), p), np.log(1e8) * np.array([1, 0, -1]), atol=1e-7, rtol=0)
     d, uneven = (
         np.array([0, 0, 0, 1.0, 1]),
         np.array(  # an undamped step leaves for infinity here
@@ -80,9 +80,9 @@ def verify_newton(b) -> None:
 
 def verify_policies(b) -> None:
     rewards = np.log(FROM_PREFERENCES)
-    np.testing.assert_allclose(b.sft_policy(D), [x / sum(D) for x in D], atol=1e-15)
-    np.testing.assert_allclose(b.softmax(b.btl_rewards(P)), FROM_PREFERENCES, atol=1e-9)
-    np.testing.assert_allclose(b.aihf_policy(D, P), JOINT, atol=1e-9)
+    np.testing.assert_allclose(b.sft_policy(D), [x / sum(D) for x in D], atol=1e-15, rtol=0)
+    np.testing.assert_allclose(b.softmax(b.btl_rewards(P)), FROM_PREFERENCES, atol=1e-9, rtol=0)
+    np.testing.assert_allclose(b.aihf_policy(D, P), JOINT, atol=1e-9, rtol=0)
     rlhf = b.rlhf_policy(D, P)
     assert abs(rlhf.sum() - 1) < 1e-14 and rlhf[3] == 0
     shown, sft = D > 0, D[D > 0] / D.sum()
@@ -236,13 +236,17 @@ def test_pooling_has_the_variance_of_the_pooled_counts():
 
 
 def test_table_1_of_the_rft_paper():
-    np.testing.assert_allclose(example1.irl_policy(2.0), np.array([1, 1, np.exp(2)]) / (2 + np.exp(2)), atol=1e-15)
+    np.testing.assert_allclose(
+        example1.irl_policy(2.0), np.array([1, 1, np.exp(2)]) / (2 + np.exp(2)), atol=1e-15, rtol=0
+    )
     for bound, beta in ((0.4, 0.2), (3.0, 0.5)):
         best, (rewards, policy) = example1.bilevel(bound, beta), example1.minimax(bound, beta)
-        np.testing.assert_allclose(best, [0, 0, bound], atol=1e-12)
-        np.testing.assert_allclose(rewards, [0, 0, bound], atol=1e-12)
-        np.testing.assert_allclose(example1.induced_policy(best, beta), example1.irl_policy(bound / beta), atol=1e-12)
-        np.testing.assert_allclose(policy, example1.irl_policy(bound / beta), atol=1e-12)
+        np.testing.assert_allclose(best, [0, 0, bound], atol=1e-12, rtol=0)
+        np.testing.assert_allclose(rewards, [0, 0, bound], atol=1e-12, rtol=0)
+        np.testing.assert_allclose(
+            example1.induced_policy(best, beta), example1.irl_policy(bound / beta), atol=1e-12, rtol=0
+        )
+        np.testing.assert_allclose(policy, example1.irl_policy(bound / beta), atol=1e-12, rtol=0)
         grid = itertools.product(np.linspace(0, bound, 7), repeat=3)
         likelihoods = {r: example1.likelihood(np.array(r), beta) for r in grid}
         assert max(likelihoods, key=likelihoods.get) == (0, 0, bound)
