@@ -92,6 +92,7 @@ def measure(path: str, lists: bool) -> dict[str, float]:
         seed=1,
         cut_demonstrations=False,
         select_top_k=0,
+        eval_dataset="auto",
         **lengths,
     )
     begin = time.time()

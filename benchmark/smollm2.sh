@@ -99,7 +99,11 @@ if [[ $parts == *field* ]]; then
     pairs=$out/data/labelled.jsonl
     files=("$data"/llmbar/*.json)
     [ $device = cpu ] || files+=("$data/pandalm.json")
-    [ -f "$pairs" ] || python benchmark/reward_pairs.py --files "${files[@]}" --most "${PAIRS:-0}" --output "$pairs"
+    if [ ! -f "$pairs" ]; then
+      python benchmark/reward_pairs.py --files "${files[@]}" --most "${PAIRS:-0}" --output "$out/data/others.jsonl"
+      cat "$out/data/hh_pairs.jsonl" "$out/data/others.jsonl" > "$pairs.part"
+      mv "$pairs.part" "$pairs"
+    fi
   fi
   for run in base "$out"/hh/*/*/; do
     name=base final=$model models=()

@@ -863,7 +863,7 @@ def test_one_source_for_both_is_shared_out_and_overlap_is_counted(done, place):
 def test_dry_run_counts_what_a_run_would_do(done, place):
     status, printed = done["dry"]
     assert status == 0 and not (place / "dry").exists()
-    assert "19 answers of up to 8 tokens (152 at most), 10 updates on 19 demonstrations and 14 preferences" in printed
+    assert "20 answers of up to 8 tokens (160 at most), 10 updates on 20 demonstrations and 14 preferences" in printed
     assert "iteration 2" in printed and "in all 30 updates" in printed and "memory per device, train" in printed
 
 

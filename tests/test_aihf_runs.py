@@ -66,7 +66,7 @@ def argv(script: str, place, out, *flags: str) -> list[str]:
 def load(place, tokenizer=None, **given) -> tuple[list[dict], list[dict]]:
     """(demonstrations, preferences) as the scripts load them; the messages of the latter are warnings."""
     sizes = dict(max_samples=0, max_preferences=0, seed=1, max_length=96, max_prompt_length=64, select_top_k=0)
-    sizes |= dict(turns="auto", columns="", max_new_tokens=32, cut_demonstrations=False)
+    sizes |= dict(turns="auto", columns="", max_new_tokens=32, cut_demonstrations=False, eval_dataset="auto")
     names = dict(dataset=str(place / "data.jsonl"), preference_dataset=str(place / "prefs.jsonl"))
     args, tokenizer = SimpleNamespace(**{**sizes, **names, **given}), tokenizer or make_tokenizer()
     with warnings.catch_warnings():
@@ -442,7 +442,7 @@ def test_bad_input_ends_with_one_clear_line(outcomes, place, name):
 @pytest.mark.parametrize("script, weight", DRY)
 def test_dry_run_counts_what_a_run_would_do(outcomes, place, script, weight):
     status, plan, _ = outcomes[script, weight]
-    answers = len(load_rows(str(place / "data.jsonl"), "train")) if float(weight) else 0
+    answers = len(load_rows(str(place / "data.jsonl"), "all")) if float(weight) else 0
     assert status == 0 and not (place / "dry").exists()
     assert f"w1 = {weight}, T = 2" in plan and str(place / "prefs.jsonl") in plan
     assert "5 SFT steps of 4 demonstrations" in plan and "memory per device, policy update" in plan

@@ -291,8 +291,8 @@ def test_bad_input_ends_with_one_clear_line(outcomes, place, name):
 @pytest.mark.parametrize("name", DRY)
 def test_dry_run_counts_what_a_run_would_do(outcomes, place, name):
     status, plan, _ = outcomes[f"dry {name}"]
-    n = len(load_rows(str(place / "data.jsonl"), "train"))
-    assert status == 0 and not (place / "dry").exists() and n == 19
+    n = len(load_rows(str(place / "data.jsonl"), "all"))
+    assert status == 0 and not (place / "dry").exists() and n == 20
     assert "5 SFT steps of 4 demonstrations" in plan and "memory per device, policy update" in plan
     K = "5 to 15" if name == "accumulated" else "5"
     assert f"{n} answers of up to 8 tokens ({n * 8} at most), K = {K} reward steps" in plan

@@ -282,14 +282,14 @@ def test_bad_input_ends_with_one_clear_line(outcomes, name):
 
 
 def test_dry_run_counts_what_a_run_would_do(place, killed):
-    """17 or 34 pairs in batches of 4: the steps that the run of the same flags has logged."""
+    """20 or 40 pairs in batches of 4: the steps that the run of the same flags has logged."""
     out = place / "dry"
     done = run([sys.executable, *argv(place, out, "--T", "2", "--pairs", "accumulated", "--dry-run")])
     assert not out.exists()
-    assert "17 answers of up to 8 tokens" in done.stdout and "K = 5 to 9 reward steps" in done.stdout
+    assert "20 answers of up to 8 tokens" in done.stdout and "K = 5 to 10 reward steps" in done.stdout
     assert "5 SFT steps" in done.stdout and "2 PPO updates of 2 optimizer steps on 4 answers" in done.stdout
-    assert "in all 27 optimizer steps" in done.stdout and "memory per device, policy update" in done.stdout
-    assert metrics(killed / "whole")[-1]["step"] == 27
+    assert "in all 28 optimizer steps" in done.stdout and "memory per device, policy update" in done.stdout
+    assert metrics(killed / "whole")[-1]["step"] == 28
 
 
 @pytest.mark.slow
