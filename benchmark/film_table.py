@@ -275,6 +275,26 @@ def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Call
     return markdown(["", *(word for name in words for word in (name, f"minus {reference}'s"))], rows)
 
 
+def iterations_table(runs: Runs) -> str:
+    """Gold and length after every iteration, for the arms with more than two evaluations after the start; empty without one.
+
+    The last column is the gold at the end less that after the first iteration, row by row.
+    """
+    several = {label: own for label, own in runs.items() if len(own[0]) > 3}
+    if not several:
+        return ""
+    last, rows = max(len(own[0]) for own in several.values()), []
+    for label, own in several.items():
+        every = [[points[i] for points in own] for i in range(len(own[0]))]
+        gain = [points[-1].columns["good"] - points[1].columns["good"] for points in own]
+        lengths = [f"{np.mean([p.columns['completions/mean_length'] for p in some]):.1f}" for some in every]
+        blank = [""] * (last - len(every))
+        gold = [cell([p.columns["good"] for p in some], 2) for some in every]
+        name = of_seeds(label, len(own), max(map(len, runs.values())))
+        rows += [[name, "gold", *gold, *blank, cell(gain, 2)], ["", "tokens", *lengths, *blank, ""]]
+    return markdown(["", "", "start", *map(str, range(1, last)), "last less first"], rows)
+
+
 def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict], rewards: np.ndarray, n: int) -> str:
     """A row for the gold reward itself and for each arm. SFT learns no reward; its row is of log pi/pi_ref all the same.
 
@@ -404,6 +424,8 @@ def show(args: Args) -> None:
         ),
         "Gates": gate_table(folders, runs, held, rewards, expert["best_of"] if expert else 0),
     }
+    if over := iterations_table(runs):
+        parts["Over iterations"] = over
     if expert:
         parts = {"Theory": theory_table(expert), **parts}
     out = Path(args.output)

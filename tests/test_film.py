@@ -244,6 +244,26 @@ def test_gold_at_equal_updates_by_hand():
     assert text.splitlines()[2:] == ["| A | 3.00 [3.00, 3.00] |  |", "| B |  |  |"]
 
 
+def test_gold_over_iterations_by_hand():
+    long = {"loop": [[point([g, g + 0.5], 0.1 * k, k) for k, g in enumerate((0.0, 1.0, 3.0, 2.0))]] * 2}
+    short = {"one": [[point([9.0, 9.0], 0.0), point([9.0, 9.0], 0.1, 1)]] * 3}
+    for points in long["loop"]:
+        for i, p in enumerate(points):
+            p.columns["completions/mean_length"] = np.array([10.0 + i, 12.0 + i])
+    table = film_table.iterations_table({**short, **long}).splitlines()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table]
+    assert rows[0] == ["", "", "start", "1", "2", "3", "last less first"] and len(rows) == 4
+    assert rows[2][0] == "loop (2 seeds)" and [c.split()[0] for c in rows[2][2:]] == [
+        "0.25",
+        "1.25",
+        "3.25",
+        "2.25",
+        "1.00",
+    ]
+    assert rows[3] == ["", "tokens", "11.0", "12.0", "13.0", "14.0", ""]
+    assert film_table.iterations_table(short) == ""
+
+
 def test_length_alone_by_hand():
     """Demonstrations that are longer are told apart; ones of the same lengths are not."""
     pytest.importorskip("sklearn")
