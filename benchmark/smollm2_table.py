@@ -76,11 +76,15 @@ def hh_table(folder: Path) -> str:
         for one, run in zip(every, runs, strict=True):
             require_measures(one[-1].columns, [measure for measure, _ in HH.values()], run)
         if not rows:
-            rows.append(["start", *hh_cells([every[0][0].columns]), ""])
+            rows.append(["start", *hh_cells([every[0][0].columns]), "", ""])
+        gained = cell([one[-1].columns["logps/gap"] - one[0].columns["logps/gap"] for one in every], 2)
         learned = [pairwise_wins(scores["chosen"], scores["rejected"]) for run in runs for scores in last_reward(run)]
         shown = cell(learned, 3) if learned else ""
-        rows.append([of_seeds(label(name), len(runs), seeds), *hh_cells([one[-1].columns for one in every]), shown])
-    return f"{about_intervals(seeds)}\n\n{markdown(['', *HH, 'accuracy, learned reward'], rows)}"
+        rows.append(
+            [of_seeds(label(name), len(runs), seeds), *hh_cells([one[-1].columns for one in every]), gained, shown]
+        )
+    header = ["", *HH, "log-prob gap, less the start's", "accuracy, learned reward"]
+    return f"{about_intervals(seeds)}\n\n{markdown(header, rows)}"
 
 
 def hh_cells(columns: list[dict]) -> list[str]:

@@ -20,7 +20,7 @@ import rft
 import sft
 from common import UserError
 from common.args import resolve_auto
-from common.store import write_json, write_pairs
+from common.store import read_pairs, write_json, write_pairs
 from extras import loading, two_cores
 from extras.statistics import bootstrap_interval
 
@@ -277,10 +277,14 @@ def test_the_tables_have_the_last_evaluation_of_every_method_and_every_one_of_su
     )
     smollm2_table.write(smollm2_table.Args(str(tmp_path), str(tmp_path / "out")))
     text = (tmp_path / "out" / "smollm2.md").read_text()
-    ((_, _, gap, implicit, *_, learned),) = cells_of(text, "IRFT, T = 5, LoRA (1 seed)")
-    for shown, name, digits in ((gap, "logps/gap", 2), (implicit, "rewards/accuracies", 3)):
-        low, high = bootstrap_interval(columns[name])
-        assert shown == f"{columns[name].mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    ((_, _, gap, implicit, *_, gained, learned),) = cells_of(text, "IRFT, T = 5, LoRA (1 seed)")
+    start = read_pairs(tmp_path / "hh" / "1" / "irft5_lora" / "evals" / "0000.parquet")
+    more = columns["logps/gap"] - np.array([row["logps/gap"] for row in start])
+    for shown, values, digits in (
+        (gap, columns["logps/gap"], 2), (implicit, columns["rewards/accuracies"], 3), (gained, more, 2)
+    ):  # fmt: skip
+        low, high = bootstrap_interval(values)
+        assert shown == f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     assert learned == ""
     ((*_, learned),) = cells_of(text, "RFT")
     assert learned.startswith("0.800")  # of the last reward: 8 of 10
