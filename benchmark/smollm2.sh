@@ -92,18 +92,13 @@ if [[ $parts == *summaries* ]]; then
   measured "$out/summaries/greedy/base/evaluation.json" --model "$base" "${greedy[@]}"
 fi
 
-# 3. The field's evaluations of the models of part 1: labelled pairs, lm-eval where it is installed, MT-Bench where a judge is named.
+# 3. The field's evaluations of the models of part 1: all held-out pairs of people, other labelled pairs, lm-eval where it is
+# installed, MT-Bench where a judge is named.
 if [[ $parts == *field* ]]; then
-  pairs=$out/data/hh_pairs.jsonl
-  if [ -n "$data" ]; then
-    pairs=$out/data/labelled.jsonl
+  if [ -n "$data" ] && [ ! -f "$out/data/labelled.jsonl" ]; then
     files=("$data"/llmbar/*.json)
     [ $device = cpu ] || files+=("$data/pandalm.json")
-    if [ ! -f "$pairs" ]; then
-      python benchmark/reward_pairs.py --files "${files[@]}" --most "${PAIRS:-0}" --output "$out/data/others.jsonl"
-      cat "$out/data/hh_pairs.jsonl" "$out/data/others.jsonl" > "$pairs.part"
-      mv "$pairs.part" "$pairs"
-    fi
+    python benchmark/reward_pairs.py --files "${files[@]}" --most "${PAIRS:-0}" --output "$out/data/labelled.jsonl"
   fi
   for run in base "$out"/hh/*/*/; do
     name=base final=$model models=()
@@ -112,8 +107,12 @@ if [[ $parts == *field* ]]; then
       name=${run#"$out/hh/"} name=${name%/} final=${run}final models=(--ref-model "$model")
       [ ! -d "$run/reward" ] || models+=(--reward-model "${run}reward")
     fi
-    measured "$out/field/pairs/$name/reward_pairs.json" --model "$final" "${models[@]}" --reward-pairs "$pairs" \
-      --max-length 1024 --max-new-tokens 64
+    measured "$out/field/people/$name/reward_pairs.json" --model "$final" "${models[@]}" \
+      --reward-pairs "$out/data/hh_pairs.jsonl" --max-length "$window" --max-new-tokens "$answer"
+    if [ -n "$data" ]; then
+      measured "$out/field/pairs/$name/reward_pairs.json" --model "$final" "${models[@]}" \
+        --reward-pairs "$out/data/labelled.jsonl" --max-length 1024 --max-new-tokens 64
+    fi
     if [ -n "${JUDGE_MODEL:-}" ] && [ -f "$data/mt_bench_questions.jsonl" ]; then
       # shellcheck disable=SC2086
       measured "$out/field/mt_bench/$name/mt_bench.json" --model "$final" --mt-bench "$data/mt_bench_questions.jsonl" \

@@ -201,7 +201,8 @@ def write(args: Args) -> None:
         held_out = runs / "data" / "summaries_held_out.jsonl"
         parts += ["## Summaries\n", summaries_table(runs / "summaries", held_out)]
     for title, name, file, table in (
-        ("Labelled pairs", "pairs", "reward_pairs.json", pairs_table),
+        ("All held-out pairs of people", "people", "reward_pairs.json", pairs_table),
+        ("Other labelled pairs", "pairs", "reward_pairs.json", pairs_table),
         ("lm-eval", "lm_eval", "results_*.json", lm_eval_rows),
         ("MT-Bench", "mt_bench", "mt_bench.json", mt_bench_table),
     ):
