@@ -346,13 +346,15 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
     style = {}
     for label in runs:
         name = label.partition(",")[0]
-        style[label] = (figures.COLORS[names.index(name) % len(figures.COLORS)], marks[seen[name] % len(marks)])
+        again, color = divmod(names.index(name), len(figures.COLORS))  # a second round of colours is dotted and hollow
+        filled = "white" if again else figures.COLORS[color]
+        look = dict(color=figures.COLORS[color], marker=marks[seen[name] % len(marks)], ls=":" if again else "-")
+        style[label] = dict(look, markerfacecolor=filled, label=label)
         seen[name] += 1
     for ax, (title, x, y) in zip(axes.flat, panels, strict=True):
         for label, seeds in runs.items():
             curve = np.mean([[[x(p), y(p)] for p in points] for points in seeds], 0)
-            color, mark = style[label]
-            ax.plot(*curve.T, color=color, marker=mark, ms=4, lw=1.5, label=label)
+            ax.plot(*curve.T, ms=4, lw=1.5, **style[label])
         ax.set_title(title, size=9, loc="left")
         ax.set_xlabel("KL to the base, nats" if x is kl_of else "optimizer steps; those of a reward model count too")
         if x is kl_of:

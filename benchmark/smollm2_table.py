@@ -169,6 +169,31 @@ def pairs_table(folder: Path) -> str:
     return markdown(header, rows)
 
 
+def contrasts_table(folder: Path) -> str:
+    """The implicit rewards' share of right pairs, less that of length alone and of the SFT run of the same seed, pair by pair."""
+    rows = []
+    for path in sorted(folder.rglob("reward_pairs.parquet")):
+        run = path.parent.parent
+        wins, sft = wins_of(run), wins_of(run.parent / "sft")
+        if "implicit" in wins:
+            less = [wins["implicit"] - wins["shorter"]]
+            less += [wins["implicit"] - sft["implicit"]] if run.name != "sft" and "implicit" in sft else []
+            cells = [cell([gain], 3) for gain in less]
+            rows.append([str(run.relative_to(folder)), *cells, *[""] * (2 - len(cells))])
+    return markdown(["implicit reward of", "less the shorter answer's", "less SFT's"], rows) if rows else ""
+
+
+def wins_of(run: Path) -> dict[str, np.ndarray]:
+    """{reward: 1 where it puts the chosen response higher, 1/2 for a tie, else 0; (pairs,)}, empty for no run."""
+    path = run / "evals" / "reward_pairs.parquet"
+    if not path.is_file():
+        return {}
+    stored = read_pairs(path)
+    names = [key.removesuffix("_chosen") for key in stored[0] if key.endswith("_chosen")]
+    columns = {key: np.array([row[key] for row in stored]) for key in stored[0] if key != "subset"}
+    return {name: pairwise_wins(columns[f"{name}_chosen"], columns[f"{name}_rejected"]) for name in names}
+
+
 def lm_eval_rows(folder: Path) -> str:
     """The table of lm-eval's results, with the names of the runs in place of the folders of their models."""
     rows = []
@@ -208,6 +233,7 @@ def write(args: Args) -> None:
     ):
         if any((runs / "field" / name).rglob(file)):
             parts += [f"## {title}\n", table(runs / "field" / name)]
+            parts += [more] if table is pairs_table and (more := contrasts_table(runs / "field" / name)) else []
     if not parts:
         raise UserError(f"--runs: found no finished run in {runs}, expected a folder of benchmark/smollm2.sh")
     out = Path(args.output)

@@ -294,6 +294,25 @@ def test_the_tables_have_the_last_evaluation_of_every_method_and_every_one_of_su
     assert cells_of(text, "base")[0][:3] == ["base", "gsm8k_local", "exact_match, strict-match"]
 
 
+def test_an_implicit_reward_is_compared_with_length_and_with_sft_pair_by_pair(tmp_path):
+    right = {"sft": [1, 1, 0, 0], "spin": [1, 1, 1, 0]}
+    for name, wins in right.items():
+        (tmp_path / "1" / name / "evals").mkdir(parents=True)
+        rows = [
+            {"row": i, "subset": "a", "implicit_chosen": float(win), "implicit_rejected": 0.5, "shorter_chosen": -3.0,
+             "shorter_rejected": -3.0 + (i < 3)}
+            for i, win in enumerate(wins)
+        ]  # fmt: skip
+        write_pairs(tmp_path / "1" / name / "evals" / "reward_pairs.parquet", rows)
+    text = smollm2_table.contrasts_table(tmp_path)
+    low, high = bootstrap_interval(np.array([1.0, 1, 1, -0.5]))
+    ((_, length, sft),) = cells_of(text, "1/spin")
+    assert length == f"0.625 [{low:.3f}, {high:.3f}]" and sft.startswith("0.250 ")
+    ((_, length, sft),) = cells_of(text, "1/sft")
+    assert length.startswith("0.375 ") and not sft.strip()
+    assert smollm2_table.contrasts_table(tmp_path / "none") == ""
+
+
 def test_no_finished_run_is_said_in_one_line(tmp_path):
     with pytest.raises(UserError, match="--runs: found no finished run in"):
         smollm2_table.write(smollm2_table.Args(str(tmp_path), str(tmp_path)))
