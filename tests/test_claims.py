@@ -457,7 +457,7 @@ CHANGES = {  # in the ledger: old, new
     "a row too many": ("| Table 7 | ", "| Table 7, Table 9 | "),
     "no reason": ("It takes the models of Table 4. Every run prints samples.", "Later."),
     "measured and no reason": (" The reward knows length and tidiness, not the post.", ""),
-    "a letter that is not below": ("(D) below. At", "(H) below. At"),
+    "a letter that is not below": ("(D) below: `acc", "(H) below: `acc"),
     "another sum": (" exact, ", "0 exact, "),
     "another word": ("| Table 7 | Two versions of the base model differ on the leaderboard. | not run |", "| Table 7 | Two versions. | shown |"),
 }  # fmt: skip
