@@ -210,7 +210,7 @@ def test_best_of_n_logs_no_margins_and_every_prompt_counts(variants):
 @pytest.mark.slow
 def test_prompts_of_the_policy_step_run_out_evenly(variants):
     """25 prompts, 10 at a time: three updates, the last one of 5; 0 means every demonstration's."""
-    n = len(load_rows(str(variants["lora"].parent / "data.jsonl"), "train"))
+    n = len(load_rows(str(variants["lora"].parent / "data.jsonl"), "all"))
     for name, expected in (("more_prompts", [30, 60, 75]), ("all_prompts", [3 * n])):
         assert [r["episodes"] for r in metrics(variants[name]) if "objective/scores" in r] == expected
     files = sorted(f.name[:14] for f in (variants["more_prompts"] / "candidates").iterdir())
