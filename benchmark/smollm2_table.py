@@ -157,7 +157,7 @@ def hashed(text: str, width: int) -> np.ndarray:
 
 # ---- part 3 ----
 def pairs_table(folder: Path) -> str:
-    """Accuracy of each model's rewards: its learned one, else its implicit one, else log pi. A column per subset."""
+    """Accuracy of each model's rewards, a column per subset; then contrasts_table."""
     rows, header = [], []
     for path in sorted(folder.rglob("reward_pairs.json")):
         accuracy = read_json(path, "--runs")["accuracy"]
@@ -166,32 +166,23 @@ def pairs_table(folder: Path) -> str:
             header = header or ["model", "reward", *(f"{subset} ({e['pairs']})" for subset, e in own.items())]
             shown = (f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in own.values())
             rows.append([str(path.parent.relative_to(folder)), reward, *shown])
-    return markdown(header, rows)
+    return "\n".join(table for table in (markdown(header, rows), contrasts_table(folder)) if table)
 
 
 def contrasts_table(folder: Path) -> str:
-    """The implicit rewards' share of right pairs, less that of length alone and of the SFT run of the same seed, pair by pair."""
-    rows = []
+    """Share of right pairs of the implicit rewards, less that of length alone and of the same seed's SFT, pair by pair."""
+    wins = {}
     for path in sorted(folder.rglob("reward_pairs.parquet")):
-        run = path.parent.parent
-        wins, sft = wins_of(run), wins_of(run.parent / "sft")
-        if "implicit" in wins:
-            less = [wins["implicit"] - wins["shorter"]]
-            less += [wins["implicit"] - sft["implicit"]] if run.name != "sft" and "implicit" in sft else []
-            cells = [cell([gain], 3) for gain in less]
-            rows.append([str(run.relative_to(folder)), *cells, *[""] * (2 - len(cells))])
+        columns = columns_of(path, "--runs")
+        if "implicit_chosen" in columns:
+            both = [(columns[f"{name}_chosen"], columns[f"{name}_rejected"]) for name in ("implicit", "shorter")]
+            wins[path.parent.parent] = [pairwise_wins(*one) for one in both]
+    rows = []
+    for run, (implicit, shorter) in wins.items():
+        sft = run.parent / "sft"
+        less_sft = cell([implicit - wins[sft][0]], 3) if sft in wins and sft != run else ""
+        rows.append([str(run.relative_to(folder)), cell([implicit - shorter], 3), less_sft])
     return markdown(["implicit reward of", "less the shorter answer's", "less SFT's"], rows) if rows else ""
-
-
-def wins_of(run: Path) -> dict[str, np.ndarray]:
-    """{reward: 1 where it puts the chosen response higher, 1/2 for a tie, else 0; (pairs,)}, empty for no run."""
-    path = run / "evals" / "reward_pairs.parquet"
-    if not path.is_file():
-        return {}
-    stored = read_pairs(path)
-    names = [key.removesuffix("_chosen") for key in stored[0] if key.endswith("_chosen")]
-    columns = {key: np.array([row[key] for row in stored]) for key in stored[0] if key != "subset"}
-    return {name: pairwise_wins(columns[f"{name}_chosen"], columns[f"{name}_rejected"]) for name in names}
 
 
 def lm_eval_rows(folder: Path) -> str:
@@ -233,7 +224,6 @@ def write(args: Args) -> None:
     ):
         if any((runs / "field" / name).rglob(file)):
             parts += [f"## {title}\n", table(runs / "field" / name)]
-            parts += [more] if table is pairs_table and (more := contrasts_table(runs / "field" / name)) else []
     if not parts:
         raise UserError(f"--runs: found no finished run in {runs}, expected a folder of benchmark/smollm2.sh")
     out = Path(args.output)
