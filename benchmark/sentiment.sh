@@ -94,7 +94,7 @@ test=(--eval-dataset "$out/data/held_out.jsonl" --eval-samples 1000)
 seeded() { # PREFERENCES SEED NAME
   local to=$out/$1/$2/$3 name=$3 start=()
   case $name in
-    rlhf_sft) name=rlhf start=(--model "$out/$1/$2/sft/final") ;; # PPO's rate, and that of RLHF, are tuned once
+    *_sft) name=${name%_sft} start=(--model "$out/$1/$2/sft/final") ;; # with the rate tuned from the base
   esac
   case $name in
     sft | dpo | direct | self_play) method "$to" "$name" "$(rate_of "$name")" "$2" "$1" "${test[@]}" ;;
@@ -103,7 +103,7 @@ seeded() { # PREFERENCES SEED NAME
   esac
 }
 for seed in $seeds; do
-  for name in sft rlhf aihf rlhf_sft dpo direct self_play; do seeded 300 "$seed" $name; done
+  for name in sft rlhf aihf rlhf_sft aihf_sft dpo direct self_play; do seeded 300 "$seed" $name; done
 done
 for seed in $ratio_seeds; do
   for m in 1000 100; do

@@ -38,9 +38,11 @@ from extras.sources import load_rows
 
 METHODS = {  # folder -> label
     "sft": "SFT", "dpo": "DPO", "rlhf": "RLHF (online DPO)", "rlhf_sft": "RLHF from SFT", "rlhf_ppo": "RLHF (PPO)",
-    "direct": "Direct AIHF", "self_play": "Self-Play AIHF", "aihf": "AIHF (online DPO)", "aihf_ppo": "AIHF (PPO)",
+    "direct": "Direct AIHF", "self_play": "Self-Play AIHF", "aihf": "AIHF (online DPO)", "aihf_sft": "AIHF from SFT",
+    "aihf_ppo": "AIHF (PPO)",
 }  # fmt: skip
-LEARNED = ("rlhf", "rlhf_sft", "rlhf_ppo", "aihf", "aihf_ppo")  # with a reward model; the others' is log pi/pi_base
+# With a reward model; the reward of the others is log pi/pi_base.
+LEARNED = ("rlhf", "rlhf_sft", "rlhf_ppo", "aihf", "aihf_sft", "aihf_ppo")
 MEASURES = {  # column -> (measure, digits)
     "gold of samples": ("good", 3),
     "less the base's": ("gain", 3),
@@ -50,9 +52,10 @@ MEASURES = {  # column -> (measure, digits)
     "without end": ("completions/clipped_ratio", 3),
 }
 CONTRASTS = [
-    ("aihf", "rlhf"), ("aihf_ppo", "rlhf_ppo"), ("aihf", "rlhf_sft"), ("aihf", "sft"), ("aihf", "dpo"), ("aihf", "direct"),
-    ("aihf", "self_play"), ("direct", "dpo"), ("self_play", "dpo"), ("direct", "rlhf"), ("self_play", "rlhf"),
-    ("rlhf_sft", "rlhf"), ("rlhf_sft", "sft"), ("direct", "sft"), ("self_play", "sft"),
+    ("aihf", "rlhf"), ("aihf_ppo", "rlhf_ppo"), ("aihf_sft", "rlhf_sft"), ("aihf", "rlhf_sft"), ("aihf", "sft"), ("aihf", "dpo"),
+    ("aihf", "direct"), ("aihf", "self_play"), ("direct", "dpo"), ("self_play", "dpo"), ("direct", "rlhf"),
+    ("self_play", "rlhf"), ("rlhf_sft", "rlhf"), ("rlhf_sft", "sft"), ("aihf_sft", "aihf"), ("aihf_sft", "sft"),
+    ("direct", "sft"), ("self_play", "sft"),
 ]  # fmt: skip
 PAIRS = {"held_out_medium_low": "medium over low", "held_out_high_medium": "high over medium"}
 JUDGED = (*PAIRS.values(), "high over medium, balanced")
@@ -60,7 +63,7 @@ KLS = (0.3, 1.0, 3.0)
 EQUAL = (10, 20)  # policy steps at which methods are compared
 COLORS = {
     "sft": "#888888", "dpo": "#4477aa", "rlhf": "#ee6677", "rlhf_sft": "#ccbb44", "rlhf_ppo": "#ee6677",
-    "direct": "#aa3377", "self_play": "#332288", "aihf": "#228833", "aihf_ppo": "#228833",
+    "direct": "#aa3377", "self_play": "#332288", "aihf": "#228833", "aihf_sft": "#66ccee", "aihf_ppo": "#228833",
 }  # fmt: skip
 DASHED = {"rlhf_ppo", "aihf_ppo"}
 SHOWN = 3  # prompts whose answers are printed
@@ -288,7 +291,7 @@ def reward_table(methods: dict[str, list[Trial]]) -> str:
 def reward_contrasts(methods: dict[str, list[Trial]]) -> str:
     """Differences of two rewards: on pairs, and in the rank correlation on each policy's own samples."""
     rows = []
-    for first, second in [*CONTRASTS[:3], ("aihf", "dpo"), ("direct", "dpo"), ("self_play", "dpo")]:
+    for first, second in [*CONTRASTS[:4], ("aihf", "dpo"), ("direct", "dpo"), ("self_play", "dpo")]:
         if not (pairs := paired(methods.get(first, []), methods.get(second, []))):
             continue
         both = [zip(judged(a), judged(b), strict=True) for a, b in pairs]
@@ -398,7 +401,7 @@ def figure(methods: dict[str, list[Trial]], path: Path) -> None:
     pairs.set_title("(b) accuracy inside and outside the preferences", loc="left")
     pairs.legend(frameon=False, fontsize=8)
     bins = np.linspace(-3.5, 3.5, 36)
-    shown = [m for m in ("rlhf", "rlhf_sft", "aihf") if m in methods]
+    shown = [m for m in ("rlhf", "rlhf_sft", "aihf", "aihf_sft") if m in methods]
     for k, method in enumerate(shown):
         runs = methods[method]
         kinds = [own_reward(method, run) for run in runs], [c["good"] for c in last(runs)]

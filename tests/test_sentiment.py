@@ -1,6 +1,7 @@
 """The AIHF paper's sentiment task: PPO on a known reward, classes of answers, what the tables measure, and small runs."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,6 +306,8 @@ TEXTS = {
     "dpo": "c z",
     "rlhf": "n",
     "aihf": "b z",
+    "rlhf_sft": "n",
+    "aihf_sft": "b z",
 }  # gold 4, 0, -4, 0 by the fixture's letters; the base: "z"
 
 
@@ -343,7 +346,7 @@ def test_tables_of_made_up_runs(place, tmp_path):
     for size in (100, 300):
         for seed in (1, 2):
             for method in TEXTS:
-                script = "aihf" if method in ("rlhf", "aihf") else "sft"
+                script = "aihf" if method in table.LEARNED else "sft"
                 made_up_run(tmp_path / str(size) / str(seed) / method, method, 8, seed, script)
     made_up_run(tmp_path / "w1" / "0.25" / "1" / "direct", "sft", 8, 1, "aihf_direct")
     (tmp_path / "data").mkdir()
@@ -371,6 +374,8 @@ def test_tables_of_made_up_runs(place, tmp_path):
         "+2.475",
         "",
     ]  # 3.5 sqrt(0.3/2), 3.5 sqrt(1/2), and 2 nats are the end
+    assert row("AIHF from SFT less RLHF from SFT", 4, _2="+3.50")[1] == "+3.500"
+    assert row("AIHF from SFT", 7, _1="learned")[2:6] == row(aihf, 7, _1="learned")[2:6]  # its reward was learned too
     assert row("SFT", 3)[1:] == ["not", "4.000"] and row(aihf, 3)[2] == "0.500"  # ten updates of two steps
     assert row(aihf, 7, _1="learned")[2:6] == ["0.625", "0.438", "0.625", "-0.577"]
     # 5/8; (4/8 + 3/8)/2; balanced: of two later pairs all, of six others 2/6 and 1/6; the high row has 0
@@ -382,6 +387,31 @@ def test_tables_of_made_up_runs(place, tmp_path):
     )  # w1; 0 is DPO
     assert (tmp_path / "out" / "sentiment.png").stat().st_size > 10_000
     assert "p 1" in (tmp_path / "out" / "samples.txt").read_text()
+
+
+def test_the_commands_of_both_starts(tmp_path):
+    out, base = tmp_path / "out", tmp_path / "base"
+    for folder in ("split", "ppo/checkpoint_1", "data", "grid"):
+        (out / folder).mkdir(parents=True)
+    for name in ("split", "ppo", "data", "grid"):
+        (out / name / "done").touch()
+    rates = "".join(f"{name} 1e-3\n" for name in ("reward_aihf", "sft", "dpo", "rlhf", "aihf", "direct", "self_play"))
+    for name in ("rates", "rates_of_rewards"):
+        (out / "grid" / name).write_text(rates)
+    stand_in = tmp_path / "bin" / "python"  # writes its words down and makes the folder that it is to fill
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nfor last; do :; done\nmkdir -p "$last"\n')
+    stand_in.chmod(0o755)
+    words = dict(SEEDS="3", PATH=f"{stand_in.parent}:{os.environ['PATH']}")
+    run(["bash", "benchmark/sentiment.sh", str(tmp_path / "world"), str(base), str(out)], **words)
+    said = (tmp_path / "said").read_text().splitlines()
+    runs = {line.rsplit("/", 1)[1]: f"{line} " for line in said if f"{out}/300/3/" in line and "judge" not in line}
+    for name in ("rlhf", "aihf"):
+        start = f"--model {out}/300/3/sft/final "
+        assert start in runs[f"{name}_sft"] and start not in runs[name]
+        assert all(f"--base {base} " in runs[kind] for kind in (name, f"{name}_sft"))
+        assert all(("--demo-weight 0 " in runs[kind]) == (name == "rlhf") for kind in (name, f"{name}_sft"))
+        assert runs[f"{name}_sft"].count("--sft-epochs 0 ") == 1
 
 
 @pytest.mark.parametrize(("most_kl", "expected"), [(5.0, "1e-3"), (10.0, "3e-3"), (1.0, "3e-3")])
