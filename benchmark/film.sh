@@ -84,7 +84,7 @@ if [ "${GRID:-}" ]; then
 fi
 
 arms() { # arms NAME...: some arms of one seed
-  local name value
+  local name value kept
   for name in "$@"; do
     value=${name#*-}
     case $name in
@@ -98,14 +98,16 @@ arms() { # arms NAME...: some arms of one seed
           --total-episodes 1280 --eval-updates 10
         ;;
       irl-*)
-        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" --ref "$value" --reward-learning-rate "$REWARD_RATE" \
+        kept=()
+        [ "$value" != accumulated ] || { value=initial && kept=(--pairs accumulated); }
+        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" --ref "$value" "${kept[@]}" --reward-learning-rate "$REWARD_RATE" \
           --learning-rate "$SPIN_RATE"
         ;;
     esac
   done
 }
 
-all="sft spin-1 spin-0.3 spin-0.1 rft-0.1 rft-0.3 irft-5 rft-1 irft-2 irl-previous irl-initial irft-10"
+all="sft spin-1 spin-0.3 spin-0.1 rft-0.1 rft-0.3 irft-5 rft-1 irft-2 irl-previous irl-initial irft-10 irl-accumulated"
 if [ "${PEOPLE:-}" ]; then # section "People's sentences" of docs/evidence.md
   policy=(--model "$out/base/final" --dataset "$world/positive_train.jsonl" "${lengths[@]}" --max-samples 0 --optimizer adamw
     --batch-size 32 --per-device-train-batch-size 32)
@@ -128,4 +130,5 @@ for seed in $seeds; do
 done
 table "$out" "$seeds" sft=SFT "spin-1=SPIN, beta 1" "spin-0.3=SPIN, beta 0.3" "spin-0.1=SPIN, beta 0.1" "irft-2=IRFT T 2" \
   "irft-5=IRFT T 5" "irft-10=IRFT T 10" "rft-1=RFT, beta 1" "rft-0.3=RFT, beta 0.3" "rft-0.1=RFT, beta 0.1" \
-  "irl-previous=IRL ref previous" "irl-initial=IRL ref initial"
+  "irl-previous=IRL ref previous" "irl-initial=IRL ref initial" \
+  "irl-accumulated=IRL accumulated pairs"

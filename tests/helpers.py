@@ -297,6 +297,17 @@ def run(words: list[str], cwd: Path = ROOT, check: bool = True, timeout: float =
     return done
 
 
+def commands(folder: Path, script: str, *words: str, **env: str) -> list[str]:
+    """The words of every python command of a shell script. A stand-in for python makes their --output-dir."""
+    stand_in = folder / "stand_in" / "python"
+    stand_in.parent.mkdir()
+    each = 'for word; do [ "$before" != --output-dir ] || mkdir -p "$word"; before=$word; done'
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {folder}/said\n{each}\n')
+    stand_in.chmod(0o755)
+    run(["bash", script, *words], **env, PATH=f"{stand_in.parent}:{os.environ['PATH']}")
+    return (folder / "said").read_text().splitlines()
+
+
 def start(words: list[str], cwd: Path = ROOT, **env: str) -> Forked:
     """Start a script as run does, to send it signals and wait for it."""
     environment = child_environment(**env)

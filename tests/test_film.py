@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import ROOT, command, jsonl, run
+from helpers import ROOT, command, commands, jsonl, run
 
 from common.store import read_pairs, write_pairs
 
@@ -426,6 +426,22 @@ def test_demonstrations_of_people_need_no_expert(world, place, tmp_path):
     ]
     printed = run([sys.executable, "benchmark/film_table.py", *flags, "--runs", f"SFT={place / 'sft'}"]).stdout
     assert "Theory" not in printed and cells_of(printed, "SFT", "At the end of each run")
+
+
+def test_the_commands_of_irl(tmp_path):
+    out = tmp_path / "out"
+    for path in ("world/gold.json", "base/final/manifest.json", "expert/expert.json", "development/expert.json"):
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).touch()
+    said = commands(
+        tmp_path, "benchmark/film.sh", str(out), SEEDS="1 2", ARMS="irl-previous irl-initial irl-accumulated"
+    )
+    for seed, lines in (("1", said[:3]), ("2", said[3:6])):
+        assert all(line.startswith(f"irl_dpo_ultrachat.py --output-dir {out}/{seed}/irl-") for line in lines)
+        assert all(f" --seed {seed} " in line for line in lines)
+        assert [" --ref initial " in line for line in lines] == [False, True, True]
+        assert [" --pairs accumulated " in line for line in lines] == [False, False, True]
+    assert said[6].startswith("benchmark/film_table.py") and len(said) == 7
 
 
 def test_an_expert_of_a_word_is_refused(place, tmp_path):

@@ -1,7 +1,6 @@
 """The AIHF paper's sentiment task: PPO on a known reward, classes of answers, what the tables measure, and small runs."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command, jsonl, make_model, make_tokenizer, run
+from helpers import ROOT, command, commands, jsonl, make_model, make_tokenizer, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import UserError, models
@@ -398,13 +397,7 @@ def test_the_commands_of_both_starts(tmp_path):
     rates = "".join(f"{name} 1e-3\n" for name in ("reward_aihf", "sft", "dpo", "rlhf", "aihf", "direct", "self_play"))
     for name in ("rates", "rates_of_rewards"):
         (out / "grid" / name).write_text(rates)
-    stand_in = tmp_path / "bin" / "python"  # writes its words down and makes the folder that it is to fill
-    stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nfor last; do :; done\nmkdir -p "$last"\n')
-    stand_in.chmod(0o755)
-    words = dict(SEEDS="3", PATH=f"{stand_in.parent}:{os.environ['PATH']}")
-    run(["bash", "benchmark/sentiment.sh", str(tmp_path / "world"), str(base), str(out)], **words)
-    said = (tmp_path / "said").read_text().splitlines()
+    said = commands(tmp_path, "benchmark/sentiment.sh", str(tmp_path / "world"), str(base), str(out), SEEDS="3")
     runs = {line.rsplit("/", 1)[1]: f"{line} " for line in said if f"{out}/300/3/" in line and "judge" not in line}
     for name in ("rlhf", "aihf"):
         start = f"--model {out}/300/3/sft/final "
