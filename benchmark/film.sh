@@ -84,7 +84,7 @@ if [ "${GRID:-}" ]; then
 fi
 
 arms() { # arms NAME...: some arms of one seed
-  local name value kept
+  local name value loop
   for name in "$@"; do
     value=${name#*-}
     case $name in
@@ -98,9 +98,9 @@ arms() { # arms NAME...: some arms of one seed
           --total-episodes 1280 --eval-updates 10
         ;;
       irl-*)
-        kept=()
-        [ "$value" != accumulated ] || { value=initial && kept=(--pairs accumulated); }
-        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" --ref "$value" "${kept[@]}" --reward-learning-rate "$REWARD_RATE" \
+        loop=(--ref "$value")
+        [ "$value" != accumulated ] || loop=(--ref initial --pairs accumulated)
+        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" "${loop[@]}" --reward-learning-rate "$REWARD_RATE" \
           --learning-rate "$SPIN_RATE"
         ;;
     esac
@@ -130,5 +130,4 @@ for seed in $seeds; do
 done
 table "$out" "$seeds" sft=SFT "spin-1=SPIN, beta 1" "spin-0.3=SPIN, beta 0.3" "spin-0.1=SPIN, beta 0.1" "irft-2=IRFT T 2" \
   "irft-5=IRFT T 5" "irft-10=IRFT T 10" "rft-1=RFT, beta 1" "rft-0.3=RFT, beta 0.3" "rft-0.1=RFT, beta 0.1" \
-  "irl-previous=IRL ref previous" "irl-initial=IRL ref initial" \
-  "irl-accumulated=IRL accumulated pairs"
+  "irl-previous=IRL ref previous" "irl-initial=IRL ref initial" "irl-accumulated=IRL accumulated pairs"

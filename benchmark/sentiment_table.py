@@ -41,8 +41,7 @@ METHODS = {  # folder -> label
     "direct": "Direct AIHF", "self_play": "Self-Play AIHF", "aihf": "AIHF (online DPO)", "aihf_sft": "AIHF from SFT",
     "aihf_ppo": "AIHF (PPO)",
 }  # fmt: skip
-# With a reward model; the reward of the others is log pi/pi_base.
-LEARNED = ("rlhf", "rlhf_sft", "rlhf_ppo", "aihf", "aihf_sft", "aihf_ppo")
+LEARNED = [m for m in METHODS if m.startswith(("rlhf", "aihf"))]  # the others' reward is log pi/pi_base
 MEASURES = {  # column -> (measure, digits)
     "gold of samples": ("good", 3),
     "less the base's": ("gain", 3),
