@@ -17,6 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.tables import (  # noqa: E402
+    Columns,
     about_intervals,
     cell,
     columns_of,
@@ -25,12 +26,14 @@ from benchmark.tables import (  # noqa: E402
     of_seeds,
     read_json,
     require_measures,
+    require_same_rows,
 )
 from common import UserError  # noqa: E402
 from common.args import main
 from common.evals import pairwise_wins
 from common.store import read_pairs
 from extras import lm_eval_table
+from extras.reward_pairs import MEAN, REWARDS
 
 LABELS = {"sft": "SFT", "spin": "SPIN", "rft": "RFT"}
 HH = {  # column -> measure of an evaluation's rows, digits
@@ -156,32 +159,68 @@ def hashed(text: str, width: int) -> np.ndarray:
 
 
 # ---- part 3 ----
+Measured = dict[str, dict[str, Columns]]  # name of a method -> seed -> scores of every pair
+
+
+def measured_pairs(folder: Path) -> Measured:
+    """Scores of labelled pairs below `folder`: of the start, which has no seed, then of every method, LoRA last."""
+    found: Measured = {}
+    paths = folder.glob("[0-9]*/*/evals/reward_pairs.parquet")
+    for path in (*folder.glob("base/evals/reward_pairs.parquet"), *sorted(paths)):
+        run = path.parent.parent
+        seed = "" if run.name == "base" else run.parent.name
+        found.setdefault(run.name, {})[seed] = columns_of(path, "--runs")
+    require_same_rows({f"{name} {seed}": one for name, seeds in found.items() for seed, one in seeds.items()})
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "base", "lora" in item[0], item[0])))
+
+
+def wins_of(columns: Columns, reward: str) -> np.ndarray:
+    """(pairs,): 1 where the reward of this name scores the chosen response higher, 1/2 for a tie."""
+    return pairwise_wins(columns[f"{reward}_chosen"], columns[f"{reward}_rejected"])
+
+
 def pairs_table(folder: Path) -> str:
-    """Accuracy of each model's rewards, a column per subset; then contrasts_table."""
-    rows, header = [], []
-    for path in sorted(folder.rglob("reward_pairs.json")):
-        accuracy = read_json(path, "--runs")["accuracy"]
-        for reward in accuracy:
-            own = accuracy[reward]
-            header = header or ["model", "reward", *(f"{subset} ({e['pairs']})" for subset, e in own.items())]
-            shown = (f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in own.values())
-            rows.append([str(path.parent.relative_to(folder)), reward, *shown])
-    return "\n".join(table for table in (markdown(header, rows), contrasts_table(folder)) if table)
+    """Accuracy of each model's rewards, a column per subset and one for their mean; then contrasts_table."""
+    found = measured_pairs(folder)
+    subsets = next(iter(next(iter(found.values())).values()))["subset"]
+    names = list(dict.fromkeys(subsets))
+    parts = {name: subsets == name for name in names}
+    usual, rows = max(map(len, found.values())), []
+    for name, seeds in found.items():
+        every = list(seeds.values())
+        for reward in (reward for reward in REWARDS if f"{reward}_chosen" in every[0]):
+            wins = [wins_of(one, reward) for one in every]
+            cells = [cell([one[part] for one in wins], 3) for part in parts.values()]
+            mean = [cell([over_subsets(one, subsets) for one in wins], 3)] if len(names) > 1 else []
+            shown = "start" if name == "base" else of_seeds(label(name), len(every), usual)
+            rows.append([shown, reward, *cells, *mean])
+    sizes = [f"{name} ({part.sum()})" for name, part in parts.items()]
+    header = ["model", "reward", *sizes, *([f"{MEAN} ({len(subsets)})"] if len(names) > 1 else [])]
+    tables = [about_intervals(usual), markdown(header, rows), contrasts_table(found)]
+    return "\n\n".join(table.strip() for table in tables if table) + "\n"
 
 
-def contrasts_table(folder: Path) -> str:
+def over_subsets(wins: np.ndarray, subsets: np.ndarray) -> np.ndarray:
+    """(pairs,) of values whose mean weighs every subset alike, and whose spread is that within the subsets.
+
+    So that a bootstrap over all pairs has the variance of one that draws within each subset.
+    """
+    names, which, sizes = np.unique(subsets, return_inverse=True, return_counts=True)
+    means = np.bincount(which, wins) / sizes
+    return means.mean() + (wins - means[which]) * len(wins) / (len(names) * sizes[which])
+
+
+def contrasts_table(found: Measured) -> str:
     """Share of right pairs of the implicit rewards, less that of length alone and of the same seed's SFT, pair by pair."""
-    wins = {}
-    for path in sorted(folder.rglob("reward_pairs.parquet")):
-        columns = columns_of(path, "--runs")
-        if "implicit_chosen" in columns:
-            both = [(columns[f"{name}_chosen"], columns[f"{name}_rejected"]) for name in ("implicit", "shorter")]
-            wins[path.parent.parent] = [pairwise_wins(*one) for one in both]
     rows = []
-    for run, (implicit, shorter) in wins.items():
-        sft = run.parent / "sft"
-        less_sft = cell([implicit - wins[sft][0]], 3) if sft in wins and sft != run else ""
-        rows.append([str(run.relative_to(folder)), cell([implicit - shorter], 3), less_sft])
+    for name, seeds in found.items():
+        implicit = {seed: wins_of(one, "implicit") for seed, one in seeds.items() if "implicit_chosen" in one}
+        if not implicit:
+            continue
+        less_length = cell([own - wins_of(seeds[seed], "shorter") for seed, own in implicit.items()], 3)
+        sft = found.get("sft", {}) if name != "sft" else {}
+        less_sft = [own - wins_of(sft[seed], "implicit") for seed, own in implicit.items() if seed in sft]
+        rows.append([label(name), less_length, cell(less_sft, 3) if less_sft else ""])
     return markdown(["implicit reward of", "less the shorter answer's", "less SFT's"], rows) if rows else ""
 
 
@@ -217,8 +256,8 @@ def write(args: Args) -> None:
         held_out = runs / "data" / "summaries_held_out.jsonl"
         parts += ["## Summaries\n", summaries_table(runs / "summaries", held_out)]
     for title, name, file, table in (
-        ("All held-out pairs of people", "people", "reward_pairs.json", pairs_table),
-        ("Other labelled pairs", "pairs", "reward_pairs.json", pairs_table),
+        ("All held-out pairs of people", "people", "reward_pairs.parquet", pairs_table),
+        ("Other labelled pairs", "pairs", "reward_pairs.parquet", pairs_table),
         ("lm-eval", "lm_eval", "results_*.json", lm_eval_rows),
         ("MT-Bench", "mt_bench", "mt_bench.json", mt_bench_table),
     ):

@@ -3,6 +3,7 @@
 import json
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import sft
 from common import UserError
 from common.args import resolve_auto
 from common.store import read_pairs, write_json, write_pairs
-from extras import loading, two_cores
+from extras import loading, reward_pairs, two_cores
 from extras.statistics import bootstrap_interval
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -267,9 +268,7 @@ def test_the_tables_have_the_last_evaluation_of_every_method_and_every_one_of_su
     jsonl(
         tmp_path / "data" / "summaries_held_out.jsonl", [{"prompt": "p", "completion": f"text {i}"} for i in range(10)]
     )
-    accuracy = {"log_prob": {"a": {"value": 0.25, "low": 0.1, "high": 0.4, "pairs": 8}}}
-    (tmp_path / "field" / "pairs" / "1" / "rft").mkdir(parents=True)
-    write_json(tmp_path / "field" / "pairs" / "1" / "rft" / "reward_pairs.json", {"accuracy": accuracy})
+    scored_pairs(tmp_path / "field" / "pairs" / "base", "aaaa", log_prob=[1, 0, 0, 0])
     place = tmp_path / "field" / "lm_eval" / "base" / "gsm8k_local" / "model"
     place.mkdir(parents=True)
     write_json(
@@ -290,27 +289,75 @@ def test_the_tables_have_the_last_evaluation_of_every_method_and_every_one_of_su
     assert learned.startswith("0.800")  # of the last reward: 8 of 10
     assert "SFT" not in text.replace("RFT", "")
     assert [row[1] for row in cells_of(text, "SPIN")] == ["0", "5"]
-    assert cells_of(text, "1/rft") == [["1/rft", "log_prob", "0.250 [0.100, 0.400]"]]
+    low, high = bootstrap_interval(np.array([1.0, 0, 0, 0]))
+    assert ["start", "log_prob", f"0.250 [{low:.3f}, {high:.3f}]"] in cells_of(text, "start")
     assert cells_of(text, "base")[0][:3] == ["base", "gsm8k_local", "exact_match, strict-match"]
 
 
+def scored_pairs(run: Path, subsets: str, **wins: list[float]) -> None:
+    """What evaluate.py --reward-pairs leaves: pair i is of the subset named by letter i; `wins` says which ones a reward has right."""
+    (run / "evals").mkdir(parents=True)
+    scores = [{f"{name}_chosen": float(own[i]) for name, own in wins.items()} for i in range(len(subsets))]
+    rows = [
+        {"row": i, "subset": subset, **row, **dict.fromkeys((f"{name}_rejected" for name in wins), 0.5)}
+        for i, (subset, row) in enumerate(zip(subsets, scores, strict=True))
+    ]
+    write_pairs(run / "evals" / "reward_pairs.parquet", rows)
+
+
 def test_an_implicit_reward_is_compared_with_length_and_with_sft_pair_by_pair(tmp_path):
-    right = {"sft": [1, 1, 0, 0], "spin": [1, 1, 1, 0]}
-    for name, wins in right.items():
-        (tmp_path / "1" / name / "evals").mkdir(parents=True)
-        rows = [
-            {"row": i, "subset": "a", "implicit_chosen": float(win), "implicit_rejected": 0.5, "shorter_chosen": -3.0,
-             "shorter_rejected": -3.0 + (i < 3)}
-            for i, win in enumerate(wins)
-        ]  # fmt: skip
-        write_pairs(tmp_path / "1" / name / "evals" / "reward_pairs.parquet", rows)
-    text = smollm2_table.contrasts_table(tmp_path)
+    for name, right in {"sft": [1, 1, 0, 0], "spin": [1, 1, 1, 0]}.items():
+        scored_pairs(tmp_path / "1" / name, "aaaa", implicit=right, shorter=[0, 0, 0, 0.5])
+    text = smollm2_table.contrasts_table(smollm2_table.measured_pairs(tmp_path))
     low, high = bootstrap_interval(np.array([1.0, 1, 1, -0.5]))
-    ((_, length, sft),) = cells_of(text, "1/spin")
+    ((_, length, sft),) = cells_of(text, "SPIN")
     assert length == f"0.625 [{low:.3f}, {high:.3f}]" and sft.startswith("0.250 ")
-    ((_, length, sft),) = cells_of(text, "1/sft")
+    ((_, length, sft),) = cells_of(text, "SFT")
     assert length.startswith("0.375 ") and not sft.strip()
-    assert smollm2_table.contrasts_table(tmp_path / "none") == ""
+    assert smollm2_table.contrasts_table({}) == ""
+
+
+def test_rewards_on_labelled_pairs_are_pooled_over_seeds_and_paired_with_the_same_seeds_sft(tmp_path):
+    subsets, stream = "aaaaaabb", np.random.default_rng(0)
+    wins = {(name, seed): stream.integers(0, 2, 8).tolist() for name in ("sft", "irft5") for seed in "12"}
+    wins["irft5", "3"] = stream.integers(0, 2, 8).tolist()
+    for (name, seed), right in wins.items():
+        scored_pairs(tmp_path / seed / name, subsets, implicit=right, shorter=[0.5] * 8)
+    scored_pairs(tmp_path / "base", subsets, log_prob=wins["sft", "1"], shorter=[0.5] * 8)
+    text = smollm2_table.pairs_table(tmp_path)
+    assert text.startswith("3 seeds: ") and "| a (6) | b (2) | mean over subsets (8) |" in text
+    both = np.array([wins["sft", "1"], wins["sft", "2"]], float)
+    a, b = both[:, :6], both[:, 6:]
+    mean = (a.mean(1) + b.mean(1)) / 2  # a subset counts as much as another, not as many pairs
+    (row,) = (row for row in cells_of(text, "SFT (2 seeds)") if row[1] == "implicit")
+    for shown, values in zip(row[2:4], (a, b), strict=True):
+        low, high = bootstrap_interval(values)
+        assert shown == f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
+    assert row[4].startswith(f"{mean.mean():.3f} ")
+    less = np.mean([np.subtract(wins["irft5", seed], wins["sft", seed]) for seed in "12"])
+    assert cells_of(text, "IRFT, T = 5")[-1][2].startswith(f"{less:.3f} ")
+    assert cells_of(text, "start")[0][1] == "log_prob"
+
+
+def test_the_mean_over_subsets_varies_only_within_them():
+    wins, subsets = np.array([1.0, 1, 1, 1, 0, 0]), np.array(list("aaaabb"))
+    np.testing.assert_allclose(smollm2_table.over_subsets(wins, subsets), 0.5)
+    wins = np.random.default_rng(1).integers(0, 2, 300).astype(float)
+    subsets = np.array(["a"] * 240 + ["b"] * 60)
+    drawn = reward_pairs.accuracies(wins, subsets.tolist())[reward_pairs.MEAN]
+    low, high = bootstrap_interval(smollm2_table.over_subsets(wins, subsets))
+    assert abs(smollm2_table.over_subsets(wins, subsets).mean() - drawn["value"]) < 1e-12
+    assert abs((high - low) / (drawn["high"] - drawn["low"]) - 1) < 0.1
+    assert (high - low) > 1.1 * np.ptp(
+        bootstrap_interval(wins)
+    )  # 60 pairs weigh half, so it is wider than over all pairs
+
+
+def test_pairs_of_other_rows_are_not_pooled(tmp_path):
+    scored_pairs(tmp_path / "1" / "sft", "aaaa", implicit=[1, 0, 0, 0])
+    scored_pairs(tmp_path / "2" / "sft", "aaa", implicit=[1, 0, 0])
+    with pytest.raises(UserError, match="found other held-out rows in sft 2 than in sft 1"):
+        smollm2_table.measured_pairs(tmp_path)
 
 
 def test_no_finished_run_is_said_in_one_line(tmp_path):
