@@ -100,6 +100,7 @@ arms() { # arms NAME...: some arms of one seed
       irl-*)
         loop=(--ref "$value")
         [ "$value" != accumulated ] || loop=(--ref initial --pairs accumulated)
+        [ "$value" != long ] || loop=(--ref initial --num-train-epochs 4) # as many updates of the reward as accumulated pairs
         arm "$name" irl_dpo_ultrachat.py "${irl[@]}" "${loop[@]}" --reward-learning-rate "$REWARD_RATE" \
           --learning-rate "$SPIN_RATE"
         ;;
@@ -107,7 +108,7 @@ arms() { # arms NAME...: some arms of one seed
   done
 }
 
-all="sft spin-1 spin-0.3 spin-0.1 rft-0.1 rft-0.3 irft-5 rft-1 irft-2 irl-previous irl-initial irft-10 irl-accumulated"
+all="sft spin-1 spin-0.3 spin-0.1 rft-0.1 rft-0.3 irft-5 rft-1 irft-2 irl-previous irl-initial irft-10 irl-accumulated irl-long"
 if [ "${PEOPLE:-}" ]; then # section "People's sentences" of docs/evidence.md
   policy=(--model "$out/base/final" --dataset "$world/positive_train.jsonl" "${lengths[@]}" --max-samples 0 --optimizer adamw
     --batch-size 32 --per-device-train-batch-size 32)
@@ -130,4 +131,5 @@ for seed in $seeds; do
 done
 table "$out" "$seeds" sft=SFT "spin-1=SPIN, beta 1" "spin-0.3=SPIN, beta 0.3" "spin-0.1=SPIN, beta 0.1" "irft-2=IRFT T 2" \
   "irft-5=IRFT T 5" "irft-10=IRFT T 10" "rft-1=RFT, beta 1" "rft-0.3=RFT, beta 0.3" "rft-0.1=RFT, beta 0.1" \
-  "irl-previous=IRL ref previous" "irl-initial=IRL ref initial" "irl-accumulated=IRL accumulated pairs"
+  "irl-previous=IRL ref previous" "irl-initial=IRL ref initial" "irl-accumulated=IRL accumulated pairs" \
+  "irl-long=IRL 4 epochs of reward"

@@ -434,14 +434,15 @@ def test_the_commands_of_irl(tmp_path):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).touch()
     said = commands(
-        tmp_path, "benchmark/film.sh", str(out), SEEDS="1 2", ARMS="irl-previous irl-initial irl-accumulated"
+        tmp_path, "benchmark/film.sh", str(out), SEEDS="1 2", ARMS="irl-previous irl-initial irl-accumulated irl-long"
     )
-    for seed, lines in (("1", said[:3]), ("2", said[3:6])):
+    for seed, lines in (("1", said[:4]), ("2", said[4:8])):
         assert all(line.startswith(f"irl_dpo_ultrachat.py --output-dir {out}/{seed}/irl-") for line in lines)
         assert all(f" --seed {seed} " in line for line in lines)
-        assert [" --ref initial " in line for line in lines] == [False, True, True]
-        assert [" --pairs accumulated " in line for line in lines] == [False, False, True]
-    assert said[6].startswith("benchmark/film_table.py") and len(said) == 7
+        assert [" --ref initial " in line for line in lines] == [False, True, True, True]
+        assert [" --pairs accumulated " in line for line in lines] == [False, False, True, False]
+        assert [" --num-train-epochs 4 " in line for line in lines] == [False, False, False, True]
+    assert said[8].startswith("benchmark/film_table.py") and len(said) == 9
 
 
 def test_an_expert_of_a_word_is_refused(place, tmp_path):
