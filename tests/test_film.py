@@ -317,8 +317,15 @@ def place(world, tmp_path_factory):
     answers = [" ".join(stream.choice([*GOOD, *BAD], 1 + i % 2)) for i in range(len(prompts))]
     rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
     data, epochs = jsonl(folder / "short.jsonl", rows), ["--num-train-epochs", "2"]
-    rate = ["--optimizer", "adamw", "--learning-rate", "1e-2", "--per-device-train-batch-size", "4"]
-    run(command("sft.py", world / "init", data, folder / "base", *small, *rate, *epochs))
+    shared = ["--optimizer", "adamw", "--per-device-train-batch-size", "4"]
+    long = [
+        *shared,
+        "--learning-rate",
+        "1e-2",
+        "--num-train-epochs",
+        "8",
+    ]  # it writes whole words, so that rows differ in gold
+    run(command("sft.py", world / "init", data, folder / "base", *small, *long))
     base = folder / "base" / "final"
     words = [
         "benchmark/best_of.py",
@@ -335,7 +342,7 @@ def place(world, tmp_path_factory):
     words += ["--eval-samples", "12", "--per-device-eval-batch-size", "16", "--max-samples", "12"]
     run([sys.executable, *words, "--output-dir", str(folder / "expert")])
     train, held = folder / "expert" / "train.jsonl", str(folder / "expert" / "held_out.jsonl")
-    flags = ["--eval-dataset", held, *small, *rate, "--eval-samples", "12"]
+    flags = ["--eval-dataset", held, *small, *shared, "--learning-rate", "1e-3", "--eval-samples", "12"]
     rft = "--sft-epochs 0 --num-train-epochs 1 --reward-learning-rate 1e-2 --total-episodes 8 --rollout-batch-size 4"
     rft += " --eval-updates 1 --reward-model= --value-warmup-ratio 0"
     for name, script, own in (("sft", "sft.py", ""), ("spin", "irft.py", "--T 1"), ("rft", "rft.py", rft)):
@@ -374,9 +381,7 @@ def test_the_table_says_what_the_runs_measured(world, place, tmp_path):
     changed = [r["sample"] for r in read_pairs(place / "sft" / "evals" / "0000.parquet")] != [
         r["sample"] for r in last["sft"]
     ]
-    assert (
-        changed and len({len(r["sample"].split()) for r in last["sft"]}) > 1
-    )  # else another row could not be told apart
+    assert changed and all(len(set(scores[name])) > 1 for name in ("sft", "spin"))  # else another row is not told apart
     row = cells_of(printed, "SPIN, beta 0.1", "At the end of each run")
     assert row[1].split()[0] == f"{scores['spin'].mean():.2f}"
     written = [json.loads(line) for line in (place / "expert" / "held_out.jsonl").read_text().splitlines()]
