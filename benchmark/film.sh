@@ -98,9 +98,11 @@ arms() { # arms NAME...: some arms of one seed
           --total-episodes 1280 --eval-updates 10
         ;;
       irl-*)
-        loop=(--ref "$value")
-        [ "$value" != accumulated ] || loop=(--ref initial --pairs accumulated)
-        [ "$value" != long ] || loop=(--ref initial --num-train-epochs 4) # as many updates of the reward as accumulated pairs
+        case $value in
+          accumulated) loop=(--ref initial --pairs accumulated) ;;
+          long) loop=(--ref initial --num-train-epochs 4) ;; # no fewer updates of the reward than with accumulated pairs
+          *) loop=(--ref "$value") ;;
+        esac
         arm "$name" irl_dpo_ultrachat.py "${irl[@]}" "${loop[@]}" --reward-learning-rate "$REWARD_RATE" \
           --learning-rate "$SPIN_RATE"
         ;;

@@ -33,7 +33,7 @@ from common.args import main
 from common.evals import pairwise_wins
 from common.store import read_pairs
 from extras import lm_eval_table
-from extras.reward_pairs import MEAN, REWARDS
+from extras.reward_pairs import ALL, MEAN, REWARDS
 
 LABELS = {"sft": "SFT", "spin": "SPIN", "rft": "RFT"}
 HH = {  # column -> measure of an evaluation's rows, digits
@@ -66,7 +66,12 @@ def runs_of(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("[0-9]*/*/final/manifest.json")):
         found.setdefault(path.parent.parent.name, []).append(path.parent.parent)
-    return dict(sorted(found.items(), key=lambda item: ("lora" in item[0], item[0])))
+    return {name: found[name] for name in sorted(found, key=in_order)}
+
+
+def in_order(name: str) -> tuple[bool, str]:
+    """Return the place of a method in a table: full weights before LoRA."""
+    return "lora" in name, name
 
 
 # ---- part 1 ----
@@ -163,47 +168,46 @@ Measured = dict[str, dict[str, Columns]]  # name of a method -> seed -> scores o
 
 
 def measured_pairs(folder: Path) -> Measured:
-    """Scores of labelled pairs below `folder`: of the start, which has no seed, then of every method, LoRA last."""
+    """Read the scores of labelled pairs below `folder`: the start's, which has no seed, then each method's, LoRA last."""
     found: Measured = {}
     paths = folder.glob("[0-9]*/*/evals/reward_pairs.parquet")
-    for path in (*folder.glob("base/evals/reward_pairs.parquet"), *sorted(paths)):
+    of_methods = sorted(paths, key=lambda path: (in_order(path.parent.parent.name), path))
+    for path in (*folder.glob("base/evals/reward_pairs.parquet"), *of_methods):
         run = path.parent.parent
         seed = "" if run.name == "base" else run.parent.name
         found.setdefault(run.name, {})[seed] = columns_of(path, "--runs")
     require_same_rows({f"{name} {seed}": one for name, seeds in found.items() for seed, one in seeds.items()})
-    return dict(sorted(found.items(), key=lambda item: (item[0] != "base", "lora" in item[0], item[0])))
+    return found
 
 
 def wins_of(columns: Columns, reward: str) -> np.ndarray:
-    """(pairs,): 1 where the reward of this name scores the chosen response higher, 1/2 for a tie."""
+    """Return (pairs,): 1 where the reward of this name scores the chosen response higher, 1/2 for a tie."""
     return pairwise_wins(columns[f"{reward}_chosen"], columns[f"{reward}_rejected"])
 
 
 def pairs_table(folder: Path) -> str:
-    """Accuracy of each model's rewards, a column per subset and one for their mean; then contrasts_table."""
+    """Tabulate the accuracy of each model's rewards: by subset, as mean over subsets, over all pairs. Add contrasts_table."""
     found = measured_pairs(folder)
-    subsets = next(iter(next(iter(found.values())).values()))["subset"]
-    names = list(dict.fromkeys(subsets))
-    parts = {name: subsets == name for name in names}
+    subsets = [one["subset"] for seeds in found.values() for one in seeds.values()][0]
+    parts = {name: subsets == name for name in dict.fromkeys(subsets)}
     usual, rows = max(map(len, found.values())), []
     for name, seeds in found.items():
         every = list(seeds.values())
         for reward in (reward for reward in REWARDS if f"{reward}_chosen" in every[0]):
             wins = [wins_of(one, reward) for one in every]
-            cells = [cell([one[part] for one in wins], 3) for part in parts.values()]
-            mean = [cell([over_subsets(one, subsets) for one in wins], 3)] if len(names) > 1 else []
+            columns = [[one[part] for one in wins] for part in parts.values()]
+            columns += [[over_subsets(one, subsets) for one in wins], wins]
             shown = "start" if name == "base" else of_seeds(label(name), len(every), usual)
-            rows.append([shown, reward, *cells, *mean])
-    sizes = [f"{name} ({part.sum()})" for name, part in parts.items()]
-    header = ["model", "reward", *sizes, *([f"{MEAN} ({len(subsets)})"] if len(names) > 1 else [])]
-    tables = [about_intervals(usual), markdown(header, rows), contrasts_table(found)]
-    return "\n\n".join(table.strip() for table in tables if table) + "\n"
+            rows.append([shown, reward, *(cell(values, 3) for values in columns)])
+    sizes = {name: part.sum() for name, part in parts.items()} | dict.fromkeys((MEAN, ALL), len(subsets))
+    header = ["model", "reward", *(f"{name} ({pairs})" for name, pairs in sizes.items())]
+    return "\n".join([about_intervals(usual), "", markdown(header, rows), contrasts_table(found)])
 
 
 def over_subsets(wins: np.ndarray, subsets: np.ndarray) -> np.ndarray:
-    """(pairs,) of values whose mean weighs every subset alike, and whose spread is that within the subsets.
+    """Return (pairs,) of values whose mean weighs every subset alike, and whose spread is that within the subsets.
 
-    So that a bootstrap over all pairs has the variance of one that draws within each subset.
+    A bootstrap of them over all pairs has the variance of one that draws within each subset.
     """
     names, which, sizes = np.unique(subsets, return_inverse=True, return_counts=True)
     means = np.bincount(which, wins) / sizes

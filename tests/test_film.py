@@ -318,14 +318,10 @@ def place(world, tmp_path_factory):
     rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
     data, epochs = jsonl(folder / "short.jsonl", rows), ["--num-train-epochs", "2"]
     shared = ["--optimizer", "adamw", "--per-device-train-batch-size", "4"]
-    long = [
-        *shared,
-        "--learning-rate",
-        "1e-2",
-        "--num-train-epochs",
-        "8",
-    ]  # it writes whole words, so that rows differ in gold
-    run(command("sft.py", world / "init", data, folder / "base", *small, *long))
+    long = (
+        "--learning-rate 1e-2 --num-train-epochs 8".split()
+    )  # until it writes whole words, so that rows differ in gold
+    run(command("sft.py", world / "init", data, folder / "base", *small, *shared, *long))
     base = folder / "base" / "final"
     words = [
         "benchmark/best_of.py",

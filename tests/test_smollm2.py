@@ -290,12 +290,12 @@ def test_the_tables_have_the_last_evaluation_of_every_method_and_every_one_of_su
     assert "SFT" not in text.replace("RFT", "")
     assert [row[1] for row in cells_of(text, "SPIN")] == ["0", "5"]
     low, high = bootstrap_interval(np.array([1.0, 0, 0, 0]))
-    assert ["start", "log_prob", f"0.250 [{low:.3f}, {high:.3f}]"] in cells_of(text, "start")
+    assert ["start", "log_prob", *[f"0.250 [{low:.3f}, {high:.3f}]"] * 3] in cells_of(text, "start")  # one subset
     assert cells_of(text, "base")[0][:3] == ["base", "gsm8k_local", "exact_match, strict-match"]
 
 
 def scored_pairs(run: Path, subsets: str, **wins: list[float]) -> None:
-    """What evaluate.py --reward-pairs leaves: pair i is of the subset named by letter i; `wins` says which ones a reward has right."""
+    """Write what evaluate.py --reward-pairs leaves. Letter i names the subset of pair i; `wins` says which ones a reward has right."""
     (run / "evals").mkdir(parents=True)
     scores = [{f"{name}_chosen": float(own[i]) for name, own in wins.items()} for i in range(len(subsets))]
     rows = [
@@ -325,7 +325,7 @@ def test_rewards_on_labelled_pairs_are_pooled_over_seeds_and_paired_with_the_sam
         scored_pairs(tmp_path / seed / name, subsets, implicit=right, shorter=[0.5] * 8)
     scored_pairs(tmp_path / "base", subsets, log_prob=wins["sft", "1"], shorter=[0.5] * 8)
     text = smollm2_table.pairs_table(tmp_path)
-    assert text.startswith("3 seeds: ") and "| a (6) | b (2) | mean over subsets (8) |" in text
+    assert text.startswith("3 seeds: ") and "| a (6) | b (2) | mean over subsets (8) | all pairs (8) |" in text
     both = np.array([wins["sft", "1"], wins["sft", "2"]], float)
     a, b = both[:, :6], both[:, 6:]
     mean = (a.mean(1) + b.mean(1)) / 2  # a subset counts as much as another, not as many pairs
@@ -333,7 +333,7 @@ def test_rewards_on_labelled_pairs_are_pooled_over_seeds_and_paired_with_the_sam
     for shown, values in zip(row[2:4], (a, b), strict=True):
         low, high = bootstrap_interval(values)
         assert shown == f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
-    assert row[4].startswith(f"{mean.mean():.3f} ")
+    assert row[4].startswith(f"{mean.mean():.3f} ") and row[5].startswith(f"{both.mean():.3f} ")
     less = np.mean([np.subtract(wins["irft5", seed], wins["sft", seed]) for seed in "12"])
     assert cells_of(text, "IRFT, T = 5")[-1][2].startswith(f"{less:.3f} ")
     assert cells_of(text, "start")[0][1] == "log_prob"
@@ -348,9 +348,8 @@ def test_the_mean_over_subsets_varies_only_within_them():
     low, high = bootstrap_interval(smollm2_table.over_subsets(wins, subsets))
     assert abs(smollm2_table.over_subsets(wins, subsets).mean() - drawn["value"]) < 1e-12
     assert abs((high - low) / (drawn["high"] - drawn["low"]) - 1) < 0.1
-    assert (high - low) > 1.1 * np.ptp(
-        bootstrap_interval(wins)
-    )  # 60 pairs weigh half, so it is wider than over all pairs
+    over_all = np.ptp(bootstrap_interval(wins))
+    assert (high - low) > 1.1 * over_all  # half of the weight is on 60 pairs
 
 
 def test_pairs_of_other_rows_are_not_pooled(tmp_path):
