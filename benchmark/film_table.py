@@ -31,6 +31,7 @@ from benchmark.tables import (
     cell,
     columns_of,
     markdown,
+    mean_and_interval,
     of_seeds,
     read_json,
     require_same_rows,
@@ -329,18 +330,19 @@ def gate_table(folders: dict[str, list[str]], runs: Runs, held: dict[int, dict],
 
 
 def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """Gold, NLL and distinct-2 against the KL to the base model, and gold against steps: means over seeds.
+    """Gold with its intervals, NLL and distinct-2 against the KL to the base model, and gold against steps: means over seeds.
 
     learned: for each reward model its scores of the base's samples and their gold, (rows,) each. KL on a scale of its root.
     """
     fig, axes = figures.subplots(2, 2, (12, 8))
     names = list(dict.fromkeys(label.partition(",")[0] for label in runs))
     marks = ["o", "s", "^", "D", "v", "P"]
+    of_gold = "gold reward of the samples, 95% intervals"
     panels = (
-        ("gold reward of the samples", kl_of, lambda p: p.columns["good"].mean()),
+        (of_gold, kl_of, lambda p: p.columns["good"].mean()),
         ("NLL of the expert's answers, nats", kl_of, lambda p: p.columns["nll"].mean()),
         ("distinct-2 of the samples", kl_of, lambda p: distinct_2(p.texts)),
-        ("gold reward of the samples", lambda p: p.step, lambda p: p.columns["good"].mean()),
+        (of_gold, lambda p: p.step, lambda p: p.columns["good"].mean()),
     )
     seen: dict[str, int] = defaultdict(int)
     style = {}
@@ -355,6 +357,9 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
         for label, seeds in runs.items():
             curve = np.mean([[[x(p), y(p)] for p in points] for points in seeds], 0)
             ax.plot(*curve.T, ms=4, lw=1.5, **style[label])
+            if title == of_gold:
+                ends = [mean_and_interval([p.columns["good"] for p in some]) for some in zip(*seeds, strict=True)]
+                ax.vlines(curve[:, 0], *np.array(ends)[:, 1:].T, color=style[label]["color"], lw=1, alpha=0.6)
         ax.set_title(title, size=9, loc="left")
         ax.set_xlabel("KL to the base, nats" if x is kl_of else "optimizer steps; those of a reward model count too")
         if x is kl_of:
