@@ -43,7 +43,8 @@ rft=(--sft-epochs 0 --reward-model "" --num-train-epochs 1 --per-device-train-ba
   --value-warmup-ratio 0.1)
 irl=(--max-samples 1600 --sft-epochs 0 --beta 0.1 --T 6 --num-generations 8 --total-prompts 320 --rollout-batch-size 64
   --eval-updates 5)
-SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3} PPO_RATE=${PPO_RATE:-6e-4}
+carried=(--ref initial --reward-init previous --reward-loss linear) # the other consistent setting: docs/theory.md, section 3
+SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3} CARRIED_RATE=${CARRIED_RATE:-6e-4} PPO_RATE=${PPO_RATE:-6e-4}
 
 # arm NAME SCRIPT FLAGS...: one run of every method, on this seed's part of the demonstrations
 arm() {
@@ -74,8 +75,12 @@ if [ "${GRID:-}" ]; then
     arm "rft-$rate" rft.py "${rft[@]}" --reward-learning-rate "$REWARD_RATE" --learning-rate "$rate" --beta 0.3 \
       --total-episodes 1280 --eval-updates 10
   done
+  for rate in 2e-4 6e-4 2e-3; do
+    arm "irl-carried-$rate" irl_dpo_ultrachat.py "${irl[@]}" "${carried[@]}" --reward-learning-rate "$rate" \
+      --learning-rate "$SPIN_RATE"
+  done
   names=()
-  for name in sft reward spin rft; do
+  for name in sft reward spin rft irl-carried; do
     for path in "$to/$name-"*; do names+=("${path##*/}=${path##*/}"); done
   done
   source_of_table=(--expert "$out/development")
@@ -84,7 +89,7 @@ if [ "${GRID:-}" ]; then
 fi
 
 arms() { # arms NAME...: some arms of one seed
-  local name value loop
+  local name value loop reward
   for name in "$@"; do
     value=${name#*-}
     case $name in
@@ -98,19 +103,22 @@ arms() { # arms NAME...: some arms of one seed
           --total-episodes 1280 --eval-updates 10
         ;;
       irl-*)
+        reward=$REWARD_RATE
         case $value in
           accumulated) loop=(--ref initial --pairs accumulated) ;;
           long) loop=(--ref initial --num-train-epochs 4) ;; # no fewer updates of the reward than with accumulated pairs
+          carried) loop=("${carried[@]}") reward=$CARRIED_RATE ;;
           *) loop=(--ref "$value") ;;
         esac
-        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" "${loop[@]}" --reward-learning-rate "$REWARD_RATE" \
+        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" "${loop[@]}" --reward-learning-rate "$reward" \
           --learning-rate "$SPIN_RATE"
         ;;
     esac
   done
 }
 
-all="sft spin-1 spin-0.3 spin-0.1 rft-0.1 rft-0.3 irft-5 rft-1 irft-2 irl-previous irl-initial irft-10 irl-accumulated irl-long"
+all="sft spin-1 spin-0.3 spin-0.1 rft-0.1 rft-0.3 irft-5 rft-1 irft-2 irl-previous irl-initial irft-10 irl-accumulated irl-long
+  irl-carried"
 if [ "${PEOPLE:-}" ]; then # section "People's sentences" of docs/evidence.md
   policy=(--model "$out/base/final" --dataset "$world/positive_train.jsonl" "${lengths[@]}" --max-samples 0 --optimizer adamw
     --batch-size 32 --per-device-train-batch-size 32)
@@ -134,4 +142,4 @@ done
 table "$out" "$seeds" sft=SFT "spin-1=SPIN, beta 1" "spin-0.3=SPIN, beta 0.3" "spin-0.1=SPIN, beta 0.1" "irft-2=IRFT T 2" \
   "irft-5=IRFT T 5" "irft-10=IRFT T 10" "rft-1=RFT, beta 1" "rft-0.3=RFT, beta 0.3" "rft-0.1=RFT, beta 0.1" \
   "irl-previous=IRL ref previous" "irl-initial=IRL ref initial" "irl-accumulated=IRL accumulated pairs" \
-  "irl-long=IRL 4 epochs of reward"
+  "irl-long=IRL 4 epochs of reward" "irl-carried=IRL carried reward"

@@ -434,16 +434,17 @@ def test_the_commands_of_irl(tmp_path):
     for path in ("world/gold.json", "base/final/manifest.json", "expert/expert.json", "development/expert.json"):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).touch()
-    said = commands(
-        tmp_path, "benchmark/film.sh", str(out), SEEDS="1 2", ARMS="irl-previous irl-initial irl-accumulated irl-long"
-    )
-    for seed, lines in (("1", said[:4]), ("2", said[4:8])):
+    arms = "irl-previous irl-initial irl-accumulated irl-long irl-carried"
+    said = commands(tmp_path, "benchmark/film.sh", str(out), SEEDS="1 2", ARMS=arms, CARRIED_RATE="3e-5")
+    for seed, lines in (("1", said[:5]), ("2", said[5:10])):
         assert all(line.startswith(f"irl_dpo_ultrachat.py --output-dir {out}/{seed}/irl-") for line in lines)
         assert all(f" --seed {seed} " in line for line in lines)
-        assert [" --ref initial " in line for line in lines] == [False, True, True, True]
-        assert [" --pairs accumulated " in line for line in lines] == [False, False, True, False]
-        assert [" --num-train-epochs 4 " in line for line in lines] == [False, False, False, True]
-    assert said[8].startswith("benchmark/film_table.py") and len(said) == 9
+        assert [" --ref initial " in line for line in lines] == [False, True, True, True, True]
+        for flag, only in (("pairs accumulated", 2), ("num-train-epochs 4", 3), ("reward-init previous", 4)):
+            assert [f" --{flag} " in line for line in lines] == [k == only for k in range(5)]
+        assert [" --reward-loss linear " in line for line in lines] == [False] * 4 + [True]
+        assert [line.split("--reward-learning-rate ")[1].split()[0] for line in lines] == ["2e-3"] * 4 + ["3e-5"]
+    assert said[10].startswith("benchmark/film_table.py") and len(said) == 11
 
 
 def test_an_expert_of_a_word_is_refused(place, tmp_path):
