@@ -44,7 +44,8 @@ rft=(--sft-epochs 0 --reward-model "" --num-train-epochs 1 --per-device-train-ba
 irl=(--max-samples 1600 --sft-epochs 0 --beta 0.1 --T 6 --num-generations 8 --total-prompts 320 --rollout-batch-size 64
   --eval-updates 5)
 carried=(--ref initial --reward-init previous --reward-loss linear) # the other consistent setting: docs/theory.md, section 3
-SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3} CARRIED_RATE=${CARRIED_RATE:-6e-4} PPO_RATE=${PPO_RATE:-6e-4}
+SFT_RATE=${SFT_RATE:-4e-4} SPIN_RATE=${SPIN_RATE:-4e-4} REWARD_RATE=${REWARD_RATE:-2e-3}
+CARRIED_RATE=${CARRIED_RATE:-6e-4} PPO_RATE=${PPO_RATE:-6e-4}
 
 # arm NAME SCRIPT FLAGS...: one run of every method, on this seed's part of the demonstrations
 arm() {
