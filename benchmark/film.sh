@@ -54,6 +54,13 @@ arm() {
   once "$to" "$name" "$script" "${policy[@]}" "${held[@]}" --seed "$seed" "$@"
 }
 
+# irl_arm NAME RATE FLAGS...: one run of the IRL script with this rate of its rewards
+irl_arm() {
+  local name=$1 rate=$2
+  shift 2
+  arm "$name" irl_dpo_ultrachat.py "${irl[@]}" "$@" --reward-learning-rate "$rate" --learning-rate "$SPIN_RATE"
+}
+
 # table OUT SEEDS NAME=LABEL...: tables and figure of the arms, with those seeds that have finished
 table() {
   local to=$1 seeds=$2 pair seed made words=()
@@ -77,8 +84,7 @@ if [ "${GRID:-}" ]; then
       --total-episodes 1280 --eval-updates 10
   done
   for rate in 2e-4 6e-4 2e-3; do
-    arm "irl-carried-$rate" irl_dpo_ultrachat.py "${irl[@]}" "${carried[@]}" --reward-learning-rate "$rate" \
-      --learning-rate "$SPIN_RATE"
+    irl_arm "irl-carried-$rate" "$rate" "${carried[@]}"
   done
   names=()
   for name in sft reward spin rft irl-carried; do
@@ -90,7 +96,7 @@ if [ "${GRID:-}" ]; then
 fi
 
 arms() { # arms NAME...: some arms of one seed
-  local name value loop reward
+  local name value
   for name in "$@"; do
     value=${name#*-}
     case $name in
@@ -103,17 +109,10 @@ arms() { # arms NAME...: some arms of one seed
         arm "$name" rft.py "${rft[@]}" --reward-learning-rate "$REWARD_RATE" --learning-rate "$PPO_RATE" --beta "$value" \
           --total-episodes 1280 --eval-updates 10
         ;;
-      irl-*)
-        reward=$REWARD_RATE
-        case $value in
-          accumulated) loop=(--ref initial --pairs accumulated) ;;
-          long) loop=(--ref initial --num-train-epochs 4) ;; # no fewer updates of the reward than with accumulated pairs
-          carried) loop=("${carried[@]}") reward=$CARRIED_RATE ;;
-          *) loop=(--ref "$value") ;;
-        esac
-        arm "$name" irl_dpo_ultrachat.py "${irl[@]}" "${loop[@]}" --reward-learning-rate "$reward" \
-          --learning-rate "$SPIN_RATE"
-        ;;
+      irl-accumulated) irl_arm "$name" "$REWARD_RATE" --ref initial --pairs accumulated ;;
+      irl-long) irl_arm "$name" "$REWARD_RATE" --ref initial --num-train-epochs 4 ;; # no fewer updates of the reward
+      irl-carried) irl_arm "$name" "$CARRIED_RATE" "${carried[@]}" ;;
+      irl-*) irl_arm "$name" "$REWARD_RATE" --ref "$value" ;;
     esac
   done
 }

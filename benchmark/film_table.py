@@ -337,12 +337,17 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
     fig, axes = figures.subplots(2, 2, (12, 8))
     names = list(dict.fromkeys(label.partition(",")[0] for label in runs))
     marks = ["o", "s", "^", "D", "v", "P"]
-    of_gold = "gold reward of the samples, 95% intervals"
+    intervals = {label: [mean_and_interval([p.columns["good"] for p in some])[1:] for some in zip(*seeds, strict=True)]
+                 for label, seeds in runs.items()}  # fmt: skip
+
+    def gold(point: Point) -> float:
+        return point.columns["good"].mean()
+
     panels = (
-        (of_gold, kl_of, lambda p: p.columns["good"].mean()),
+        ("gold reward of the samples, 95% intervals", kl_of, gold),
         ("NLL of the expert's answers, nats", kl_of, lambda p: p.columns["nll"].mean()),
         ("distinct-2 of the samples", kl_of, lambda p: distinct_2(p.texts)),
-        (of_gold, lambda p: p.step, lambda p: p.columns["good"].mean()),
+        ("gold reward of the samples, 95% intervals", lambda p: p.step, gold),
     )
     seen: dict[str, int] = defaultdict(int)
     style = {}
@@ -357,9 +362,8 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
         for label, seeds in runs.items():
             curve = np.mean([[[x(p), y(p)] for p in points] for points in seeds], 0)
             ax.plot(*curve.T, ms=4, lw=1.5, **style[label])
-            if title == of_gold:
-                ends = [mean_and_interval([p.columns["good"] for p in some]) for some in zip(*seeds, strict=True)]
-                ax.vlines(curve[:, 0], *np.array(ends)[:, 1:].T, color=style[label]["color"], lw=1, alpha=0.6)
+            if y is gold:
+                ax.vlines(curve[:, 0], *np.transpose(intervals[label]), color=style[label]["color"], lw=1, alpha=0.6)
         ax.set_title(title, size=9, loc="left")
         ax.set_xlabel("KL to the base, nats" if x is kl_of else "optimizer steps; those of a reward model count too")
         if x is kl_of:
@@ -376,7 +380,7 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
             ax.axhline(share, color="#888888", ls=":", lw=1)
     if learned:
         m = np.geomspace(1, 200, 30)  # more of a thousand samples would be the few best ones
-        values = [np.mean([best_of(gold, k, scores) for scores, gold in learned]) for k in m]
+        values = [np.mean([best_of(own, k, scores) for scores, own in learned]) for k in m]
         axes[0, 0].plot(
             [kl_of_best(k) for k in m], values, color="#ccbb44", ls="-.", lw=1.5, label="best of M by RFT's reward"
         )

@@ -318,9 +318,8 @@ def place(world, tmp_path_factory):
     rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
     data, epochs = jsonl(folder / "short.jsonl", rows), ["--num-train-epochs", "2"]
     shared = ["--optimizer", "adamw", "--per-device-train-batch-size", "4"]
-    long = (
-        "--learning-rate 1e-2 --num-train-epochs 8".split()
-    )  # until it writes whole words, so that rows differ in gold
+    # until it writes whole words, so that rows differ in gold
+    long = "--learning-rate 1e-2 --num-train-epochs 8".split()
     run(command("sft.py", world / "init", data, folder / "base", *small, *shared, *long))
     base = folder / "base" / "final"
     words = [
@@ -445,6 +444,19 @@ def test_the_commands_of_irl(tmp_path):
         assert [" --reward-loss linear " in line for line in lines] == [False] * 4 + [True]
         assert [line.split("--reward-learning-rate ")[1].split()[0] for line in lines] == ["2e-3"] * 4 + ["3e-5"]
     assert said[10].startswith("benchmark/film_table.py") and len(said) == 11
+
+
+def test_the_grid_of_the_carried_reward(tmp_path):
+    out, finished = tmp_path / "out", ("2e-4", "2e-3")
+    made = [f"100/irl-carried-{rate}/final/manifest.json" for rate in finished]
+    for path in ("world/gold.json", "base/final/manifest.json", "expert/expert.json", "development/expert.json", *made):
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).touch()
+    *runs, table = commands(tmp_path, "benchmark/film.sh", str(out), GRID="1")
+    (line,) = (line for line in runs if "irl-carried" in line)
+    flags = "--ref initial --reward-init previous --reward-loss linear --reward-learning-rate 6e-4 --learning-rate 4e-4"
+    assert line.endswith(flags) and f" --eval-dataset {out}/development/held_out.jsonl " in line
+    assert all(f" irl-carried-{rate}={out}/100/irl-carried-{rate}" in table for rate in finished)
 
 
 def test_an_expert_of_a_word_is_refused(place, tmp_path):
