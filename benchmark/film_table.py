@@ -345,7 +345,7 @@ def figure(runs: Runs, expert: dict | None, learned: list[tuple[np.ndarray, np.n
 
     panels = (
         ("gold reward of the samples, 95% intervals", kl_of, gold),
-        ("NLL of the expert's answers, nats", kl_of, lambda p: p.columns["nll"].mean()),
+        ("NLL of the demonstrations, nats", kl_of, lambda p: p.columns["nll"].mean()),
         ("distinct-2 of the samples", kl_of, lambda p: distinct_2(p.texts)),
         ("gold reward of the samples, 95% intervals", lambda p: p.step, gold),
     )
