@@ -258,8 +258,8 @@ def main_table(runs: Runs, demonstrations: list[str], rewards: np.ndarray, refer
     return about_intervals(seeds) + "\n\n" + markdown(header, rows)
 
 
-def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Callable]) -> str:
-    """Gold at places that the runs share, and its difference to the reference's; empty where no seed's path gets there.
+def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Callable], digits: int = 2) -> str:
+    """`good` at places that the runs share, and its difference to the reference's; empty where no seed's path gets there.
 
     at_each: functions of a run's evaluations, in the order of the words that name their columns.
     """
@@ -270,8 +270,8 @@ def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Call
             found, compared = ([place(points) for points in seed_runs] for seed_runs in (own, runs[reference]))
             values = [a for a in found if a is not None]
             gains = [a - b for a, b in zip(found, compared, strict=False) if a is not None and b is not None]
-            cells.append(of_seeds(cell(values, 2), len(values), seeds) if values else "")
-            cells.append(cell(gains, 2) if gains and label != reference else "")
+            cells.append(of_seeds(cell(values, digits), len(values), seeds) if values else "")
+            cells.append(cell(gains, digits) if gains and label != reference else "")
         rows.append([label, *cells])
     return markdown(["", *(word for name in words for word in (name, f"minus {reference}'s"))], rows)
 

@@ -1,4 +1,4 @@
-"""Tables of benchmark/smollm2.sh: held-out pairs of people, summaries, labelled pairs by subset, lm-eval, MT-Bench.
+"""Tables and figure of benchmark/smollm2.sh: held-out pairs of people, summaries, labelled pairs by subset, lm-eval, MT-Bench.
 
 Parts that are not there are left out, so it can be called at any time. Intervals are 95%: a hierarchical bootstrap over seeds and
 held-out rows, over rows alone where there is one seed.
@@ -16,23 +16,26 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.tables import (  # noqa: E402
+from benchmark.demo import Point  # noqa: E402
+from benchmark.film_table import TARGETS, at_kl, equal_table
+from benchmark.tables import (
     Columns,
     about_intervals,
     cell,
     columns_of,
     evaluations,
     markdown,
+    mean_and_interval,
     of_seeds,
     read_json,
     require_measures,
     require_same_rows,
 )
-from common import UserError  # noqa: E402
+from common import UserError
 from common.args import main
 from common.evals import pairwise_wins
 from common.store import read_pairs
-from extras import lm_eval_table
+from extras import figures, lm_eval_table
 from extras.reward_pairs import ALL, MEAN, REWARDS
 
 LABELS = {"sft": "SFT", "spin": "SPIN", "rft": "RFT"}
@@ -51,7 +54,7 @@ class Args:
     runs: str
     """folder that benchmark/smollm2.sh fills."""
     output: str = "runs/smollm2"
-    """folder for smollm2.md."""
+    """folder for smollm2.md and, where part 1 has runs, smollm2.png."""
 
 
 def label(name: str) -> str:
@@ -105,6 +108,45 @@ def last_reward(run: Path) -> list[dict]:
     return [columns_of(files[-1], "--runs")] if files else []
 
 
+def hh_curve(runs: list[Path], measure: str, less_start: bool = False) -> np.ndarray:
+    """Return (4, evaluations): optimizer steps, then the mean of a measure over seeds and rows and the ends of its interval.
+
+    less_start: take the first evaluation's values away, row by row. Seeds of a method evaluate after the same steps.
+    """
+    every = [evaluations(run) for run in runs]
+    points = []
+    for same in zip(*every, strict=True):
+        values = [
+            one.columns[measure] - (own[0].columns[measure] if less_start else 0.0)
+            for one, own in zip(same, every, strict=True)
+        ]
+        points.append((same[0].step, *mean_and_interval(values)))
+    return np.transpose(points)
+
+
+def hh_figure(folder: Path, path: Path) -> None:
+    """Draw NLL, log-prob gap (RFT paper, Fig. 1 right) and accuracy of the implicit reward (Table 8) against optimizer steps."""
+    fig, axes = figures.subplots(1, 3, (11, 3.9))
+    methods = runs_of(folder)
+    panels = (
+        ("NLL of the chosen answers, nats", "nll", False),
+        ("log-prob gap, less the start's, nats", "logps/gap", True),
+        ("accuracy of the implicit reward", "rewards/accuracies", False),
+    )
+    for ax, (title, measure, less_start) in zip(axes[0], panels, strict=True):
+        for i, ((name, runs), (_, color)) in enumerate(zip(methods.items(), figures.colored(methods), strict=True)):
+            steps, mean, low, high = hh_curve(runs, measure, less_start)
+            ax.plot(steps, mean, color=color, marker="o", ms=3.5, ls="--" if "lora" in name else "-", label=label(name))
+            ax.vlines(steps + 0.3 * i, low, high, color=color, lw=1, alpha=0.6)  # side by side, to be told apart
+        ax.set_title(title, loc="left")
+        ax.set_xlabel("optimizer steps")
+    figures.level(axes[0, 1], 0.0)
+    figures.level(axes[0, 2], 0.5, "chance")
+    figures.legend(fig, axes[0, 0])
+    figures.caption(fig, about_intervals(max(map(len, methods.values()))))
+    figures.save(fig, path)
+
+
 # ---- part 2 ----
 def summaries_table(folder: Path, demonstrations: Path) -> str:
     """A row for every evaluation of every method, so that methods can be compared at equal KL; greedy ROUGE-L at the end."""
@@ -124,6 +166,23 @@ def summaries_table(folder: Path, demonstrations: Path) -> str:
     header = ["", "updates", *SUMMARIES, "ROUGE-L, greedy", "two-sample test"]
     note = "Two-sample test: accuracy of a classifier between demonstrations and samples; 0.5 if it cannot tell them apart."
     return f"{about_intervals(seeds)} {note}\n\n{markdown(header, rows)}"
+
+
+def summaries_at_kl(folder: Path) -> str:
+    """Tabulate ROUGE-L at equal KL to the start, interpolated in each seed's path, and less SFT's; empty without a run of SFT."""
+    paths = {
+        label(name): [
+            [Point(one.step, {**one.columns, "good": one.columns["rouge_l"]}, []) for one in evaluations(run)]
+            for run in runs
+        ]
+        for name, runs in runs_of(folder).items()
+    }
+    if "SFT" not in paths:
+        return ""
+    words = [f"ROUGE-L at {nats:g} nats" for nats in TARGETS]
+    return equal_table(
+        paths, "SFT", words, [lambda points, nats=nats: at_kl(points, nats) for nats in TARGETS], digits=3
+    )
 
 
 def samples_told_apart(run: Path, number: int, demonstrations: list[str]) -> float:
@@ -258,7 +317,7 @@ def write(args: Args) -> None:
         parts += ["## Held-out pairs of people, chosen answers trained on alone\n", hh_table(runs / "hh")]
     if runs_of(runs / "summaries"):
         held_out = runs / "data" / "summaries_held_out.jsonl"
-        parts += ["## Summaries\n", summaries_table(runs / "summaries", held_out)]
+        parts += ["## Summaries\n", summaries_table(runs / "summaries", held_out), summaries_at_kl(runs / "summaries")]
     for title, name, file, table in (
         ("All held-out pairs of people", "people", "reward_pairs.parquet", pairs_table),
         ("Other labelled pairs", "pairs", "reward_pairs.parquet", pairs_table),
@@ -272,6 +331,8 @@ def write(args: Args) -> None:
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     (out / "smollm2.md").write_text("\n".join(parts))
+    if runs_of(runs / "hh"):
+        hh_figure(runs / "hh", out / "smollm2.png")
     print("\n".join(parts))
     print(f"table: {out / 'smollm2.md'}")
 

@@ -241,6 +241,7 @@ def finished_run(folder, seed: int, steps: list[int], reward: bool = False) -> d
             name: stream.normal(size=10)
             for name in ("nll", "logps/gap", "rewards/accuracies", "kl_k1", "rouge_l", "completions/mean_length")
         }
+        columns["kl_k3"] = np.full(10, float(number))
         rows = [{"row": i, "sample": f"text {i}", **{k: float(v[i]) for k, v in columns.items()}} for i in range(10)]
         (folder / "evals").mkdir(exist_ok=True)
         write_pairs(folder / "evals" / f"{number:04d}.parquet", rows)
@@ -287,11 +288,37 @@ def test_the_tables_have_the_last_evaluation_of_every_method_and_every_one_of_su
     assert learned == ""
     ((*_, learned),) = cells_of(text, "RFT")
     assert learned.startswith("0.800")  # of the last reward: 8 of 10
+    assert (tmp_path / "out" / "smollm2.png").stat().st_size > 10_000
     assert "SFT" not in text.replace("RFT", "")
     assert [row[1] for row in cells_of(text, "SPIN")] == ["0", "5"]
     low, high = bootstrap_interval(np.array([1.0, 0, 0, 0]))
     assert ["start", "log_prob", *[f"0.250 [{low:.3f}, {high:.3f}]"] * 3] in cells_of(text, "start")  # one subset
     assert cells_of(text, "base")[0][:3] == ["base", "gsm8k_local", "exact_match, strict-match"]
+
+
+def test_the_figure_has_the_intervals_of_the_table_at_every_evaluation(tmp_path):
+    runs = [tmp_path / seed / "sft" for seed in "12"]
+    last = [finished_run(run, i, [0, 15, 30])["logps/gap"] for i, run in enumerate(runs)]
+    first = [read_pairs(run / "evals" / "0000.parquet") for run in runs]
+    more = np.array([end - [row["logps/gap"] for row in start] for end, start in zip(last, first, strict=True)])
+    steps, mean, low, high = smollm2_table.hh_curve(runs, "logps/gap", less_start=True)
+    assert steps.tolist() == [0, 15, 30] and (mean[0], low[0], high[0]) == (0, 0, 0)
+    np.testing.assert_allclose([mean[-1], low[-1], high[-1]], [more.mean(), *bootstrap_interval(more)])
+    assert smollm2_table.hh_curve(runs, "logps/gap")[1, -1] == pytest.approx(np.mean(last))
+
+
+def test_rouge_l_of_summaries_is_compared_at_equal_kl(tmp_path):
+    ends = {
+        name: finished_run(tmp_path / "1" / name, i, [0, 15]) for i, name in enumerate(("sft", "spin"))
+    }  # KL 0 and 1
+    text = smollm2_table.summaries_at_kl(tmp_path)
+    ((_, _, _, at_1, less, at_3, _),) = cells_of(text, "SPIN")
+    spin, sft = ends["spin"]["rouge_l"], ends["sft"]["rouge_l"]
+    assert (
+        at_1.startswith(f"{spin.mean():.3f} ") and less.startswith(f"{(spin - sft).mean():.3f} ") and not at_3.strip()
+    )
+    finished_run(tmp_path / "other" / "1" / "spin", 2, [0, 15])
+    assert smollm2_table.summaries_at_kl(tmp_path / "other") == ""
 
 
 def scored_pairs(run: Path, subsets: str, **wins: list[float]) -> None:
