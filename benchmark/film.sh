@@ -110,7 +110,7 @@ arms() { # arms NAME...: some arms of one seed
           --total-episodes 1280 --eval-updates 10
         ;;
       irl-accumulated) irl_arm "$name" "$REWARD_RATE" --ref initial --pairs accumulated ;;
-      irl-long) irl_arm "$name" "$REWARD_RATE" --ref initial --num-train-epochs 4 ;; # no fewer updates of the reward
+      irl-long) irl_arm "$name" "$REWARD_RATE" --ref initial --num-train-epochs 4 ;; # no fewer updates than the arm above
       irl-carried) irl_arm "$name" "$CARRIED_RATE" "${carried[@]}" ;;
       irl-*) irl_arm "$name" "$REWARD_RATE" --ref "$value" ;;
     esac

@@ -259,7 +259,7 @@ def main_table(runs: Runs, demonstrations: list[str], rewards: np.ndarray, refer
 
 
 def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Callable], digits: int = 2) -> str:
-    """`good` at places that the runs share, and its difference to the reference's; empty where no seed's path gets there.
+    """Tabulate `good` at places that the runs share, and less the reference's; empty where no seed's path gets there.
 
     at_each: functions of a run's evaluations, in the order of the words that name their columns.
     """
@@ -274,6 +274,12 @@ def equal_table(runs: Runs, reference: str, words: list[str], at_each: list[Call
             cells.append(cell(gains, digits) if gains and label != reference else "")
         rows.append([label, *cells])
     return markdown(["", *(word for name in words for word in (name, f"minus {reference}'s"))], rows)
+
+
+def equal_kl_table(runs: Runs, reference: str, prefix: str = "", digits: int = 2) -> str:
+    """Tabulate `good` at each of TARGETS. prefix: what the names of the columns begin with."""
+    at_each = [lambda points, nats=nats: at_kl(points, nats) for nats in TARGETS]
+    return equal_table(runs, reference, [f"{prefix}{nats:g} nats" for nats in TARGETS], at_each, digits)
 
 
 def iterations_table(runs: Runs) -> str:
@@ -423,13 +429,11 @@ def show(args: Args) -> None:
     reference = next(iter(runs))
     demonstrations = [held[int(row)]["response"] for row in runs[reference][0][0].columns["row"]]
     rewards = reward(demonstrations)
-    nats = [f"{target:g} nats" for target in TARGETS]
-    by_kl = [lambda points, target=target: at_kl(points, target) for target in TARGETS]
     total = runs[reference][0][-1].step
     by_step = [lambda points, step=step: at_step(points, step) for step in (total // 2, total)]
     parts = {
         "At the end of each run": main_table(runs, demonstrations, rewards, reference),
-        "At equal KL to the base model": equal_table(paths(runs), reference, nats, by_kl),
+        "At equal KL to the base model": equal_kl_table(paths(runs), reference),
         "At equal numbers of updates": equal_table(
             runs, reference, [f"{total // 2} updates", f"{total} updates"], by_step
         ),

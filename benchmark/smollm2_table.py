@@ -1,4 +1,4 @@
-"""Tables and figure of benchmark/smollm2.sh: held-out pairs of people, summaries, labelled pairs by subset, lm-eval, MT-Bench.
+"""Make tables and figure of smollm2.sh: held-out pairs of people, summaries, labelled pairs by subset, lm-eval, MT-Bench.
 
 Parts that are not there are left out, so it can be called at any time. Intervals are 95%: a hierarchical bootstrap over seeds and
 held-out rows, over rows alone where there is one seed.
@@ -17,9 +17,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.demo import Point  # noqa: E402
-from benchmark.film_table import TARGETS, at_kl, equal_table
+from benchmark.film_table import equal_kl_table
 from benchmark.tables import (
     Columns,
+    Evaluation,
     about_intervals,
     cell,
     columns_of,
@@ -108,12 +109,14 @@ def last_reward(run: Path) -> list[dict]:
     return [columns_of(files[-1], "--runs")] if files else []
 
 
-def hh_curve(runs: list[Path], measure: str, less_start: bool = False) -> np.ndarray:
+def hh_curve(every: list[list[Evaluation]], measure: str, less_start: bool = False) -> np.ndarray:
     """Return (4, evaluations): optimizer steps, then the mean of a measure over seeds and rows and the ends of its interval.
 
-    less_start: take the first evaluation's values away, row by row. Seeds of a method evaluate after the same steps.
+    every: the evaluations of each seed. less_start: take the first evaluation's values away, row by row.
+    UserError unless all seeds evaluate after the same steps.
     """
-    every = [evaluations(run) for run in runs]
+    if len(found := {tuple(one.step for one in own) for own in every}) > 1:
+        raise UserError(f"--runs: found evaluations after steps {sorted(found)}, expected the same ones in every seed")
     points = []
     for same in zip(*every, strict=True):
         values = [
@@ -127,15 +130,15 @@ def hh_curve(runs: list[Path], measure: str, less_start: bool = False) -> np.nda
 def hh_figure(folder: Path, path: Path) -> None:
     """Draw NLL, log-prob gap (RFT paper, Fig. 1 right) and accuracy of the implicit reward (Table 8) against optimizer steps."""
     fig, axes = figures.subplots(1, 3, (11, 3.9))
-    methods = runs_of(folder)
+    methods = {name: [evaluations(run) for run in runs] for name, runs in runs_of(folder).items()}
     panels = (
         ("NLL of the chosen answers, nats", "nll", False),
         ("log-prob gap, less the start's, nats", "logps/gap", True),
         ("accuracy of the implicit reward", "rewards/accuracies", False),
     )
     for ax, (title, measure, less_start) in zip(axes[0], panels, strict=True):
-        for i, ((name, runs), (_, color)) in enumerate(zip(methods.items(), figures.colored(methods), strict=True)):
-            steps, mean, low, high = hh_curve(runs, measure, less_start)
+        for i, (name, color) in enumerate(figures.colored(methods)):
+            steps, mean, low, high = hh_curve(methods[name], measure, less_start)
             ax.plot(steps, mean, color=color, marker="o", ms=3.5, ls="--" if "lora" in name else "-", label=label(name))
             ax.vlines(steps + 0.3 * i, low, high, color=color, lw=1, alpha=0.6)  # side by side, to be told apart
         ax.set_title(title, loc="left")
@@ -177,12 +180,7 @@ def summaries_at_kl(folder: Path) -> str:
         ]
         for name, runs in runs_of(folder).items()
     }
-    if "SFT" not in paths:
-        return ""
-    words = [f"ROUGE-L at {nats:g} nats" for nats in TARGETS]
-    return equal_table(
-        paths, "SFT", words, [lambda points, nats=nats: at_kl(points, nats) for nats in TARGETS], digits=3
-    )
+    return equal_kl_table(paths, "SFT", "ROUGE-L at ", digits=3) if "SFT" in paths else ""
 
 
 def samples_told_apart(run: Path, number: int, demonstrations: list[str]) -> float:
@@ -331,9 +329,9 @@ def write(args: Args) -> None:
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     (out / "smollm2.md").write_text("\n".join(parts))
+    print("\n".join(parts))
     if runs_of(runs / "hh"):
         hh_figure(runs / "hh", out / "smollm2.png")
-    print("\n".join(parts))
     print(f"table: {out / 'smollm2.md'}")
 
 
